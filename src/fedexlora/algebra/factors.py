@@ -1,0 +1,77 @@
+"""A low-rank matrix by its two factors, ``B @ A``, and its norms from small Gram matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One module's pair of factors; the unscaled update is ``B @ A``.
+
+    Raises:
+        ValueError: if the two are not matrices with the same rank, dtype and device.
+    """
+
+    A: Tensor
+    """Down-projection, ``(r, d_in)``, floating point."""
+    B: Tensor
+    """Up-projection, ``(d_out, r)``, of the same dtype and on the same device."""
+
+    def __post_init__(self) -> None:
+        a, b = self.A, self.B
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"expected A (r, d_in) and B (d_out, r), "
+                f"found A {tuple(a.shape)} and B {tuple(b.shape)}"
+            )
+        if a.dtype != b.dtype or a.device != b.device or not a.dtype.is_floating_point:
+            raise ValueError(
+                f"expected A and B of one floating dtype on one device, "
+                f"found A {a.dtype} on {a.device} and B {b.dtype} on {b.device}"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of ``B``: an upper bound of the rank of ``B @ A``."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)`` of ``B @ A``."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of both factors."""
+        return self.A.dtype
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The same factors in ``dtype``."""
+        return Factors(self.A.to(dtype), self.B.to(dtype))
+
+    def product(self) -> Tensor:
+        """``B @ A``, ``(d_out, d_in)``, in the dtype of the factors."""
+        return self.B @ self.A
+
+    @staticmethod
+    def empty(d_out: int, d_in: int, dtype: torch.dtype) -> Factors:
+        """The zero matrix ``(d_out, d_in)`` as factors of rank 0."""
+        return Factors(torch.zeros(0, d_in, dtype=dtype), torch.zeros(d_out, 0, dtype=dtype))
+
+
+def inner(x: Factors, y: Factors) -> float:
+    """Frobenius inner product of ``x.B @ x.A`` and ``y.B @ y.A``, in float64.
+
+    ``<B A, D C> = sum((B^T D) * (A C^T))``: two Gram matrices of size rank by rank.
+    """
+    xd, yd = x.to(torch.float64), y.to(torch.float64)
+    return float(((xd.B.T @ yd.B) * (xd.A @ yd.A.T)).sum())
+
+
+def squared_norm(x: Factors) -> float:
+    """Squared Frobenius norm of ``x.B @ x.A``, in float64; rounding below zero is cut off."""
+    return max(inner(x, x), 0.0)

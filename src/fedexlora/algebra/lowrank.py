@@ -1,0 +1,108 @@
+"""A matrix that is held as factors for as long as those are smaller than its dense form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedexlora.algebra.factors import Factors, inner, squared_norm
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A ``(d_out, d_in)`` matrix: :class:`Factors`, or a dense tensor where that is not larger."""
+
+    value: Factors | Tensor
+
+    @staticmethod
+    def zeros(d_out: int, d_in: int, dtype: torch.dtype) -> LowRank:
+        """The zero matrix, as factors of rank 0."""
+        return LowRank(Factors.empty(d_out, d_in, dtype))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(d_out, d_in)``."""
+        rows, columns = self.value.shape
+        return rows, columns
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether this is the zero matrix by construction (factors of rank 0)."""
+        return isinstance(self.value, Factors) and self.value.rank == 0
+
+    @property
+    def numel(self) -> int:
+        """How many numbers are held."""
+        if isinstance(self.value, Factors):
+            return self.value.A.numel() + self.value.B.numel()
+        return self.value.numel()
+
+    def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The matrix itself, ``(d_out, d_in)``, multiplied out in ``dtype``."""
+        if isinstance(self.value, Factors):
+            return self.value.to(dtype).product()
+        return self.value.to(dtype)
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The same matrix with what is held in ``dtype``."""
+        return LowRank(self.value.to(dtype))
+
+    def plus(
+        self, terms: Sequence[Factors | Tensor], *, dense_dtype: torch.dtype | None = None
+    ) -> LowRank:
+        """This matrix plus every term; neither is written.
+
+        Factors are stacked, which rounds nothing, until the stack would be larger than the dense
+        matrix; from then on the sum is dense.
+
+        Args:
+            terms: factors of, or dense, ``(d_out, d_in)`` matrices.
+            dense_dtype: the dtype of a dense sum; by default that of what is held.
+
+        Raises:
+            ValueError: if a term has another shape.
+        """
+        for term in terms:
+            if tuple(term.shape) != self.shape:
+                raise ValueError(f"expected terms of {self.shape}, found {tuple(term.shape)}")
+        d_out, d_in = self.shape
+        factored = [x for x in (self.value, *terms) if isinstance(x, Factors)]
+        rank = sum(x.rank for x in factored)
+        if len(factored) == 1 + len(terms) and rank * (d_out + d_in) < d_out * d_in:
+            return LowRank(stack(factored))
+        dtype = dense_dtype or self.value.dtype
+        total = self.dense(dtype).clone()
+        for term in terms:
+            _add_into(total, term)
+        return LowRank(total)
+
+    def squared_norm(self) -> float:
+        """Squared Frobenius norm, in float64, from Gram matrices where factors are held."""
+        if isinstance(self.value, Factors):
+            return squared_norm(self.value)
+        return float(self.value.double().square().sum())
+
+    def inner(self, other: Factors) -> float:
+        """Frobenius inner product with ``other``, in float64, without multiplying it out."""
+        if isinstance(self.value, Factors):
+            return inner(self.value, other)
+        wide = other.to(torch.float64)
+        return float(((wide.B.T @ self.value.double()) * wide.A).sum())
+
+
+def stack(parts: Sequence[Factors]) -> Factors:
+    """The sum of products as one pair: rows of ``A`` and columns of ``B`` side by side."""
+    used = [part for part in parts if part.rank] or list(parts[:1])
+    return Factors(torch.cat([p.A for p in used], dim=0), torch.cat([p.B for p in used], dim=1))
+
+
+def _add_into(total: Tensor, term: Factors | Tensor) -> None:
+    """Add ``term`` to ``total``, which the caller owns."""
+    if isinstance(term, Factors):
+        wide = term.to(total.dtype)
+        total.addmm_(wide.B, wide.A)
+    else:
+        total.add_(term.to(total.dtype))

@@ -1,0 +1,99 @@
+"""Streamed co-moments of the clients' factors.
+
+The mean of products is the product of means plus a covariance (arXiv:2410.09432, Sec. 3.2, for
+any weights ``p_i`` that sum to one):
+
+    sum_i p_i B_i A_i = B A + R,    R = sum_i p_i (B_i - B)(A_i - A)
+
+Clients are added one at a time, and none is kept. Adding a client of weight ``w`` to clients of
+total weight ``W`` moves the co-moment ``C = W R`` by one product of rank ``r`` (Welford's update
+in two variables; Chan, Golub and LeVeque 1983 for two partial sums):
+
+    C' = C + W w / (W + w) (B_i - B)(A_i - A)
+
+so after ``k`` clients ``C`` is held by ``(k - 1) r`` columns, or dense where that is smaller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedexlora.algebra.factors import Factors
+from fedexlora.algebra.lowrank import LowRank
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Weighted mean factors and the co-moment of one module's clients.
+
+    The means are float64: they are small, and the differences from them carry the residual. The
+    co-moment is held in ``dtype`` (float32 by default).
+    """
+
+    weight: float
+    """Sum of the weights of the clients so far; not normalised."""
+    mean: Factors
+    """Weighted mean factors, float64."""
+    comoment: LowRank
+    """``weight * R``, ``(d_out, d_in)``."""
+
+    @staticmethod
+    def of(client: Factors, weight: float, dtype: torch.dtype = torch.float32) -> Moments:
+        """The moments of a single client.
+
+        Raises:
+            ValueError: if ``weight`` is not positive and finite.
+        """
+        _check_weight(weight)
+        d_out, d_in = client.shape
+        mean = Factors(client.A.double().clone(), client.B.double().clone())
+        return Moments(weight, mean, LowRank.zeros(d_out, d_in, dtype))
+
+    def add(self, client: Factors, weight: float) -> Moments:
+        """These moments and one more client of ``weight``.
+
+        Raises:
+            ValueError: if the weight is not positive and finite, or the shapes differ.
+        """
+        _check_weight(weight)
+        return self._joined(client.to(torch.float64), weight, None)
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of clients; equal to adding them one by one but for rounding.
+
+        Raises:
+            ValueError: if the shapes differ.
+        """
+        return self._joined(other.mean, other.weight, other.comoment)
+
+    def residual(self) -> LowRank:
+        """``R``: what the mean factors lack, factored with rank at most ``(k - 1) r``, or dense."""
+        value = self.comoment.value
+        if isinstance(value, Factors):
+            return LowRank(Factors(value.A, value.B / self.weight))
+        return LowRank(value / self.weight)
+
+    def _joined(self, mean: Factors, weight: float, comoment: LowRank | None) -> Moments:
+        if mean.A.shape != self.mean.A.shape or mean.B.shape != self.mean.B.shape:
+            raise ValueError(
+                f"expected factors A {tuple(self.mean.A.shape)} and B {tuple(self.mean.B.shape)}, "
+                f"found A {tuple(mean.A.shape)} and B {tuple(mean.B.shape)}"
+            )
+        total = self.weight + weight
+        d_a, d_b = mean.A - self.mean.A, mean.B - self.mean.B
+        share = weight / total
+        dtype = self.comoment.value.dtype
+        cross = Factors(d_a.to(dtype), (d_b * (self.weight * share)).to(dtype))
+        terms: list[Factors | Tensor] = [cross]
+        if comoment is not None:
+            terms.append(comoment.to(dtype).value)
+        moved = Factors(self.mean.A + d_a * share, self.mean.B + d_b * share)
+        return Moments(total, moved, self.comoment.plus(terms))
+
+
+def _check_weight(weight: float) -> None:
+    if not 0.0 < weight < float("inf"):
+        raise ValueError(f"expected a positive, finite weight, found {weight}")

@@ -1,0 +1,86 @@
+"""Every error that fedexlora raises on purpose, and the exit code that each one means.
+
+    FedexLoraError
+    ├── InputError                exit 2: what was given is wrong; nothing was started
+    │   ├── RecipeError           a recipe's key or value
+    │   ├── DataError             a data set, a column, a partition
+    │   ├── BridgeError           a model or adapter that cannot be aggregated exactly
+    │   └── ResumeError           a run folder that cannot be started in or continued
+    ├── UpdateError               one client's update in one round; the round goes on without it
+    └── RunError                  exit 1: the run failed; its last checkpoint is intact
+        ├── NoUpdatesError        no client delivered a usable update
+        └── ExactnessError        the applied update is not the ideal one
+
+Errors that collect several faults say all of them at once, one a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FedexLoraError(Exception):
+    """Base of all errors in this module.
+
+    Args:
+        summary: what is wrong, and with what (file, key, client, module).
+        faults: every single fault, each naming its place, what was expected and what was found.
+    """
+
+    exit_code = 1
+
+    def __init__(self, summary: str, faults: Sequence[str] = ()) -> None:
+        self.summary = summary
+        self.faults = tuple(faults)
+        super().__init__("\n  ".join((summary, *self.faults)))
+
+
+class InputError(FedexLoraError):
+    """The input is wrong; nothing was started and nothing was written."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe has an unknown key or an invalid value."""
+
+
+class DataError(InputError):
+    """A data set lacks a file, a split, a column or rows that the recipe asks for."""
+
+
+class BridgeError(InputError):
+    """A model or adapter cannot be aggregated exactly, or does not match what is applied to it."""
+
+
+class ResumeError(InputError):
+    """A run's folder holds something else than the run that should start or continue in it."""
+
+
+class UpdateError(FedexLoraError):
+    """One client's update is unusable: the client is left out of the round and named.
+
+    Args:
+        round_: the round, from 1.
+        client: the client's name.
+        faults: every fault of the update.
+    """
+
+    def __init__(self, round_: int, client: str, faults: Sequence[str]) -> None:
+        self.round = round_
+        self.client = client
+        super().__init__(
+            f"round {round_}, client {client!r}: {len(faults)} fault(s) in the update", faults
+        )
+
+
+class RunError(FedexLoraError):
+    """The run stopped; its last checkpoint is intact and can be resumed."""
+
+
+class NoUpdatesError(RunError):
+    """No client delivered a usable update in a round."""
+
+
+class ExactnessError(RunError):
+    """The update that the model applies differs from the ideal one by more than is allowed."""

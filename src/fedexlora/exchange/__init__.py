@@ -1,0 +1,1 @@
+"""What travels between server and clients, and what is written down: typed, checked, in bytes."""

@@ -1,0 +1,97 @@
+"""One JSON record a round: the only thing that reports and tables are made from.
+
+Times are under keys named ``seconds`` and nowhere else: the rest of a record is the same, bit for
+bit, however often a run is repeated or resumed.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """Base of all records: immutable, and strict about what it holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ClientRecord(Record):
+    """A client whose update is part of the round."""
+
+    client: str
+    num_examples: int
+    weight: float
+    """Its share of the mean, 0 to 1."""
+    loss: float
+    """Mean training loss of the round."""
+    uploaded_bytes: int
+    seconds: float
+    """Local training."""
+
+
+class LeftOutRecord(Record):
+    """A client that took part but whose update is not in the aggregate."""
+
+    client: str
+    reasons: tuple[str, ...]
+    uploaded_bytes: int
+
+
+class ModuleRecord(Record):
+    """One adapted module: its certificate, and what plain averaging would have lost."""
+
+    module: str
+    ideal: float
+    """Frobenius norm of the ideal update since the untouched base, scaled."""
+    error: float
+    """|applied - ideal| / |ideal|; the applied side is read back from the model."""
+    allowed: float
+    """The largest error that is accepted, in the same unit."""
+    deviation: float
+    """|R| / |M|: the share of this round's mean product that averaging the factors loses."""
+    remainder: str
+    """How the cumulative remainder is held: ``none``, ``rank N`` or ``dense``."""
+
+
+class CertificateRecord(Record):
+    """All modules together, and the dense tensors."""
+
+    placement: str
+    """Where the remainder lives: ``fold`` is the frozen float32 weight itself."""
+    error: float
+    """|applied - ideal| / |ideal| over all modules."""
+    allowed: float
+    """The largest error that is accepted, in the same unit."""
+    worst_module: str
+    worst_error: float
+    dense_error: float
+    """The same for heads and biases; 0 where there are none."""
+    held: bool
+    """Whether every module is within what is allowed."""
+
+
+class BytesRecord(Record):
+    """Bytes moved in the round, over all clients: the lengths of the messages themselves."""
+
+    up: int
+    down: int
+
+
+class RoundRecord(Record):
+    """One round."""
+
+    schema_version: int = 1
+    round: int
+    """From 1."""
+    method: str
+    clients: tuple[ClientRecord, ...]
+    left_out: tuple[LeftOutRecord, ...]
+    bytes: BytesRecord
+    deviation: float
+    """|R| / |M| over all modules, scaled: what FedIT would have lost in this round."""
+    certificate: CertificateRecord
+    modules: tuple[ModuleRecord, ...]
+    metrics: dict[str, float]
+    """Scores of the new global model on the validation rows."""
+    seconds: dict[str, float]
+    """Wall-clock seconds by phase."""

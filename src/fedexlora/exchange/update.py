@@ -1,0 +1,120 @@
+"""What one client sends at the end of a round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from torch import Tensor
+
+from fedexlora.algebra.factors import Factors
+from fedexlora.errors import UpdateError
+from fedexlora.exchange.spec import AdapterSpec, TensorSpec
+from fedexlora.exchange.wire import pack, unpack
+
+
+@dataclass(frozen=True, slots=True)
+class ClientUpdate:
+    """One client's trained tensors; the names are those of ``AdapterSpec.tensors``."""
+
+    client: str
+    round: int
+    """The round that it was trained in, from 1."""
+    version: int
+    """The version of the global model that it was trained from."""
+    num_examples: int
+    """Training examples: its weight in the mean."""
+    loss: float
+    """Mean training loss of the round."""
+    tensors: Mapping[str, Tensor]
+
+    def factors(self, module: str, held: Factors) -> Factors:
+        """The trained factors of ``module``; a factor that is frozen comes from ``held``."""
+        return Factors(
+            self.tensors.get(f"A/{module}", held.A), self.tensors.get(f"B/{module}", held.B)
+        )
+
+    def encode(self) -> bytes:
+        """This update as one message."""
+        header = {
+            "client": self.client,
+            "round": self.round,
+            "version": self.version,
+            "num_examples": self.num_examples,
+            "loss": self.loss,
+        }
+        return pack(self.tensors, header)
+
+
+def decode_update(message: bytes, round_: int, client: str) -> ClientUpdate:
+    """The update in ``message``, which came from ``client`` in ``round_``; not yet checked.
+
+    Raises:
+        UpdateError: if the message is damaged, or its header lacks a field or has another type.
+    """
+    try:
+        tensors, header = unpack(message)
+    except ValueError as error:
+        raise UpdateError(round_, client, [str(error)]) from error
+    fields: dict[str, type] = {
+        "client": str,
+        "round": int,
+        "version": int,
+        "num_examples": int,
+        "loss": float,
+    }
+    faults = [
+        f"header {key!r}: expected {kind.__name__}, found {header.get(key)!r}"
+        for key, kind in fields.items()
+        if type(header.get(key)) is not kind
+    ]
+    if faults or len(header) != len(fields):
+        raise UpdateError(round_, client, faults or [f"header: unexpected keys in {set(header)}"])
+    values: dict[str, Any] = header
+    return ClientUpdate(**values, tensors=tensors)
+
+
+def check_update(
+    update: ClientUpdate, spec: AdapterSpec, *, client: str, round_: int, version: int
+) -> None:
+    """Hold an update against what was agreed.
+
+    Args:
+        update: what arrived.
+        spec: the tensors that it must have.
+        client: who sent it.
+        round_: the round that is open.
+        version: the version that clients train from in this round.
+
+    Raises:
+        UpdateError: naming every fault: tensors that are missing, unexpected, of another shape or
+            dtype or not finite; another client, round or version; no examples; a loss that is not
+            finite.
+    """
+    said = (("client", client), ("round", round_), ("version", version))
+    faults = [
+        f"{field}: expected {expected!r}, found {getattr(update, field)!r}"
+        for field, expected in said
+        if getattr(update, field) != expected
+    ]
+    if update.num_examples <= 0:
+        faults.append(f"num_examples: expected at least 1, found {update.num_examples}")
+    if not isfinite(update.loss):
+        faults.append(f"loss: expected a finite number, found {update.loss}")
+    expected_tensors = spec.tensors()
+    faults += [f"{name}: unexpected" for name in update.tensors if name not in expected_tensors]
+    for name, expected in expected_tensors.items():
+        faults += _tensor_faults(name, expected, update.tensors.get(name))
+    if faults:
+        raise UpdateError(round_, client, faults)
+
+
+def _tensor_faults(name: str, expected: TensorSpec, found: Tensor | None) -> list[str]:
+    if found is None:
+        return [f"{name}: missing, expected {expected}"]
+    if TensorSpec.of(found) != expected:
+        return [f"{name}: expected {expected}, found {TensorSpec.of(found)}"]
+    bad = int((~found.isfinite()).sum())
+    return [f"{name}: {bad} of {found.numel()} values are not finite"] if bad else []

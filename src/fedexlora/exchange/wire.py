@@ -1,0 +1,47 @@
+"""Messages as bytes: a safetensors file whose header also carries one JSON object.
+
+bfloat16 and every other dtype travel as they are, bit for bit; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+_KEY = "fedexlora"
+
+
+def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
+    """Tensors and a JSON object in one message.
+
+    Args:
+        tensors: by name; their device does not travel.
+        header: anything that JSON holds.
+    """
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return bytes(safetensors.torch.save(ready, {_KEY: json.dumps(header, sort_keys=True)}))
+
+
+def unpack(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the JSON object of a message made by :func:`pack`.
+
+    Raises:
+        ValueError: if the message is truncated, damaged or made by something else.
+    """
+    try:
+        tensors = safetensors.torch.load(message)
+    except SafetensorError as error:
+        raise ValueError(f"not a safetensors message: {error}") from error
+    size = int.from_bytes(message[:8], "little")
+    metadata = json.loads(message[8 : 8 + size]).get("__metadata__", {})
+    if _KEY not in metadata:
+        raise ValueError(f"the message has no {_KEY!r} header")
+    header = json.loads(metadata[_KEY])
+    if not isinstance(header, dict):
+        raise ValueError(f"expected a JSON object in the {_KEY!r} header, found {header!r}")
+    return tensors, header
