@@ -1,0 +1,48 @@
+"""The ``fedexlora`` command: its subcommands, and how errors end it."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedexlora import __version__
+from fedexlora.cli.methods import methods
+from fedexlora.cli.run import run
+from fedexlora.errors import FedexLoraError
+
+app = typer.Typer(
+    name="fedexlora",
+    help="Federated LoRA fine-tuning whose aggregation is exact, and measured.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(run)
+app.command()(methods)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        typer.echo(f"fedexlora {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; exit 0 done, 1 a run failed, 2 the input was wrong."""
+    try:
+        app()
+    except FedexLoraError as error:
+        _fail(f"{type(error).__name__}: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; --resume continues from the last finished round", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {escape(message)}")
+    sys.exit(code)

@@ -1,0 +1,200 @@
+"""What a run looks like on a terminal: live progress, a line a round, a closing table."""
+
+from __future__ import annotations
+
+import shlex
+from types import TracebackType
+from typing import Self
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedexlora.engine.observer import Observer, RunInfo
+from fedexlora.engine.recipe import Recipe
+from fedexlora.engine.run import RunResult
+from fedexlora.exchange.records import RoundRecord
+from fedexlora.methods import METHODS
+
+
+class JsonLines(Observer):
+    """Every round's record as one line of JSON on standard output."""
+
+    def finished_round(self, record: RoundRecord) -> None:
+        """Print the record."""
+        typer.echo(record.model_dump_json())
+
+
+class Terminal(Observer):
+    """A progress display while a run goes on; without a terminal, only the lines."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._rounds = self._progress.add_task("preparing", total=None)
+        self._work = self._progress.add_task("", total=None)
+        self._info: RunInfo | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def preparing(self, what: str) -> None:
+        """Show what is being prepared."""
+        self._progress.update(self._work, description=what, total=None, completed=0)
+
+    def started(self, info: RunInfo) -> None:
+        """Say who takes part, and where the rounds start."""
+        self._info = info
+        rows = info.clients.values()
+        self.console.print(
+            f"[bold]{METHODS[info.method].title}[/]: {len(info.clients)} clients with "
+            f"{min(rows):,} to {max(rows):,} training rows, {info.validation_rows:,} validation "
+            f"rows; {info.modules} adapted modules, {info.trained_parameters:,} trained parameters"
+        )
+        if info.finished:
+            self.console.print(f"resumed after round {len(info.finished)}")
+        else:
+            score = info.initial_metrics[info.headline]
+            self.console.print(f"before round 1     {info.headline} {score:.4f}")
+        self._progress.update(
+            self._rounds, description="rounds", total=info.rounds, completed=len(info.finished)
+        )
+
+    def training(self, round_: int, client: str, step: int, steps: int) -> None:
+        """Show a client's steps."""
+        what = f"round {round_}: {client} trains"
+        self._progress.update(self._work, description=what, total=steps, completed=step)
+
+    def phase(self, round_: int, what: str) -> None:
+        """Show what the server does."""
+        doing = f"round {round_}: server {what}s"
+        self._progress.update(self._work, description=doing, total=None, completed=0)
+
+    def evaluating(self, done: int, batches: int) -> None:
+        """Show how far scoring is."""
+        self._progress.update(self._work, total=batches, completed=done)
+
+    def finished_round(self, record: RoundRecord) -> None:
+        """One line for the round, and one for every client that was left out."""
+        if self._info is None:
+            return
+        headline, certificate = self._info.headline, record.certificate
+        self.console.print(
+            f"round {record.round:>3} of {self._info.rounds:<4}   "
+            f"{headline} {record.metrics[headline]:.4f}   "
+            f"averaging would lose {record.deviation:6.2%}   "
+            f"error of the update {certificate.error:.0e}   "
+            f"{sum(record.seconds.values()):.1f} s"
+        )
+        for client in record.left_out:
+            reasons = escape("; ".join(client.reasons))
+            self.console.print(f"  [yellow]left out[/] {escape(client.client)}: {reasons}")
+        self._progress.update(self._rounds, completed=record.round)
+
+
+def closing(result: RunResult, recipe_path: str, recipe: Recipe) -> None:
+    """The table at the end of a run, where the adapter is, and what to do next."""
+    console = Console(highlight=False)
+    method = METHODS[recipe.federation.method]
+    console.print(_table(result, method.title))
+    console.print(_verdict(result, method.name))
+    console.print(f"adapter      [bold]{escape(str(result.adapter))}[/]")
+    console.print("next", style="bold")
+    for what, command in _next_commands(result, recipe_path, recipe):
+        console.print(f"  {what}\n    {escape(command)}", soft_wrap=True)
+
+
+def _table(result: RunResult, title: str) -> Table:
+    names = list(result.initial_metrics)
+    table = Table(title=f"{title}, scores on the validation rows", title_justify="left")
+    for name in ("round", *names, "averaging loses", "error", "allowed", "up", "down", "seconds"):
+        table.add_column(name, justify="right")
+    scores = (f"{result.initial_metrics[name]:.4f}" for name in names)
+    table.add_row("start", *scores, *[""] * 6)
+    for record in result.records:
+        table.add_row(
+            str(record.round),
+            *(f"{record.metrics[name]:.4f}" for name in names),
+            f"{record.deviation:.2%}",
+            f"{record.certificate.error:.1e}",
+            f"{record.certificate.allowed:.1e}",
+            _size(record.bytes.up),
+            _size(record.bytes.down),
+            f"{sum(record.seconds.values()):.1f}",
+        )
+    return table
+
+
+def _verdict(result: RunResult, method: str) -> str:
+    held = [record.certificate.held for record in result.records]
+    up = sum(record.bytes.up for record in result.records)
+    down = sum(record.bytes.down for record in result.records)
+    lost = max(record.deviation for record in result.records)
+    worst = max((r.certificate for r in result.records), key=lambda c: c.worst_error)
+    if all(held):
+        verdict = (
+            f"[green]exact[/]: in all {len(held)} rounds the model applied the clients' mean "
+            f"update;\n             worst module off by {worst.worst_error:.1e} of its update"
+        )
+    else:
+        verdict = (
+            f"[yellow]not exact[/]: {method} drops the residual; in {held.count(False)} of "
+            f"{len(held)} rounds\n             the model was not the clients' mean"
+        )
+    return (
+        f"certificate  {verdict}\n"
+        f"averaging    FedIT's mean of the factors would have lost up to {lost:.1%} of a round's "
+        f"update\n"
+        f"traffic      {_size(up)} up, {_size(down)} down, over all clients and rounds"
+    )
+
+
+def _next_commands(
+    result: RunResult, recipe_path: str, recipe: Recipe
+) -> list[tuple[str, str]]:
+    recipe_word, out = shlex.quote(recipe_path), shlex.quote(str(result.folder))
+    more = recipe.federation.rounds + 2
+    commands = [
+        (
+            "two more rounds:",
+            f"fedexlora run {recipe_word} --out {out} --resume --set federation.rounds={more}",
+        )
+    ]
+    if recipe.federation.method == "fedex":
+        other = shlex.quote(f"{result.folder}-fedit")
+        commands.append(
+            (
+                "the same with plain averaging:",
+                f"fedexlora run {recipe_word} --out {other} --set federation.method=fedit",
+            )
+        )
+    if (result.folder / "updates").is_dir():
+        commands.append(
+            (
+                "check the result without our code (in a checkout):",
+                f"python examples/recompute.py {out}",
+            )
+        )
+    return commands
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

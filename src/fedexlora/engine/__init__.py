@@ -1,0 +1,1 @@
+"""The round and the run, written once over a transport."""

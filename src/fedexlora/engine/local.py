@@ -1,0 +1,131 @@
+"""Local training of one client in one round, by transformers' ``Trainer``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+Progress = Callable[[int, int], None]
+"""Called with steps done and steps in all."""
+
+_DEFAULTS: Mapping[str, Any] = {
+    "num_train_epochs": 1,
+    "train_sampling_strategy": "group_by_length",
+    "report_to": "none",
+    "logging_strategy": "no",
+}
+_FIXED: Mapping[str, Any] = {
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    # With the filter on, a step whose loss is NaN would count as 0 and go unnoticed.
+    "logging_nan_inf_filter": False,
+}
+_RESERVED: Mapping[str, str] = {
+    "output_dir": "it is --out",
+    "seed": "it is federation.seed",
+    "data_seed": "it follows from federation.seed",
+    "do_train": "every client trains",
+    "do_eval": "the global model is scored every round",
+    "do_predict": "the global model is scored every round",
+    "resume_from_checkpoint": "it is --resume",
+    "load_best_model_at_end": "clients send what they have at the end of a round",
+    "push_to_hub": "nothing is pushed from local training",
+    "save_steps": "runs are checkpointed every round",
+    "eval_steps": "the global model is scored every round",
+} | {key: "it is fixed" for key in _FIXED}
+
+
+def training_faults(options: Mapping[str, Any]) -> list[str]:
+    """Every fault of a recipe's ``[training]`` table; none means that training can start."""
+    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    faults = []
+    for key in options:
+        if key in _RESERVED:
+            faults.append(f"training.{key}: not set here; {_RESERVED[key]}")
+        elif key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            faults.append(
+                f"training.{key}: TrainingArguments has no such field"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    if faults:
+        return faults
+    try:
+        _arguments(options, seed=0, folder=tempfile.gettempdir())
+    except (ValueError, TypeError, ImportError) as error:
+        return [f"training: {error}"]
+    return []
+
+
+def train_locally(
+    model: torch.nn.Module,
+    rows: Dataset,
+    collator: Collator,
+    options: Mapping[str, Any],
+    *,
+    seed: int,
+    progress: Progress,
+) -> float:
+    """Train a model's trainable parameters, in place, on one client's rows.
+
+    Args:
+        model: the model; it starts from the global version of the round.
+        rows: tokenised rows with their ``length``.
+        collator: rows to a padded batch.
+        options: fields of ``TrainingArguments``.
+        seed: of dropout and of the order of rows.
+        progress: told of every step.
+
+    Returns:
+        The mean training loss; NaN if any step's loss was.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedexlora-") as folder:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(options, seed=seed, folder=folder),
+            train_dataset=rows,
+            data_collator=collator,
+            callbacks=[_Report(progress)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        return float(trainer.train().training_loss)
+
+
+def _arguments(options: Mapping[str, Any], *, seed: int, folder: str) -> TrainingArguments:
+    merged = {**_DEFAULTS, **options, **_FIXED}
+    return TrainingArguments(output_dir=folder, seed=seed, data_seed=seed, **merged)
+
+
+class _Report(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
+    """Tells of every optimizer step."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,  # noqa: ANN401 - the signature is Trainer's
+    ) -> None:
+        del args, control
+        self._progress(state.global_step, state.max_steps)

@@ -1,0 +1,49 @@
+"""Who watches a run: the terminal, a log, a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedexlora.exchange.records import RoundRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What is known before the first round."""
+
+    method: str
+    rounds: int
+    clients: Mapping[str, int]
+    """Training rows by client."""
+    validation_rows: int
+    modules: int
+    trained_parameters: int
+    headline: str
+    """The metric that the run is judged by."""
+    initial_metrics: Mapping[str, float]
+    """Scores of the model before round 1."""
+    finished: tuple[RoundRecord, ...]
+    """Rounds that were finished before, when a run is resumed."""
+
+
+class Observer:
+    """Told what happens while it happens; never part of the result. This one does nothing."""
+
+    def preparing(self, what: str) -> None:
+        """Something that takes a while before the first round."""
+
+    def started(self, info: RunInfo) -> None:
+        """The rounds are about to begin."""
+
+    def training(self, round_: int, client: str, step: int, steps: int) -> None:
+        """A client has done one optimizer step."""
+
+    def phase(self, round_: int, what: str) -> None:
+        """A round has come to ``aggregate`` or ``evaluate``."""
+
+    def evaluating(self, done: int, batches: int) -> None:
+        """The global model has scored ``done`` of ``batches`` batches."""
+
+    def finished_round(self, record: RoundRecord) -> None:
+        """A round is recorded and durable."""

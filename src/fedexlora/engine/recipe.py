@@ -1,0 +1,195 @@
+"""A recipe: everything that defines a run, as data."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedexlora.data.config import DataConfig, PartitionConfig, TaskConfig
+from fedexlora.errors import RecipeError
+from fedexlora.methods import METHODS
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelTable(_Table):
+    """The pre-trained model that all clients share."""
+
+    source: str = Field(min_length=1)
+    """A hub name, a folder, or ``package:NAME/PATH``: a folder inside an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; the default branch if not given."""
+
+
+class FederationTable(_Table):
+    """How the clients work together."""
+
+    method: str = "fedex"
+    """How adapters are aggregated; ``fedexlora methods`` lists them."""
+    rounds: int = Field(default=10, ge=1)
+    """Number of federated rounds."""
+    seed: int = Field(default=0, ge=0)
+    """Where all randomness comes from."""
+
+
+class EvaluationTable(_Table):
+    """How the global model is scored after every round."""
+
+    batch_size: int = Field(default=64, ge=1)
+    """Rows at a time; changes speed and memory, not results beyond rounding."""
+
+
+class Recipe(_Table):
+    """Everything that defines a run."""
+
+    model: ModelTable
+    task: TaskConfig
+    data: DataConfig
+    partition: PartitionConfig
+    lora: dict[str, Any]
+    """Fields of PEFT's ``LoraConfig``."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Fields of transformers' ``TrainingArguments`` for the local training of one round."""
+    federation: FederationTable = FederationTable()
+    evaluation: EvaluationTable = EvaluationTable()
+
+    def to_toml(self) -> str:
+        """The resolved recipe: every value, defaults included."""
+        return tomlkit.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Every key in which ``other`` differs, as ``key: mine, not theirs``."""
+        mine, theirs = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
+        return [
+            f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} here"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
+        ]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a TOML file.
+        overrides: ``table.key=value``, the value in TOML or else taken as text.
+
+    Raises:
+        RecipeError: if the file cannot be read or parsed; with all unknown keys (and the nearest
+            valid ones), missing keys and invalid values at once.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _set(document, override)
+    return parse_recipe(document, str(path))
+
+
+def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
+    """Check a recipe's content; ``name`` stands in messages.
+
+    Raises:
+        RecipeError: with every fault.
+    """
+    # PEFT and transformers take seconds to import, so only a command that runs a recipe does so.
+    from fedexlora.engine.local import training_faults
+    from fedexlora.peft_bridge.load import lora_faults
+
+    faults: list[str] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        faults += [_describe(e["type"], e["loc"], e["msg"], e["input"]) for e in error.errors()]
+    for table, check in (("training", training_faults), ("lora", lora_faults)):
+        if isinstance(document.get(table), dict):
+            faults += check(document[table])
+    method = document.get("federation", {})
+    method = method.get("method", "fedex") if isinstance(method, dict) else "fedex"
+    if isinstance(method, str) and method not in METHODS:
+        known = ", ".join(METHODS)
+        faults.append(f"federation.method: expected one of {known}; found {method!r}")
+    if faults or recipe is None:
+        raise RecipeError(f"recipe {name}: {len(faults)} fault(s)", faults)
+    return recipe
+
+
+def _set(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    tables = key.strip().split(".")
+    if not equals or len(tables) < 2 or not all(tables):
+        raise RecipeError(f"--set {override}: expected table.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    table = document
+    for part in tables[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"--set {override}: {part!r} is a value, not a table")
+    table[tables[-1]] = value
+
+
+def _describe(kind: str, location: tuple[int | str, ...], message: str, found: object) -> str:
+    """One of pydantic's faults in our words: the recipe's own key, expected, found."""
+    keys, table = _resolve(location)
+    key = ".".join(keys)
+    if kind == "missing":
+        return f"{key}: missing"
+    if kind == "extra_forbidden":
+        known = list(table.model_fields) if table else []
+        near = difflib.get_close_matches(keys[-1], known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    text = message.removeprefix("Value error, ")
+    shown = "" if isinstance(found, dict) else f"; found {json.dumps(found, default=str)}"
+    return f"{key}: {text[0].lower()}{text[1:]}{shown}"
+
+
+def _resolve(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel] | None]:
+    """The recipe's key of a pydantic location, without union tags, and the table that holds it."""
+    keys: list[str] = []
+    table: type[BaseModel] | None = Recipe
+    tags: dict[str, type[BaseModel]] = {}
+    holder: type[BaseModel] | None = Recipe
+    for part in map(str, location):
+        if part in tags:
+            table, tags = tags[part], {}
+            continue
+        if table is None:
+            break  # below a plain value pydantic adds the kinds that it tried
+        keys.append(part)
+        holder = table
+        field = table.model_fields.get(part)
+        members = _tables(field.annotation) if field else []
+        tags = {str(m.model_fields["kind"].default): m for m in members if len(members) > 1}
+        table = members[0] if len(members) == 1 else (table if tags else None)
+    return keys, holder if not tags else None
+
+
+def _tables(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [table for part in get_args(annotation) for table in _tables(part)]
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,258 @@
+"""A run: prepare everything, then round after round until the adapter is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from fedexlora import __version__
+from fedexlora.data.load import load_splits
+from fedexlora.data.partition import split_clients
+from fedexlora.data.task import Task, prepare_task
+from fedexlora.data.tokenizer import prepare_tokenizer
+from fedexlora.engine.folder import Progress, RunFolder
+from fedexlora.engine.observer import Observer, RunInfo
+from fedexlora.engine.recipe import Recipe
+from fedexlora.engine.round import Federation, run_round
+from fedexlora.engine.transport import InProcessTransport, Transport
+from fedexlora.errors import ResumeError
+from fedexlora.exchange.files import new_folder
+from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.shipment import encode_total
+from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.update import ClientUpdate
+from fedexlora.methods import METHODS
+from fedexlora.peft_bridge.export import save_factors, save_global
+from fedexlora.peft_bridge.load import attach_lora, load_base, resolve_source
+from fedexlora.peft_bridge.model import AdaptedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that a recipe names, loaded and checked; nothing has been written yet."""
+
+    recipe: Recipe
+    task: Task
+    tokenizer: Any
+    model: AdaptedModel
+    clients: Mapping[str, Dataset]
+    """Tokenised training rows by client."""
+    validation: Dataset
+    data_fingerprint: str
+
+    def evaluate(self, observer: Observer) -> dict[str, float]:
+        """Scores of the model as it is now."""
+        return self.task.evaluate(
+            self.model.peft_model,
+            self.validation,
+            self.tokenizer,
+            self.recipe.evaluation.batch_size,
+            observer.evaluating,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run."""
+
+    folder: Path
+    adapter: Path
+    """The final global model as a PEFT adapter."""
+    initial_metrics: Mapping[str, float]
+    records: tuple[RoundRecord, ...]
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    keep_updates: bool = False,
+    observer: Observer | None = None,
+) -> RunResult:
+    """Fine-tune one model on many clients' data, all in this process.
+
+    Args:
+        recipe: what to run.
+        out: the run's folder; empty or absent, unless ``resume``.
+        resume: continue the run in ``out``; start it if there is none.
+        keep_updates: also store what every client sent, as PEFT adapters under ``updates/``.
+        observer: told of progress.
+
+    Raises:
+        InputError: before anything is written, if the recipe names something that is not there or
+            cannot be aggregated exactly, or ``out`` holds something else.
+        RunError: if the run stops; its last checkpoint is intact.
+    """
+    observer = observer or Observer()
+    folder = RunFolder(out)
+    continued = folder.check_same(recipe) if resume else folder.check_new()
+    prepared = prepare(recipe, observer)
+    header = folder.read_header() if continued else None
+    _check_header(folder, header, prepared)
+    progress = folder.load() if continued else None
+    _check_rounds(progress, recipe)
+    folder.start(recipe)
+    if header is None:
+        observer.preparing("scoring the model before round 1")
+        header = _header(prepared, prepared.evaluate(observer))
+        folder.write_header(header)
+    records = _rounds(prepared, folder, progress, header, keep_updates, observer)
+    return RunResult(out, folder.adapter, header["initial_metrics"], records)
+
+
+def prepare(recipe: Recipe, observer: Observer) -> Prepared:
+    """Load and check everything that a recipe names.
+
+    Raises:
+        DataError: if data, columns or partitions are wrong.
+        BridgeError: if the model cannot be loaded or not be aggregated exactly.
+    """
+    seed = recipe.federation.seed
+    source, revision = resolve_source(recipe.model.source), recipe.model.revision
+    observer.preparing("reading the data")
+    splits = load_splits(recipe.data, seed)
+    task = prepare_task(recipe.task, splits)
+    rows = split_clients(
+        splits.train, recipe.partition, default_column=task.partition_column, seed=seed
+    )
+    observer.preparing("loading the model")
+    tokenizer = prepare_tokenizer(source, revision)
+    config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
+    base = load_base(source, revision, task.peft_task_type, config, seed)
+    peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
+    model = AdaptedModel(peft_model, METHODS[recipe.federation.method].trained)
+    observer.preparing("tokenising the data")
+    clients = {name: task.tokenize(part, tokenizer) for name, part in rows.items()}
+    validation = task.tokenize(splits.validation, tokenizer)
+    return Prepared(recipe, task, tokenizer, model, clients, validation, splits.fingerprint)
+
+
+def _rounds(
+    prepared: Prepared,
+    folder: RunFolder,
+    progress: Progress | None,
+    header: Mapping[str, Any],
+    keep_updates: bool,
+    observer: Observer,
+) -> tuple[RoundRecord, ...]:
+    """Run what is left of the rounds and write the adapter."""
+    recipe, model = prepared.recipe, prepared.model
+    transport = InProcessTransport(
+        model,
+        prepared.clients,
+        prepared.task.collator(prepared.tokenizer),
+        recipe.training,
+        recipe.federation.seed,
+    )
+    state, records, sent = _enter(transport, folder, progress, model.initial_state())
+    observer.started(_info(prepared, header, records))
+    federation = Federation(
+        method=METHODS[recipe.federation.method],
+        model=model,
+        transport=transport,
+        evaluate=partial(prepared.evaluate, observer),
+        keep=partial(_keep, folder, model) if keep_updates else _forget,
+        observer=observer,
+    )
+    while state.version < recipe.federation.rounds:
+        shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
+        state, record = run_round(federation, state, sent)
+        sent = 0
+        records = (*records, record)
+        folder.save(Progress(state, records))
+        observer.finished_round(record)
+    with new_folder(folder.adapter) as path:
+        save_global(model, state, path)
+    return records
+
+
+def _enter(
+    transport: Transport, folder: RunFolder, progress: Progress | None, initial: GlobalState
+) -> tuple[GlobalState, tuple[RoundRecord, ...], int]:
+    """Bring all clients to the version to go on from; also the bytes that this took."""
+    if progress is None or progress.state.version == 0:
+        folder.save(Progress(initial, ()))
+        return initial, (), sum(transport.ship(encode_total(initial)).values())
+    transport.restore(progress.state)
+    return progress.state, progress.records, 0
+
+
+def _keep(folder: RunFolder, model: AdaptedModel, update: ClientUpdate, held: GlobalState) -> None:
+    """Store one client's update so that anyone can recompute the aggregate without our code."""
+    factors = {name: update.factors(name, pair) for name, pair in held.adapter.items()}
+    dense = {name: update.tensors[f"dense/{name}"] for name in held.dense}
+    with new_folder(folder.round_updates(update.round) / update.client) as path:
+        save_factors(model, factors, dense, path)
+        said = {"client": update.client, "round": update.round, "weight": update.num_examples}
+        (path / "client.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
+
+
+def _forget(update: ClientUpdate, held: GlobalState) -> None:
+    """Keep nothing of an update."""
+
+
+def _check_header(folder: RunFolder, header: Mapping[str, Any] | None, prepared: Prepared) -> None:
+    if header is not None and header.get("data") != prepared.data_fingerprint:
+        raise ResumeError(
+            f"{folder.path} was started on other data",
+            [f"data: {header.get('data')} there, {prepared.data_fingerprint} here"],
+        )
+
+
+def _check_rounds(progress: Progress | None, recipe: Recipe) -> None:
+    if progress is not None and progress.state.version > recipe.federation.rounds:
+        raise ResumeError(
+            f"the run has finished {progress.state.version} rounds already",
+            [f"federation.rounds: expected at least that, found {recipe.federation.rounds}"],
+        )
+
+
+def _header(prepared: Prepared, initial_metrics: Mapping[str, float]) -> dict[str, Any]:
+    """What holds for the whole run and is not in its recipe."""
+    packages = ("torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors")
+    return {
+        "fedexlora": __version__,
+        "packages": {name: version(name) for name in packages},
+        "machine": {
+            "python": platform.python_version(),
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "data": prepared.data_fingerprint,
+        "clients": {name: len(rows) for name, rows in prepared.clients.items()},
+        "validation_rows": len(prepared.validation),
+        "headline": prepared.task.headline,
+        "initial_metrics": dict(initial_metrics),
+    }
+
+
+def _info(
+    prepared: Prepared, header: Mapping[str, Any], records: tuple[RoundRecord, ...]
+) -> RunInfo:
+    parameters = prepared.model.peft_model.parameters()
+    return RunInfo(
+        method=prepared.recipe.federation.method,
+        rounds=prepared.recipe.federation.rounds,
+        clients=header["clients"],
+        validation_rows=header["validation_rows"],
+        modules=len(prepared.model.modules),
+        trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        headline=header["headline"],
+        initial_metrics=header["initial_metrics"],
+        finished=records,
+    )

@@ -1,0 +1,124 @@
+"""Base models, and LoRA attached to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from transformers.modeling_utils import PreTrainedModel
+
+from fedexlora.errors import BridgeError
+
+_HEADS = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}
+_GIVEN_ELSEWHERE = {
+    "task_type": "it follows from task.kind",
+    "peft_type": "it is always LORA",
+    "inference_mode": "it is set on export",
+    "base_model_name_or_path": "it is model.source",
+    "revision": "it is model.revision",
+}
+
+
+def resolve_source(source: str) -> str:
+    """The folder or hub name that a recipe's ``model.source`` means.
+
+    ``package:NAME/PATH`` is the folder PATH inside the installed Python package NAME; everything
+    else is taken as it is: a folder or a hub name.
+
+    Raises:
+        BridgeError: if the package is not installed, or a path does not exist.
+    """
+    if source.startswith("package:"):
+        package, _, inside = source.removeprefix("package:").partition("/")
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise BridgeError(f"model.source {source!r}: no package {package!r} is installed")
+        folder = Path(found.submodule_search_locations[0]) / inside
+    elif source.startswith((".", "/", "~")):
+        folder = Path(source).expanduser()
+    else:
+        return source
+    if not folder.is_dir():
+        raise BridgeError(f"model.source {source!r}: there is no folder {folder}")
+    return str(folder)
+
+
+def load_base(
+    source: str, revision: str | None, task_type: str, config: Mapping[str, Any], seed: int
+) -> PreTrainedModel:
+    """A pre-trained model in float32, with a head for the task.
+
+    Args:
+        source: a folder or hub name, as :func:`resolve_source` returns it.
+        revision: a hub revision; None for the default.
+        task_type: PEFT's name of the task, ``SEQ_CLS`` or ``CAUSAL_LM``.
+        config: changes to the model's own configuration (labels, padding token).
+        seed: for weights that the files lack, such as a new head.
+
+    Raises:
+        BridgeError: if there is no such model.
+    """
+    set_seed(seed)
+    try:
+        model: PreTrainedModel = _HEADS[task_type].from_pretrained(
+            source, revision=revision, dtype=torch.float32, **config
+        )
+    except (OSError, ValueError) as error:
+        raise BridgeError(f"model.source {source!r} cannot be loaded: {error}") from error
+    return model
+
+
+def lora_faults(options: Mapping[str, Any]) -> list[str]:
+    """Every fault of a recipe's ``[lora]`` table: unknown keys, with the nearest that PEFT has."""
+    known = [f.name for f in dataclasses.fields(LoraConfig) if f.init]
+    faults = []
+    for key in options:
+        if key in _GIVEN_ELSEWHERE:
+            faults.append(f"lora.{key}: not set here; {_GIVEN_ELSEWHERE[key]}")
+        elif key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            faults.append(
+                f"lora.{key}: PEFT's LoraConfig has no such field"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    if faults:
+        return faults
+    try:
+        LoraConfig(**options)
+    except (TypeError, ValueError) as error:
+        return [f"lora: {error}"]
+    return []
+
+
+def attach_lora(
+    base: PreTrainedModel, options: Mapping[str, Any], task_type: str, seed: int
+) -> PeftModel:
+    """``base`` with a fresh adapter, the same for the same seed.
+
+    Args:
+        base: the model; changed in place, as PEFT does.
+        options: fields of PEFT's ``LoraConfig``.
+        task_type: PEFT's name of the task.
+        seed: of the new factors.
+
+    Raises:
+        BridgeError: if a target module does not exist.
+    """
+    set_seed(seed)
+    try:
+        model: PeftModel = get_peft_model(base, LoraConfig(task_type=task_type, **options))
+    except ValueError as error:
+        kinds = sorted(
+            {name.rpartition(".")[2] for name, m in base.named_modules() if not [*m.children()]}
+        )
+        raise BridgeError(
+            f"lora.target_modules: {error}", [f"layers of this model: {', '.join(kinds)}"]
+        ) from error
+    return model
