@@ -27,7 +27,7 @@ TOPICS = {
     "testing": ["unittest", "doctest", "pdb", "bdb", "trace"],
     "web": ["http", "urllib", "xml", "html", "wsgiref", "xmlrpc", "socketserver", "ftplib"],
 }
-WORDS_IN_A_ROW = 40
+WORDS_IN_A_ROW = 24
 
 
 def docstrings(path: Path) -> Iterator[str]:
@@ -64,7 +64,7 @@ def blank(text: str, module: str) -> str:
     return re.sub(rf"\b{re.escape(module)}\w*", "_", text, flags=re.IGNORECASE)
 
 
-def main(folder: Path, per_topic: int = 260, held_out: float = 0.25) -> None:
+def main(folder: Path, per_topic: int = 130, held_out: float = 0.23) -> None:
     """Write ``train.jsonl`` and ``validation.jsonl``, balanced over the topics."""
     by_topic: dict[str, list[dict[str, str]]] = {topic: [] for topic in TOPICS}
     for row in rows(Path(sysconfig.get_paths()["stdlib"])):

@@ -37,9 +37,7 @@ def run(
 
     loaded = load_recipe(recipe, overrides or ())
     if as_json:
-        run_recipe(
-            loaded, out, resume=resume, keep_updates=keep_updates, observer=JsonLines()
-        )
+        run_recipe(loaded, out, resume=resume, keep_updates=keep_updates, observer=JsonLines())
         return
     with Terminal() as terminal:
         result = run_recipe(

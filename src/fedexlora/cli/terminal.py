@@ -167,9 +167,7 @@ def _verdict(result: RunResult, method: str) -> str:
     )
 
 
-def _next_commands(
-    result: RunResult, recipe_path: str, recipe: Recipe
-) -> list[tuple[str, str]]:
+def _next_commands(result: RunResult, recipe_path: str, recipe: Recipe) -> list[tuple[str, str]]:
     recipe_word, out = shlex.quote(recipe_path), shlex.quote(str(result.folder))
     more = recipe.federation.rounds + 2
     commands = [

@@ -50,7 +50,7 @@ _RESERVED: Mapping[str, str] = {
     "push_to_hub": "nothing is pushed from local training",
     "save_steps": "runs are checkpointed every round",
     "eval_steps": "the global model is scored every round",
-} | {key: "it is fixed" for key in _FIXED}
+} | dict.fromkeys(_FIXED, "it is fixed")
 
 
 def training_faults(options: Mapping[str, Any]) -> list[str]:

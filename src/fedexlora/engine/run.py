@@ -34,6 +34,7 @@ from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import METHODS
 from fedexlora.peft_bridge.export import save_factors, save_global
+from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import attach_lora, load_base, resolve_source
 from fedexlora.peft_bridge.model import AdaptedModel
 
@@ -130,9 +131,10 @@ def prepare(recipe: Recipe, observer: Observer) -> Prepared:
     observer.preparing("loading the model")
     tokenizer = prepare_tokenizer(source, revision)
     config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
-    base = load_base(source, revision, task.peft_task_type, config, seed)
+    base, new = load_base(source, revision, task.peft_task_type, config, seed)
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
     model = AdaptedModel(peft_model, METHODS[recipe.federation.method].trained)
+    check_new_weights(new, model.spec.dense)
     observer.preparing("tokenising the data")
     clients = {name: task.tokenize(part, tokenizer) for name, part in rows.items()}
     validation = task.tokenize(splits.validation, tokenizer)

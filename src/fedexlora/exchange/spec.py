@@ -1,4 +1,4 @@
-"""What an update of this federation must contain: the agreement that updates are checked against."""
+"""What an update must contain: the agreement that updates are checked against."""
 
 from __future__ import annotations
 

@@ -55,7 +55,9 @@ def _whole(total: LowRank, adapter: Factors, scaling: float) -> Factors:
     d_out, d_in = total.shape
     if isinstance(total.value, Factors):
         rows = stack([total.value.to(torch.float64), adapter.to(torch.float64)])
-        return compact(Factors(rows.A, scaling * rows.B)).to(torch.float32)
+        low = compact(Factors(rows.A, scaling * rows.B)).to(torch.float32)
+        # PEFT has no adapter of rank 0; a module without any update gets a zero of rank 1.
+        return low if low.rank else Factors(torch.zeros(1, d_in), torch.zeros(d_out, 1))
     matrix = (scaling * (total.dense() + adapter.to(torch.float64).product())).float()
     # A full-rank matrix is its own best factor: the other one is the identity, and nothing rounds.
     if d_out <= d_in:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,27 @@ def dense_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
             [f"{path}: choose other lora.modules_to_save" for path in buffers],
         )
     return found
+
+
+def check_new_weights(new: frozenset[str], trained: Iterable[str]) -> None:
+    """Refuse a model with new weights that stay as they are.
+
+    Whoever loads the base again gets other random ones, so that the adapter, which does not carry
+    them, would no longer be the model that was trained.
+
+    Args:
+        new: parameters that the model's files lack.
+        trained: the dense parameters that are trained, and so are part of the adapter.
+
+    Raises:
+        BridgeError: naming every such parameter and the way out.
+    """
+    if left := sorted(new - set(trained)):
+        modules = sorted({name.rsplit(".", 1)[0] for name in left})
+        raise BridgeError(
+            "the model's files lack weights that would be random and frozen",
+            [*left, f"train them: lora.modules_to_save = {modules}"],
+        )
 
 
 def _dense_name(path: str, adapter: str) -> str:

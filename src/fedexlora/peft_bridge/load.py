@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from fedexlora.errors import BridgeError
 
@@ -52,7 +54,7 @@ def resolve_source(source: str) -> str:
 
 def load_base(
     source: str, revision: str | None, task_type: str, config: Mapping[str, Any], seed: int
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, frozenset[str]]:
     """A pre-trained model in float32, with a head for the task.
 
     Args:
@@ -62,17 +64,20 @@ def load_base(
         config: changes to the model's own configuration (labels, padding token).
         seed: for weights that the files lack, such as a new head.
 
+    Returns:
+        The model, and the names of the parameters that its files lack and that are new.
+
     Raises:
         BridgeError: if there is no such model.
     """
     set_seed(seed)
     try:
-        model: PreTrainedModel = _HEADS[task_type].from_pretrained(
-            source, revision=revision, dtype=torch.float32, **config
+        model, report = _HEADS[task_type].from_pretrained(
+            source, revision=revision, dtype=torch.float32, output_loading_info=True, **config
         )
     except (OSError, ValueError) as error:
         raise BridgeError(f"model.source {source!r} cannot be loaded: {error}") from error
-    return model
+    return model, frozenset(report["missing_keys"])
 
 
 def lora_faults(options: Mapping[str, Any]) -> list[str]:
@@ -109,16 +114,43 @@ def attach_lora(
         seed: of the new factors.
 
     Raises:
-        BridgeError: if a target module does not exist.
+        BridgeError: naming every module of the options that does not exist, and those that do.
     """
+    config = LoraConfig(task_type=task_type, **options)
+    names = [name for name, _ in base.named_modules()]
+    faults = [
+        f"lora.{key}: no module of this model is named {wanted!r}"
+        for key in ("target_modules", "modules_to_save")
+        for wanted in _listed(options.get(key))
+        if not any(f".{name}".endswith(f".{wanted}") for name in names)
+    ]
+    faults += [
+        f"lora.{key}: {pattern!r} matches no module of this model"
+        for key in ("rank_pattern", "alpha_pattern")
+        for pattern in options.get(key, {})
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+    ]
+    if faults:
+        raise BridgeError("the [lora] table does not fit the model", [*faults, _layers(base)])
     set_seed(seed)
     try:
-        model: PeftModel = get_peft_model(base, LoraConfig(task_type=task_type, **options))
+        model: PeftModel = get_peft_model(base, config)
     except ValueError as error:
-        kinds = sorted(
-            {name.rpartition(".")[2] for name, m in base.named_modules() if not [*m.children()]}
-        )
-        raise BridgeError(
-            f"lora.target_modules: {error}", [f"layers of this model: {', '.join(kinds)}"]
-        ) from error
+        given = f"lora.target_modules = {options.get('target_modules')!r}"
+        raise BridgeError(f"{given}: {error}", [_layers(base)]) from error
     return model
+
+
+def _listed(names: str | Iterable[str] | None) -> list[str]:
+    """The names of a list of modules; a single string is a pattern of PEFT's, or a keyword."""
+    return [] if names is None or isinstance(names, str) else list(names)
+
+
+def _layers(base: PreTrainedModel) -> str:
+    """The layers that could be adapted, by the last part of their names."""
+    found = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    }
+    return f"layers that can be adapted: {', '.join(sorted(found))}"

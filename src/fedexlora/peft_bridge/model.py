@@ -97,8 +97,8 @@ class AdaptedModel:
         """What the module really adds to its untouched weight, read back from the live model.
 
         Returns:
-            Scaled, ``(d_out, d_in)``, float64, on the processor: the change of the frozen weight plus PEFT's own
-            ``get_delta_weight``.
+            Scaled, ``(d_out, d_in)``, float64, on the processor: the change of the frozen weight
+            plus PEFT's own ``get_delta_weight``.
         """
         module = self.modules[name]
         update = _wide(module.layer.get_delta_weight(self.adapter))

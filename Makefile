@@ -1,0 +1,46 @@
+# Every target sets up what it needs: Python 3.11 or newer and a package index are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: quickstart test slow check lint types format clean
+
+quickstart: $(VENV)/.quickstart  ## Federated fine-tuning of a real model on real text, in minutes
+	$(BIN)/python examples/stdlib_docstrings.py data/docstrings
+	$(BIN)/fedexlora run recipes/quickstart.toml --out runs/quickstart --keep-updates --resume
+
+test: $(VENV)/.dev  ## All tests that need no network, no GPU and little time; exactness included
+	$(BIN)/python -m pytest -m "exactness or not (slow or network or gpu)"
+
+slow: $(VENV)/.dev  ## The tests that train models on real data sets
+	$(BIN)/python -m pytest -m "slow and not (network or gpu)"
+
+check: lint types test  ## Everything that CI checks
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing into $(VENV); this takes some minutes the first time."
+	$(PIP_INSTALL) --editable '.[quickstart]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.quickstart
+	$(PIP_INSTALL) --editable '.[quickstart,dev]'
+	@touch $@

@@ -1,0 +1,121 @@
+"""Regression: a number for a text or a pair of texts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fedexlora.data import metrics
+from fedexlora.data.batches import Collator, Progress
+from fedexlora.data.checks import dtype, missing_columns, named_splits, null_faults, text_faults
+from fedexlora.data.config import RegressionTask
+from fedexlora.data.load import Splits
+from fedexlora.data.sequence import encode_rows, padding_collator, predict, text_columns
+from fedexlora.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """A regression task; see ``fedexlora.data.task.Task`` for what its members do."""
+
+    config: RegressionTask
+
+    @property
+    def headline(self) -> str:
+        """The metric that runs are compared by."""
+        return self.config.headline
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger headline is the better one."""
+        return self.config.higher_is_better
+
+    @property
+    def peft_task_type(self) -> str:
+        """What peft calls the task."""
+        return "SEQ_CLS"
+
+    @property
+    def partition_column(self) -> None:
+        """Numbers are no classes: there is no column to divide by."""
+        return
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Always empty."""
+        return ()
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """One output, named as the label column."""
+        return {
+            "num_labels": 1,
+            "id2label": {0: self.config.label},
+            "label2id": {self.config.label: 0},
+            "problem_type": "regression",
+        }
+
+    def tokenize(self, rows: Dataset, tokenizer: Tokenizer) -> Dataset:
+        """Rows as tokens; ``labels`` are float32."""
+        config = self.config
+        return encode_rows(
+            rows, tokenizer, config.text, config.max_length, lambda x: x[config.label], "float32"
+        )
+
+    def collator(self, tokenizer: Tokenizer) -> Collator:
+        """Makes a padded batch; ``labels`` are ``(n,)`` float32."""
+        return padding_collator(tokenizer)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenized: Dataset,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        progress: Progress | None = None,
+    ) -> dict[str, float]:
+        """The metrics and ``"loss"``, the mean squared error, in float64."""
+        logits, labels = predict(model, tokenized, tokenizer, batch_size, progress)
+        predicted, expected = logits.squeeze(-1).numpy(), labels.double().numpy()
+        measured = {"loss": metrics.mse(predicted, expected)}
+        for name in self.config.metrics:
+            if name != "loss":
+                measured[name] = metrics.REGRESSION[name](predicted, expected)
+        return measured
+
+
+def prepare_regression(config: RegressionTask, splits: Splits) -> Regression:
+    """Check the columns of both splits.
+
+    Raises:
+        DataError: with all faults.
+    """
+    texts = text_columns(config.text)
+    faults = missing_columns(splits, (*texts, config.label)) + text_faults(splits, texts)
+    for split, rows in named_splits(splits):
+        if config.label in rows.column_names:
+            faults += _number_faults(split, rows, config.label)
+    if faults:
+        raise DataError("the data set does not fit the regression task", faults)
+    return Regression(config)
+
+
+def _number_faults(split: str, rows: Dataset, column: str) -> list[str]:
+    found = dtype(rows, column)
+    if not re.fullmatch(r"u?int\d+|float\d+", found):
+        return [f"{split}, column {column!r}: expected numbers, found {found}"]
+    values = rows[column][:]
+    faults = null_faults(split, column, values)
+    odd = [i for i, x in enumerate(values, 1) if x is not None and not isfinite(x)]
+    if odd:
+        faults.append(
+            f"{split}, column {column!r}: expected finite numbers, "
+            f"found {values[odd[0] - 1]} in row {odd[0]} ({len(odd)} such row(s))"
+        )
+    return faults

@@ -1,0 +1,279 @@
+"""Whole runs: what they leave behind, and that they can be interrupted anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tomlkit
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+
+import fedexlora.engine.folder as folder_module
+from fedexlora.data.tokenizer import prepare_tokenizer
+from fedexlora.engine.folder import RunFolder
+from fedexlora.engine.observer import Observer
+from fedexlora.engine.recipe import parse_recipe
+from fedexlora.engine.run import prepare, run
+from fedexlora.errors import BridgeError, DataError, NoUpdatesError, ResumeError
+from tests.engine.conftest import files, without_times
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def recipe(document: dict, **federation: object):
+    document = document | {"federation": document["federation"] | federation}
+    return parse_recipe(document, "test")
+
+
+def records(out: Path) -> list[dict]:
+    return [without_times(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Adapter, heads, last state and records are equal, bit for bit, but for times."""
+    assert files(one / "adapter") == files(other / "adapter")
+    states = [RunFolder(path).load().state for path in (one, other)]
+    assert states[0].version == states[1].version
+    for name, factors in states[0].adapter.items():
+        assert torch.equal(factors.A, states[1].adapter[name].A)
+        assert torch.equal(states[0].total[name].dense(), states[1].total[name].dense())
+    assert records(one) == records(other)
+
+
+def test_a_run_leaves_what_the_design_says(document, tmp_path):
+    out = tmp_path / "run"
+    result = run(recipe(document), out, keep_updates=True)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"recipe.toml", "run.json", "rounds.jsonl", "checkpoints", "adapter", "updates"}
+    assert len(list((out / "checkpoints").iterdir())) == folder_module.KEPT_CHECKPOINTS
+    header = json.loads((out / "run.json").read_text())
+    assert sum(header["clients"].values()) == 60
+    assert set(header["clients"]) == {"site-north", "site-south", "site-west"}
+    assert [record.round for record in result.records] == [1, 2, 3]
+    for record in result.records:
+        assert record.certificate.held
+        assert record.certificate.error <= record.certificate.allowed
+        assert sum(client.weight for client in record.clients) == pytest.approx(1)
+        assert {"train", "aggregate", "ship", "certify", "evaluate"} <= record.seconds.keys()
+    assert result.records[-1].metrics["accuracy"] > 0.9 > result.initial_metrics["accuracy"]
+    sent = out / "updates" / "round-0002" / "site-south"
+    assert {path.name for path in sent.iterdir()} >= {"adapter_config.json", "client.json"}
+    resolved = tomlkit.parse((out / "recipe.toml").read_text()).unwrap()
+    assert parse_recipe(resolved, "resolved") == recipe(document)
+
+
+def test_the_adapter_on_the_untouched_base_scores_what_the_last_record_says(document, tmp_path):
+    parsed = recipe(document)
+    result = run(parsed, tmp_path / "run")
+    prepared = prepare(parsed, Observer())
+    base = AutoModelForSequenceClassification.from_pretrained(
+        parsed.model.source, num_labels=2, dtype=torch.float32
+    )
+    loaded = PeftModel.from_pretrained(base, result.adapter)
+    tokenizer = prepare_tokenizer(parsed.model.source, None)
+    scores = prepared.task.evaluate(loaded, prepared.validation, tokenizer, 64)
+    assert scores["accuracy"] == result.records[-1].metrics["accuracy"]
+    assert scores["loss"] == pytest.approx(result.records[-1].metrics["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["fedex", "fedit", "ffa"])
+def test_the_example_recomputes_the_final_model_from_the_stored_updates(document, tmp_path, method):
+    out = tmp_path / "run"
+    run(recipe(document, method=method), out, keep_updates=True)
+    command = [sys.executable, str(EXAMPLES / "recompute.py"), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 rounds, 4 modules" in done.stdout
+    path = out / "updates" / "round-0002" / "site-west" / "client.json"
+    path.write_text(path.read_text().replace('"weight": ', '"weight": 9'))
+    spoiled = subprocess.run(command, capture_output=True, check=False)
+    assert (spoiled.returncode == 0) == (method != "fedex"), "only fedex depends on round 2"
+
+
+class StopAt(Observer):
+    """Kills a run at a moment: nothing after it is executed."""
+
+    def __init__(self, round_: int, moment: str) -> None:
+        self.round, self.moment = round_, moment
+
+    def training(self, round_: int, client: str, step: int, steps: int) -> None:
+        if (round_, self.moment) == (self.round, f"train {client}"):
+            raise KeyboardInterrupt
+
+    def phase(self, round_: int, what: str) -> None:
+        if (round_, what) == (self.round, self.moment):
+            raise KeyboardInterrupt
+
+    def finished_round(self, record) -> None:
+        if (record.round, self.moment) == (self.round, "end"):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("round_", "moment"),
+    [(1, "train site-north"), (2, "aggregate"), (2, "evaluate"), (2, "end"), (3, "end")],
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(document, tmp_path, round_, moment):
+    parsed = recipe(document)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(parsed, whole, keep_updates=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(parsed, stopped, keep_updates=True, observer=StopAt(round_, moment))
+    assert not (stopped / "adapter").exists()
+    run(parsed, stopped, resume=True, keep_updates=True)
+    same_run(whole, stopped)
+    assert files(whole / "updates") == files(stopped / "updates")
+
+
+def test_a_run_is_repeatable_and_its_seed_matters(document, tmp_path):
+    run(recipe(document), tmp_path / "one")
+    run(recipe(document), tmp_path / "two")
+    same_run(tmp_path / "one", tmp_path / "two")
+    run(recipe(document, seed=5), tmp_path / "three")
+    assert records(tmp_path / "one") != records(tmp_path / "three")
+
+
+def test_more_rounds_are_the_same_as_asking_for_them_at_once(document, tmp_path):
+    run(recipe(document, rounds=1), tmp_path / "grown")
+    run(recipe(document, rounds=3), tmp_path / "grown", resume=True)
+    run(recipe(document, rounds=3), tmp_path / "whole")
+    same_run(tmp_path / "grown", tmp_path / "whole")
+
+
+def test_resume_starts_a_run_that_is_not_there(document, tmp_path):
+    run(recipe(document, rounds=1), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.exactness
+@pytest.mark.slow
+def test_six_rounds_equal_three_kill_nine_and_three_more(document, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomlkit.dumps(document | {"federation": {"rounds": 6, "seed": 4}}))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-c", "from fedexlora.cli import main; main()", "run", str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(whole)], check=True, env=environment)
+    child = subprocess.Popen([*command, "--out", str(killed)], env=environment)
+    deadline = time.monotonic() + 300
+    while not (killed / "checkpoints" / "round-0003.safetensors").exists():
+        assert child.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (killed / "adapter").exists()
+    subprocess.run([*command, "--out", str(killed), "--resume"], check=True, env=environment)
+    same_run(whole, killed)
+
+
+def test_a_client_whose_training_diverges_is_left_out_and_named(document, tmp_path):
+    """One site's labels and rows are fine; its optimizer is not: the loss becomes NaN."""
+    parsed = recipe(document, rounds=2)
+    original = torch.nn.functional.cross_entropy
+    state = {"calls": 0}
+
+    def diverging(*args, **kwargs):
+        state["calls"] += 1
+        loss = original(*args, **kwargs)
+        return loss * float("nan") if state["calls"] == 2 else loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "cross_entropy", diverging)
+        result = run(parsed, tmp_path / "run")
+    first = result.records[0]
+    assert [left.client for left in first.left_out] == ["site-north"]
+    assert "loss: expected a finite number, found nan" in first.left_out[0].reasons
+    assert len(first.clients) == 2
+    assert first.certificate.held
+    assert len(result.records[1].clients) == 3, "it takes part again from the global model"
+
+
+def test_a_run_without_any_usable_update_stops_with_its_checkpoint(document, tmp_path):
+    document["training"]["learning_rate"] = 1e30
+    out = tmp_path / "run"
+    with pytest.raises(NoUpdatesError, match="round 1"):
+        run(recipe(document), out)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["round-0000.safetensors"]
+    assert not (out / "adapter").exists()
+
+
+def test_a_folder_with_something_in_it_is_refused(document, tmp_path):
+    run(recipe(document, rounds=1), tmp_path / "run")
+    with pytest.raises(ResumeError, match="already holds another run"):
+        run(recipe(document), tmp_path / "run")
+    before = files(tmp_path / "run")
+    changed = document | {"lora": document["lora"] | {"r": 3}}
+    with pytest.raises(ResumeError, match="a run of another recipe") as caught:
+        run(recipe(changed, seed=9), tmp_path / "run", resume=True)
+    assert caught.value.faults == ("federation.seed: 4 there, 9 here", "lora.r: 2 there, 3 here")
+    assert files(tmp_path / "run") == before
+    with pytest.raises(ResumeError, match="already holds other files"):
+        run(recipe(document), tmp_path / "data")
+
+
+def test_a_run_is_not_continued_on_other_data_or_for_fewer_rounds(document, tmp_path):
+    out = tmp_path / "run"
+    run(recipe(document, rounds=2), out)
+    with pytest.raises(ResumeError, match="finished 2 rounds already"):
+        run(recipe(document, rounds=1), out, resume=True)
+    train = Path(document["data"]["source"]) / "train.jsonl"
+    train.write_text(train.read_text().replace("w3", "w4", 1))
+    with pytest.raises(ResumeError, match="other data"):
+        run(recipe(document, rounds=3), out, resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(document, tmp_path):
+    out = tmp_path / "run"
+    run(recipe(document, rounds=1), out)
+    path = out / "checkpoints" / "round-0001.safetensors"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ResumeError, match=r"round-0001.safetensors is damaged"):
+        run(recipe(document, rounds=2), out, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"task": {"kind": "classification", "text": "text", "label": "lable"}},
+            DataError,
+            "lable",
+        ),
+        ({"lora": {"r": 2, "target_modules": ["q_proj"]}}, BridgeError, "q_proj"),
+        ({"lora": {"target_modules": ["query"], "use_dora": True}}, BridgeError, "Dora"),
+        ({"lora": {"target_modules": ["query"]}}, BridgeError, "modules_to_save = .*pooler.dense"),
+        ({"model": {"source": "./nowhere"}}, BridgeError, "nowhere"),
+        ({"data": {"source": "./nowhere"}}, DataError, "nowhere"),
+        ({"partition": {"kind": "iid", "clients": 61}}, DataError, "client-60"),
+    ],
+)
+def test_bad_input_writes_nothing(document, tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        run(recipe(document | change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_ffa_uploads_half_and_downloads_no_remainder(document, tmp_path):
+    found = {
+        method: run(recipe(document, rounds=1, method=method), tmp_path / method).records[0]
+        for method in ("fedex", "fedit", "ffa")
+    }
+    assert found["ffa"].bytes.up < found["fedit"].bytes.up == found["fedex"].bytes.up
+    assert found["ffa"].bytes.down < found["fedit"].bytes.down < found["fedex"].bytes.down
+    assert found["ffa"].certificate.held
+    assert found["ffa"].deviation == 0.0
+    assert found["fedit"].deviation == found["fedex"].deviation > 0.0
+    weights = load_file(tmp_path / "ffa" / "adapter" / "adapter_model.safetensors")
+    start = RunFolder(tmp_path / "ffa").load().state
+    for name, factors in start.adapter.items():
+        assert torch.equal(weights[f"base_model.model.{name}.lora_A.weight"], factors.A)

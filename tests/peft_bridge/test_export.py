@@ -1,0 +1,109 @@
+"""The adapter that is written is the global model, on the untouched base, by PEFT's own loading."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+from fedexlora.algebra.lowrank import LowRank
+from fedexlora.engine.round import run_round
+from fedexlora.peft_bridge.export import save_factors, save_global
+from fedexlora.peft_bridge.model import AdaptedModel
+from tests.engine.scripted import federation
+from tests.models import CASES, adapted, lora_layers
+
+
+def base_of(case: str) -> torch.nn.Module:
+    build, _ = CASES[case]
+    torch.manual_seed(11)
+    return build()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(input_ids=torch.arange(2, 26).reshape(2, 12)).logits
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+@pytest.mark.parametrize("case", CASES)
+def test_the_loaded_adapter_is_the_global_model(case, rounds, tmp_path):
+    model = AdaptedModel(adapted(case))
+    parts, state = federation(model, "fedex")
+    for _ in range(rounds):
+        state, _ = run_round(parts, state)
+    save_global(model, state, tmp_path)
+    untouched = base_of(case)
+    weights = {name: p.clone() for name, p in untouched.named_parameters()}
+    loaded = PeftModel.from_pretrained(untouched, tmp_path)
+    for name, layer in lora_layers(loaded):
+        update = model.modules[name].as_stored(model.applied_update(name))
+        found = layer.get_delta_weight("default").double()
+        rounding = model.fold_rounding(name)
+        assert float((found - update).norm()) <= 1e-6 * float(update.norm()) + rounding, name
+        assert torch.equal(layer.base_layer.weight, weights[f"{name}.weight"])
+    torch.testing.assert_close(logits(loaded), logits(model.peft_model), rtol=1e-4, atol=1e-5)
+    before = logits(base_of(case))
+    assert (logits(loaded) - before).norm() > 0.1 * before.norm(), "the update must matter"
+
+
+def test_ranks_and_patterns_are_what_loses_nothing(tmp_path):
+    model = AdaptedModel(adapted("llama-rslora"))
+    parts, state = federation(model, "fedex")
+    state, _ = run_round(parts, state)
+    save_global(model, state, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"]
+    assert not config["use_rslora"]
+    ranks = {
+        n: layer.r["default"]
+        for n, layer in lora_layers(PeftModel.from_pretrained(base_of("llama-rslora"), tmp_path))
+    }
+    # Three clients: the mean adapter and a residual of twice its rank; k_proj has 12 rows.
+    assert ranks["model.layers.0.self_attn.q_proj"] == 3 * 4
+    assert ranks["model.layers.1.self_attn.v_proj"] == 3 * 2
+    assert ranks["model.layers.0.self_attn.k_proj"] == 12
+
+
+def test_a_remainder_of_zero_writes_the_adapter_as_it_is(tmp_path):
+    model = AdaptedModel(adapted("gpt2-patterns"))
+    parts, state = federation(model, "fedit")
+    state, _ = run_round(parts, state)
+    save_global(model, state, tmp_path)
+    loaded = PeftModel.from_pretrained(base_of("gpt2-patterns"), tmp_path)
+    for name, layer in lora_layers(loaded):
+        assert torch.equal(layer.lora_A["default"].weight, state.adapter[name].A)
+        assert torch.equal(layer.lora_B["default"].weight, state.adapter[name].B)
+        assert layer.scaling["default"] == model.modules[name].scaling
+
+
+def test_a_module_without_any_update_still_loads(tmp_path):
+    model = AdaptedModel(adapted("llama-rslora"))
+    state = model.initial_state()
+    name = next(iter(state.total))
+    shape = state.total[name].shape
+    total = state.total | {name: LowRank(torch.ones(shape, dtype=torch.float64))}
+    model.apply(type(state)(1, state.adapter, total, state.dense))
+    save_global(model, type(state)(1, state.adapter, total, state.dense), tmp_path)
+    for other, layer in lora_layers(PeftModel.from_pretrained(base_of("llama-rslora"), tmp_path)):
+        norm = layer.get_delta_weight("default").norm()
+        assert (norm > 0) == (other == name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_client_s_update_is_a_standard_adapter(case, tmp_path):
+    model = AdaptedModel(adapted(case))
+    state = model.initial_state()
+    factors = {
+        n: type(f)(torch.randn_like(f.A), torch.randn_like(f.B)) for n, f in state.adapter.items()
+    }
+    dense = {name: torch.randn_like(tensor) for name, tensor in state.dense.items()}
+    save_factors(model, factors, dense, tmp_path)
+    loaded = PeftModel.from_pretrained(base_of(case), tmp_path)
+    for name, layer in lora_layers(loaded):
+        assert torch.equal(layer.lora_A["default"].weight, factors[name].A)
+    again = AdaptedModel(PeftModel.from_pretrained(base_of(case), tmp_path, is_trainable=True))
+    for name, tensor in again.dense().items():
+        assert torch.equal(tensor, dense[name])

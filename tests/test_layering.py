@@ -1,0 +1,82 @@
+"""Imports point one way, heavy libraries enter through one folder each, and imports stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "fedexlora"
+
+BELOW_EXCHANGE = {"errors", "algebra"}
+ALLOWED = {
+    "errors": set(),
+    "algebra": {"errors"},
+    "exchange": BELOW_EXCHANGE,
+    "methods": BELOW_EXCHANGE | {"exchange"},
+    "peft_bridge": BELOW_EXCHANGE | {"exchange"},
+    "data": BELOW_EXCHANGE | {"exchange"},
+    "engine": BELOW_EXCHANGE | {"exchange", "methods", "peft_bridge", "data"},
+    "cli": BELOW_EXCHANGE | {"exchange", "methods", "peft_bridge", "data", "engine"},
+}
+HOMES = {
+    "peft": {"peft_bridge"},
+    "transformers": {"peft_bridge", "data", "engine"},
+    "datasets": {"data", "engine"},
+    "flwr_datasets": {"data"},
+    "sklearn": {"data"},
+    "scipy": {"data"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "flwr": set(),
+}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def layer(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module or ""
+
+
+def test_the_layers_are_the_ones_listed():
+    assert len(FILES) > 30
+    assert {layer(file) for file in FILES} == set(ALLOWED) | {"__init__"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(SOURCE)))
+def test_imports_point_one_way(file):
+    own = layer(file)
+    for module in imported(file):
+        parts = module.split(".")
+        if parts[0] == "fedexlora" and len(parts) > 1:
+            assert parts[1] == own or parts[1] in ALLOWED[own], f"{own} may not import {module}"
+        if parts[0] in HOMES:
+            assert own in HOMES[parts[0]], f"{parts[0]} enters through {HOMES[parts[0]]} only"
+
+
+@pytest.mark.parametrize("module", ["peft", "transformers", "datasets", "flwr", "torch"])
+def test_importing_the_package_loads_nothing_heavy(module):
+    code = f"import sys, fedexlora; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_algebra_exchange_and_methods_need_no_training_library():
+    code = (
+        "import sys, fedexlora.methods, fedexlora.exchange.shipment, fedexlora.exchange.update;"
+        "found = {'peft', 'transformers', 'datasets', 'flwr'} & set(sys.modules);"
+        "sys.exit(', '.join(found) or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
