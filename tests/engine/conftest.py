@@ -29,7 +29,7 @@ def document(bert, tmp_path) -> dict:
     """A recipe as a TOML parser gives it; tests change what they are about."""
     folder = tmp_path / "data"
     folder.mkdir()
-    for name, count in (("train", 60), ("validation", 24)):
+    for name, count in (("train", 36), ("validation", 16)):
         lines = "\n".join(map(json.dumps, rows(count, len(name))))
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return {

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -73,7 +74,7 @@ class Terminal(Observer):
             self.console.print(f"resumed after round {len(info.finished)}")
         else:
             score = info.initial_metrics[info.headline]
-            self.console.print(f"before round 1     {info.headline} {score:.4f}")
+            self.console.print(f"before round 1    {info.headline} {score:.4f}")
         self._progress.update(
             self._rounds, description="rounds", total=info.rounds, completed=len(info.finished)
         )
@@ -98,10 +99,10 @@ class Terminal(Observer):
             return
         headline, certificate = self._info.headline, record.certificate
         self.console.print(
-            f"round {record.round:>3} of {self._info.rounds:<4}   "
-            f"{headline} {record.metrics[headline]:.4f}   "
-            f"averaging would lose {record.deviation:6.2%}   "
-            f"error of the update {certificate.error:.0e}   "
+            f"round {record.round:>3} of {self._info.rounds:<4}  "
+            f"{headline} {record.metrics[headline]:.4f}  "
+            f"averaging loses {record.deviation:6.2%}  "
+            f"error {certificate.error:.0e}  "
             f"{sum(record.seconds.values()):.1f} s"
         )
         for client in record.left_out:
@@ -124,58 +125,63 @@ def closing(result: RunResult, recipe_path: str, recipe: Recipe) -> None:
 
 def _table(result: RunResult, title: str) -> Table:
     names = list(result.initial_metrics)
-    table = Table(title=f"{title}, scores on the validation rows", title_justify="left")
-    for name in ("round", *names, "averaging loses", "error", "allowed", "up", "down", "seconds"):
+    table = Table(
+        title=f"{title}, scores on the validation rows",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+    )
+    for name in ("round", *names, "averaging\nloses", "error", "MB up", "MB down", "seconds"):
         table.add_column(name, justify="right")
     scores = (f"{result.initial_metrics[name]:.4f}" for name in names)
-    table.add_row("start", *scores, *[""] * 6)
+    table.add_row("start", *scores, *[""] * 5)
     for record in result.records:
         table.add_row(
             str(record.round),
             *(f"{record.metrics[name]:.4f}" for name in names),
             f"{record.deviation:.2%}",
             f"{record.certificate.error:.1e}",
-            f"{record.certificate.allowed:.1e}",
-            _size(record.bytes.up),
-            _size(record.bytes.down),
+            f"{record.bytes.up / 1e6:.2f}",
+            f"{record.bytes.down / 1e6:.2f}",
             f"{sum(record.seconds.values()):.1f}",
         )
     return table
 
 
 def _verdict(result: RunResult, method: str) -> str:
-    held = [record.certificate.held for record in result.records]
+    """Whether the model was the clients' mean in every round, what averaging costs, the traffic."""
+    modules = [module for record in result.records for module in record.modules]
+    worst = max(modules, key=lambda module: module.error / module.allowed)
+    broken = sum(not record.certificate.held for record in result.records)
+    lost = max(record.deviation for record in result.records)
     up = sum(record.bytes.up for record in result.records)
     down = sum(record.bytes.down for record in result.records)
-    lost = max(record.deviation for record in result.records)
-    worst = max((r.certificate for r in result.records), key=lambda c: c.worst_error)
-    if all(held):
+    if broken:
         verdict = (
-            f"[green]exact[/]: in all {len(held)} rounds the model applied the clients' mean "
-            f"update;\n             worst module off by {worst.worst_error:.1e} of its update"
+            f"[yellow]not exact[/]: {method} drops the residual; in {broken} of "
+            f"{len(result.records)} rounds\n"
+            f"             the model was not the clients' mean"
         )
     else:
         verdict = (
-            f"[yellow]not exact[/]: {method} drops the residual; in {held.count(False)} of "
-            f"{len(held)} rounds\n             the model was not the clients' mean"
+            f"[green]exact[/]: in every round the model applied the clients' mean update;\n"
+            f"             worst module off by {worst.error:.1e} of it, allowed {worst.allowed:.1e}"
         )
     return (
         f"certificate  {verdict}\n"
-        f"averaging    FedIT's mean of the factors would have lost up to {lost:.1%} of a round's "
-        f"update\n"
-        f"traffic      {_size(up)} up, {_size(down)} down, over all clients and rounds"
+        f"averaging    FedIT's mean of the factors would have lost up to {lost:.1%} of a\n"
+        f"             round's update\n"
+        f"traffic      {up / 1e6:.2f} MB up, {down / 1e6:.2f} MB down, all clients and rounds"
     )
 
 
 def _next_commands(result: RunResult, recipe_path: str, recipe: Recipe) -> list[tuple[str, str]]:
     recipe_word, out = shlex.quote(recipe_path), shlex.quote(str(result.folder))
     more = recipe.federation.rounds + 2
-    commands = [
-        (
-            "two more rounds:",
-            f"fedexlora run {recipe_word} --out {out} --resume --set federation.rounds={more}",
-        )
-    ]
+    kept = (result.folder / "updates").is_dir()
+    keep = " --keep-updates" if kept else ""
+    resume = f"fedexlora run {recipe_word} --out {out} --resume{keep}"
+    commands = [("two more rounds:", f"{resume} --set federation.rounds={more}")]
     if recipe.federation.method == "fedex":
         other = shlex.quote(f"{result.folder}-fedit")
         commands.append(
@@ -184,7 +190,7 @@ def _next_commands(result: RunResult, recipe_path: str, recipe: Recipe) -> list[
                 f"fedexlora run {recipe_word} --out {other} --set federation.method=fedit",
             )
         )
-    if (result.folder / "updates").is_dir():
+    if kept:
         commands.append(
             (
                 "check the result without our code (in a checkout):",
@@ -192,7 +198,3 @@ def _next_commands(result: RunResult, recipe_path: str, recipe: Recipe) -> list[
             )
         )
     return commands
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

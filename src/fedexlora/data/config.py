@@ -29,6 +29,8 @@ class DataConfig(_Config):
     """A folder with one file per split, or the name of a data set on the hub."""
     config: str | None = None
     """The hub data set's configuration, e.g. "cola" of "glue"; not used for a folder."""
+    revision: str | None = None
+    """The hub's branch, tag or commit; the default branch if not given; not used for a folder."""
     train: str = Field(default="train", min_length=1)
     """The training split: a hub split, or a file of the folder with or without its suffix."""
     validation: str = Field(default="validation", min_length=1)

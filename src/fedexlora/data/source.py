@@ -98,7 +98,7 @@ def _bad_line(path: Path) -> str | None:
 
 def _read_hub(config: DataConfig, split: str) -> Dataset:
     try:
-        return load_dataset(config.source, config.config, split=split)
+        return load_dataset(config.source, config.config, split=split, revision=config.revision)
     except (ValueError, OSError, RuntimeError, DatasetsError) as error:
         name = config.source if config.config is None else f"{config.source}/{config.config}"
         raise DataError(

@@ -150,13 +150,13 @@ def _record(
         record.model_copy(update={"weight": record.num_examples / got.sums.weight})
         for record in got.accepted
     )
-    uploads = [record.uploaded_bytes for record in (*clients, *got.left_out)]
+    up = sum(c.uploaded_bytes for c in clients) + sum(c.uploaded_bytes for c in got.left_out)
     return RoundRecord(
         round=round_,
         method=federation.method.name,
         clients=clients,
         left_out=tuple(got.left_out),
-        bytes=BytesRecord(up=sum(uploads), down=down),
+        bytes=BytesRecord(up=up, down=down),
         deviation=certificate.deviation,
         certificate=certificate.overall,
         modules=certificate.modules,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import importlib.util
@@ -96,7 +97,7 @@ def lora_faults(options: Mapping[str, Any]) -> list[str]:
     if faults:
         return faults
     try:
-        LoraConfig(**options)
+        LoraConfig(**copy.deepcopy(dict(options)))
     except (TypeError, ValueError) as error:
         return [f"lora: {error}"]
     return []
@@ -116,7 +117,8 @@ def attach_lora(
     Raises:
         BridgeError: naming every module of the options that does not exist, and those that do.
     """
-    config = LoraConfig(task_type=task_type, **options)
+    # PEFT appends the task's own heads to the list that it is given.
+    config = LoraConfig(task_type=task_type, **copy.deepcopy(dict(options)))
     names = [name for name, _ in base.named_modules()]
     faults = [
         f"lora.{key}: no module of this model is named {wanted!r}"

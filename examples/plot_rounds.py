@@ -1,0 +1,40 @@
+"""Draw what runs recorded: the headline score by round, and how far each model is from the ideal.
+
+python examples/plot_rounds.py OUT.png RUN_DIR [RUN_DIR...]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+
+def main(out, folders):
+    figure, (scores, errors) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for folder in map(Path, folders):
+        header = json.loads((folder / "run.json").read_text())
+        records = [json.loads(x) for x in (folder / "rounds.jsonl").read_text().splitlines()]
+        rounds = [record["round"] for record in records]
+        headline, method = header["headline"], records[0]["method"]
+        values = [record["metrics"][headline] for record in records]
+        scores.plot(
+            [0, *rounds], [header["initial_metrics"][headline], *values], "o-", label=method
+        )
+        off = [record["certificate"]["error"] for record in records]
+        errors.semilogy(rounds, off, "o-", label=method)
+    scores.set(xlabel="round", ylabel=headline, title="score of the global model")
+    errors.set(
+        xlabel="round",
+        ylabel="|applied - ideal| / |ideal|",
+        title="distance of the model from the clients' mean",
+    )
+    for axes in (scores, errors):
+        axes.set_xticks([0, *rounds] if axes is scores else rounds)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(out, dpi=110)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,111 @@
+"""The commands as a user types them: output, exit codes, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomlkit
+
+from tests.engine.conftest import document  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-c", "from fedexlora.cli import main; main()"]
+
+
+def fedexlora(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
+    )
+
+
+@pytest.fixture
+def recipe_file(document, tmp_path):  # noqa: F811
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomlkit.dumps(document))
+    return path
+
+
+def test_methods_lists_every_method_and_its_paper():
+    table = fedexlora("methods")
+    assert table.returncode == 0
+    found = json.loads(fedexlora("methods", "--json").stdout)
+    assert [row["name"] for row in found] == ["fedex", "fedit", "ffa"]
+    for row in found:
+        assert row["name"] in table.stdout
+        assert row["paper"].split()[0] in table.stdout
+    assert [row["exact"] for row in found] == [True, False, True]
+
+
+def test_a_run_ends_with_a_table_and_commands_that_work(recipe_file, tmp_path):
+    out = tmp_path / "run"
+    done = fedexlora("run", recipe_file, "--out", out, "--keep-updates")
+    assert done.returncode == 0, done.stderr
+    assert "exact" in done.stdout
+    assert "averaging" in done.stdout
+    assert str(out / "adapter") in done.stdout.replace("\n", "")
+    commands = [line.strip() for line in done.stdout.splitlines() if line.startswith("    ")]
+    assert len(commands) == 3
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        if program == "fedexlora":
+            again = fedexlora(*arguments)
+        else:
+            again = subprocess.run(
+                [sys.executable, *arguments], cwd=ROOT, capture_output=True, check=False
+            )
+        assert again.returncode == 0, (command, again.stderr)
+
+
+def test_json_prints_one_record_a_round_and_nothing_else(recipe_file, tmp_path):
+    done = fedexlora("run", recipe_file, "--out", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["round"] for line in done.stdout.splitlines()] == [1, 2, 3]
+    assert done.stdout == (tmp_path / "run" / "rounds.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "federation.roundz=3"], "federation.roundz: unknown key; did you mean 'rounds'"),
+        (["--set", "lora.target_modules=['q_proj']"], "no module of this model is named 'q_proj'"),
+        (["--set", "task.label=topic"], "topic"),
+        (["--set", "partition.column=where"], "where"),
+        (["--set", "model.source=./none"], "there is no folder none"),
+    ],
+)
+def test_wrong_input_exits_2_names_the_key_and_writes_nothing(
+    recipe_file, tmp_path, arguments, message
+):
+    done = fedexlora("run", recipe_file, "--out", tmp_path / "run", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_fails_exits_1_and_says_why(recipe_file, tmp_path):
+    done = fedexlora(
+        "run", recipe_file, "--out", tmp_path / "run", "--set", "training.learning_rate=1e30"
+    )
+    assert done.returncode == 1
+    assert re.search("NoUpdatesError: round 1: no client delivered a usable update", done.stderr)
+    assert (tmp_path / "run" / "checkpoints" / "round-0000.safetensors").exists()
+
+
+def test_help_and_version():
+    assert fedexlora("--version").stdout.startswith("fedexlora 0.")
+    shown = fedexlora("run", "--help").stdout
+    for option in ("--out", "--set", "--resume", "--keep-updates", "--json"):
+        assert option in shown
