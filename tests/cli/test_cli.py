@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tomlkit
 
-from tests.engine.conftest import document  # noqa: F401 - a fixture
+from tests.engine.conftest import data_folder, document  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-c", "from fedexlora.cli import main; main()"]

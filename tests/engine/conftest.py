@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fedexlora.engine.recipe import parse_recipe
+from fedexlora.engine.run import run
+
 
 def rows(count: int, seed: int) -> list[dict[str, object]]:
     """Texts of label ``x`` have words 0 to 9, those of label ``y`` words 10 to 19."""
@@ -24,24 +27,40 @@ def rows(count: int, seed: int) -> list[dict[str, object]]:
     return made
 
 
-@pytest.fixture
-def document(bert, tmp_path) -> dict:
-    """A recipe as a TOML parser gives it; tests change what they are about."""
-    folder = tmp_path / "data"
-    folder.mkdir()
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
     for name, count in (("train", 36), ("validation", 16)):
         lines = "\n".join(map(json.dumps, rows(count, len(name))))
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def recipe_document(bert: str, data_folder: Path) -> dict:
     return {
         "model": {"source": bert},
         "task": {"kind": "classification", "text": "text", "metrics": ["accuracy", "f1"]},
-        "data": {"source": str(folder)},
+        "data": {"source": str(data_folder)},
         "partition": {"kind": "by_column", "column": "site"},
         "federation": {"method": "fedex", "rounds": 3, "seed": 4},
         "lora": {"r": 2, "lora_alpha": 6, "target_modules": ["query", "value"]}
         | {"modules_to_save": ["pooler"]},
         "training": {"learning_rate": 3e-2, "per_device_train_batch_size": 8, "use_cpu": True},
     }
+
+
+@pytest.fixture
+def document(bert, data_folder) -> dict:
+    """A recipe as a TOML parser gives it; tests change what they are about."""
+    return recipe_document(bert, data_folder)
+
+
+@pytest.fixture(scope="session")
+def whole(bert, data_folder, tmp_path_factory) -> Path:
+    """The folder of that recipe's run, never interrupted; tests only read it."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(parse_recipe(recipe_document(bert, data_folder), "whole"), out, keep_updates=True)
+    return out
 
 
 def files(folder: Path) -> dict[str, bytes]:

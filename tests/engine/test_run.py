@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,46 +50,50 @@ def same_run(one: Path, other: Path) -> None:
     assert records(one) == records(other)
 
 
-def test_a_run_leaves_what_the_design_says(document, tmp_path):
-    out = tmp_path / "run"
-    result = run(recipe(document), out, keep_updates=True)
-    names = {path.name for path in out.iterdir()}
+def test_a_run_leaves_what_the_design_says(document, whole):
+    names = {path.name for path in whole.iterdir()}
     assert names == {"recipe.toml", "run.json", "rounds.jsonl", "checkpoints", "adapter", "updates"}
-    assert len(list((out / "checkpoints").iterdir())) == folder_module.KEPT_CHECKPOINTS
-    header = json.loads((out / "run.json").read_text())
+    assert len(list((whole / "checkpoints").iterdir())) == folder_module.KEPT_CHECKPOINTS
+    header = json.loads((whole / "run.json").read_text())
     assert sum(header["clients"].values()) == 36
     assert set(header["clients"]) == {"site-north", "site-south", "site-west"}
-    assert [record.round for record in result.records] == [1, 2, 3]
-    for record in result.records:
+    found = RunFolder(whole).load().records
+    assert [record.round for record in found] == [1, 2, 3]
+    for record in found:
         assert record.certificate.held
         assert record.certificate.error <= record.certificate.allowed
         assert sum(client.weight for client in record.clients) == pytest.approx(1)
         assert {"train", "aggregate", "ship", "certify", "evaluate"} <= record.seconds.keys()
-    assert result.records[-1].metrics["loss"] < result.initial_metrics["loss"]
-    sent = out / "updates" / "round-0002" / "site-south"
+    assert found[-1].metrics["loss"] < header["initial_metrics"]["loss"]
+    sent = whole / "updates" / "round-0002" / "site-south"
     assert {path.name for path in sent.iterdir()} >= {"adapter_config.json", "client.json"}
-    resolved = tomlkit.parse((out / "recipe.toml").read_text()).unwrap()
+    resolved = tomlkit.parse((whole / "recipe.toml").read_text()).unwrap()
     assert parse_recipe(resolved, "resolved") == recipe(document)
 
 
-def test_the_adapter_on_the_untouched_base_scores_what_the_last_record_says(document, tmp_path):
+def test_the_adapter_on_the_untouched_base_scores_what_the_last_record_says(document, whole):
     parsed = recipe(document)
-    result = run(parsed, tmp_path / "run")
     prepared = prepare(parsed, Observer())
     base = AutoModelForSequenceClassification.from_pretrained(
         parsed.model.source, num_labels=2, dtype=torch.float32
     )
-    loaded = PeftModel.from_pretrained(base, result.adapter)
+    loaded = PeftModel.from_pretrained(base, whole / "adapter")
     tokenizer = prepare_tokenizer(parsed.model.source, None)
     scores = prepared.task.evaluate(loaded, prepared.validation, tokenizer, 64)
-    assert scores["accuracy"] == result.records[-1].metrics["accuracy"]
-    assert scores["loss"] == pytest.approx(result.records[-1].metrics["loss"], rel=1e-5)
+    last = RunFolder(whole).load().records[-1]
+    assert scores["accuracy"] == last.metrics["accuracy"]
+    assert scores["loss"] == pytest.approx(last.metrics["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["fedex", "fedit", "ffa"])
-def test_the_example_recomputes_the_final_model_from_the_stored_updates(document, tmp_path, method):
+def test_the_example_recomputes_the_final_model_from_the_stored_updates(
+    document, whole, tmp_path, method
+):
     out = tmp_path / "run"
-    run(recipe(document, method=method), out, keep_updates=True)
+    if method == "fedex":
+        shutil.copytree(whole, out)
+    else:
+        run(recipe(document, method=method), out, keep_updates=True)
     command = [sys.executable, str(EXAMPLES / "recompute.py"), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -122,10 +127,8 @@ class StopAt(Observer):
     ("round_", "moment"),
     [(1, "train site-north"), (2, "aggregate"), (2, "evaluate"), (2, "end"), (3, "end")],
 )
-def test_an_interrupted_run_resumes_to_the_same_bits(document, tmp_path, round_, moment):
-    parsed = recipe(document)
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(parsed, whole, keep_updates=True)
+def test_an_interrupted_run_resumes_to_the_same_bits(document, whole, tmp_path, round_, moment):
+    parsed, stopped = recipe(document), tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
         run(parsed, stopped, keep_updates=True, observer=StopAt(round_, moment))
     assert not (stopped / "adapter").exists()
@@ -134,19 +137,17 @@ def test_an_interrupted_run_resumes_to_the_same_bits(document, tmp_path, round_,
     assert files(whole / "updates") == files(stopped / "updates")
 
 
-def test_a_run_is_repeatable_and_its_seed_matters(document, tmp_path):
-    run(recipe(document), tmp_path / "one")
-    run(recipe(document), tmp_path / "two")
-    same_run(tmp_path / "one", tmp_path / "two")
-    run(recipe(document, seed=5), tmp_path / "three")
-    assert records(tmp_path / "one") != records(tmp_path / "three")
+def test_a_run_is_repeatable_and_its_seed_matters(document, whole, tmp_path):
+    run(recipe(document), tmp_path / "again")
+    same_run(whole, tmp_path / "again")
+    run(recipe(document, seed=5, rounds=1), tmp_path / "other")
+    assert records(whole)[0] != records(tmp_path / "other")[0]
 
 
-def test_more_rounds_are_the_same_as_asking_for_them_at_once(document, tmp_path):
+def test_more_rounds_are_the_same_as_asking_for_them_at_once(document, whole, tmp_path):
     run(recipe(document, rounds=1), tmp_path / "grown")
     run(recipe(document, rounds=3), tmp_path / "grown", resume=True)
-    run(recipe(document, rounds=3), tmp_path / "whole")
-    same_run(tmp_path / "grown", tmp_path / "whole")
+    same_run(whole, tmp_path / "grown")
 
 
 def test_resume_starts_a_run_that_is_not_there(document, tmp_path):
@@ -207,38 +208,40 @@ def test_a_run_without_any_usable_update_stops_with_its_checkpoint(document, tmp
     assert not (out / "adapter").exists()
 
 
-def test_a_folder_with_something_in_it_is_refused(document, tmp_path):
-    run(recipe(document, rounds=1), tmp_path / "run")
+def test_a_folder_with_something_in_it_is_refused(document, whole, data_folder):
+    before = files(whole)
     with pytest.raises(ResumeError, match="already holds another run"):
-        run(recipe(document), tmp_path / "run")
-    before = files(tmp_path / "run")
+        run(recipe(document), whole)
     changed = document | {"lora": document["lora"] | {"r": 3}}
     with pytest.raises(ResumeError, match="a run of another recipe") as caught:
-        run(recipe(changed, seed=9), tmp_path / "run", resume=True)
+        run(recipe(changed, seed=9), whole, resume=True)
     assert caught.value.faults == ("federation.seed: 4 there, 9 here", "lora.r: 2 there, 3 here")
-    assert files(tmp_path / "run") == before
     with pytest.raises(ResumeError, match="already holds other files"):
-        run(recipe(document), tmp_path / "data")
+        run(recipe(document), data_folder)
+    with pytest.raises(ResumeError, match="finished 3 rounds already"):
+        run(recipe(document, rounds=2), whole, resume=True)
+    assert files(whole) == before
 
 
-def test_a_run_is_not_continued_on_other_data_or_for_fewer_rounds(document, tmp_path):
-    out = tmp_path / "run"
-    run(recipe(document, rounds=2), out)
-    with pytest.raises(ResumeError, match="finished 2 rounds already"):
-        run(recipe(document, rounds=1), out, resume=True)
-    train = Path(document["data"]["source"]) / "train.jsonl"
+def test_a_run_is_not_continued_on_other_data(document, whole, tmp_path, data_folder):
+    out, moved = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(whole, out)
+    shutil.copytree(data_folder, moved)
+    text = (out / "recipe.toml").read_text().replace(str(data_folder), str(moved))
+    (out / "recipe.toml").write_text(text)
+    train = moved / "train.jsonl"
     train.write_text(train.read_text().replace("w3", "w4", 1))
     with pytest.raises(ResumeError, match="other data"):
-        run(recipe(document, rounds=3), out, resume=True)
+        run(recipe(document | {"data": {"source": str(moved)}}), out, resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(document, tmp_path):
+def test_a_damaged_checkpoint_is_named(document, whole, tmp_path):
     out = tmp_path / "run"
-    run(recipe(document, rounds=1), out)
-    path = out / "checkpoints" / "round-0001.safetensors"
+    shutil.copytree(whole, out)
+    path = out / "checkpoints" / "round-0003.safetensors"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ResumeError, match=r"round-0001.safetensors is damaged"):
-        run(recipe(document, rounds=2), out, resume=True)
+    with pytest.raises(ResumeError, match=r"round-0003.safetensors is damaged"):
+        run(recipe(document), out, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,6 @@ def _settled_heap() -> Iterator[None]:
     ``Trainer`` collects garbage after every client; walking all of the imported libraries each
     time would take longer than a small client's training.
     """
-    gc.collect()
     gc.freeze()
     try:
         yield

