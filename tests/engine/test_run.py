@@ -22,8 +22,9 @@ import fedexlora.engine.folder as folder_module
 from fedexlora.data.tokenizer import prepare_tokenizer
 from fedexlora.engine.folder import RunFolder
 from fedexlora.engine.observer import Observer
+from fedexlora.engine.prepare import prepare
 from fedexlora.engine.recipe import parse_recipe
-from fedexlora.engine.run import prepare, run
+from fedexlora.engine.run import run
 from fedexlora.errors import BridgeError, DataError, NoUpdatesError, ResumeError
 from tests.engine.conftest import files, without_times
 
@@ -151,6 +152,8 @@ def test_more_rounds_are_the_same_as_asking_for_them_at_once(document, whole, tm
 
 
 def test_resume_starts_a_run_that_is_not_there(document, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".recipe.toml.tmp").write_text("what a kill left behind")
     run(recipe(document, rounds=1), tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "adapter").exists()
 

@@ -63,7 +63,9 @@ class RunFolder:
         Raises:
             ResumeError: if there is anything in it.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (
+            not self.path.is_dir() or any(map(_counts, self.path.iterdir()))
+        ):
             what = "another run" if (self.path / "recipe.toml").exists() else "other files"
             raise ResumeError(
                 f"--out {self.path} already holds {what}",
@@ -103,10 +105,11 @@ class RunFolder:
             ResumeError: if the folder cannot be made.
         """
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace_bytes(self.path / "recipe.toml", recipe.to_toml().encode())
+            (self.path / "checkpoints").mkdir(exist_ok=True)
         except OSError as error:
             raise ResumeError(f"--out {self.path}: {error.strerror}") from error
-        replace_bytes(self.path / "recipe.toml", recipe.to_toml().encode())
 
     def write_header(self, header: dict[str, Any]) -> None:
         """Write ``run.json``."""
@@ -189,3 +192,8 @@ class RunFolder:
             return tuple(RoundRecord.model_validate_json(line) for line in lines)
         except ValidationError as error:
             raise ResumeError(f"{path} is damaged: {error}") from error
+
+
+def _counts(path: Path) -> bool:
+    """Whether a file says that a folder is in use: not what a kill left of an unfinished write."""
+    return not (path.name.startswith(".") and path.name.endswith(".tmp"))

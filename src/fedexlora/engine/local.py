@@ -75,6 +75,12 @@ def training_faults(options: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def training_device(options: Mapping[str, Any]) -> torch.device:
+    """Where ``Trainer`` will put the model."""
+    device: torch.device = _arguments(options, seed=0, folder=tempfile.gettempdir()).device
+    return device
+
+
 def train_locally(
     model: torch.nn.Module,
     rows: Dataset,

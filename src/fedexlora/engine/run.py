@@ -1,4 +1,4 @@
-"""A run: prepare everything, then round after round until the adapter is written."""
+"""A run: round after round, each made durable, until the adapter is written."""
 
 from __future__ import annotations
 
@@ -16,15 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 
 from fedexlora import __version__
-from fedexlora.data.load import load_splits
-from fedexlora.data.partition import split_clients
-from fedexlora.data.task import Task, prepare_task
-from fedexlora.data.tokenizer import prepare_tokenizer
 from fedexlora.engine.folder import Progress, RunFolder
 from fedexlora.engine.observer import Observer, RunInfo
+from fedexlora.engine.prepare import Prepared, prepare
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.round import Federation, run_round
 from fedexlora.engine.transport import InProcessTransport, Transport
@@ -36,33 +32,7 @@ from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import METHODS
 from fedexlora.peft_bridge.export import save_factors, save_global
-from fedexlora.peft_bridge.inspect import check_new_weights
-from fedexlora.peft_bridge.load import attach_lora, load_base, resolve_source
 from fedexlora.peft_bridge.model import AdaptedModel
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Everything that a recipe names, loaded and checked; nothing has been written yet."""
-
-    recipe: Recipe
-    task: Task
-    tokenizer: Any
-    model: AdaptedModel
-    clients: Mapping[str, Dataset]
-    """Tokenised training rows by client."""
-    validation: Dataset
-    data_fingerprint: str
-
-    def evaluate(self, observer: Observer) -> dict[str, float]:
-        """Scores of the model as it is now."""
-        return self.task.evaluate(
-            self.model.peft_model,
-            self.validation,
-            self.tokenizer,
-            self.recipe.evaluation.batch_size,
-            observer.evaluating,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,34 +84,6 @@ def run(
     with _settled_heap():
         records = _rounds(prepared, folder, progress, header, keep_updates, observer)
     return RunResult(out, folder.adapter, header["initial_metrics"], records)
-
-
-def prepare(recipe: Recipe, observer: Observer) -> Prepared:
-    """Load and check everything that a recipe names.
-
-    Raises:
-        DataError: if data, columns or partitions are wrong.
-        BridgeError: if the model cannot be loaded or not be aggregated exactly.
-    """
-    seed = recipe.federation.seed
-    source, revision = resolve_source(recipe.model.source), recipe.model.revision
-    observer.preparing("reading the data")
-    splits = load_splits(recipe.data, seed)
-    task = prepare_task(recipe.task, splits)
-    rows = split_clients(
-        splits.train, recipe.partition, default_column=task.partition_column, seed=seed
-    )
-    observer.preparing("loading the model")
-    tokenizer = prepare_tokenizer(source, revision)
-    config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
-    base, new = load_base(source, revision, task.peft_task_type, config, seed)
-    peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
-    model = AdaptedModel(peft_model, METHODS[recipe.federation.method].trained)
-    check_new_weights(new, model.spec.dense)
-    observer.preparing("tokenising the data")
-    clients = {name: task.tokenize(part, tokenizer) for name, part in rows.items()}
-    validation = task.tokenize(splits.validation, tokenizer)
-    return Prepared(recipe, task, tokenizer, model, clients, validation, splits.fingerprint)
 
 
 def _rounds(
