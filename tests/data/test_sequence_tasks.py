@@ -56,7 +56,6 @@ def test_classes_are_the_sorted_labels_of_the_training_rows(splits, bert):
     assert task.labels == ("x", "y", "z")
     assert tokenized["labels"][:] == [i % 3 for i in range(17)]
     assert (task.partition_column, task.peft_task_type) == ("label", "SEQ_CLS")
-    assert (task.headline, task.higher_is_better) == ("accuracy", True)
 
 
 def test_given_labels_set_the_order_of_the_classes(splits, bert):

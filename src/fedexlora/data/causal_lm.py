@@ -32,16 +32,6 @@ class CausalLM:
     config: CausalLMTask
 
     @property
-    def headline(self) -> str:
-        """The metric that runs are compared by."""
-        return self.config.headline
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a larger headline is the better one."""
-        return self.config.higher_is_better
-
-    @property
     def peft_task_type(self) -> str:
         """What peft calls the task."""
         return "CAUSAL_LM"
@@ -50,11 +40,6 @@ class CausalLM:
     def partition_column(self) -> None:
         """Texts are no classes: there is no column to divide by."""
         return
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Always empty."""
-        return ()
 
     @property
     def model_config(self) -> dict[str, Any]:

@@ -37,16 +37,6 @@ class Classification:
     """The names of the classes, in order."""
 
     @property
-    def headline(self) -> str:
-        """The metric that runs are compared by."""
-        return self.config.headline
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a larger headline is the better one."""
-        return self.config.higher_is_better
-
-    @property
     def peft_task_type(self) -> str:
         """What peft calls the task."""
         return "SEQ_CLS"

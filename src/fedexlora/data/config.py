@@ -14,9 +14,6 @@ RegressionMetric: TypeAlias = Literal["pearson", "spearman", "mse", "loss"]
 CausalLMMetric: TypeAlias = Literal["loss", "perplexity"]
 Column: TypeAlias = Annotated[str, Field(min_length=1)]
 
-LOWER_IS_BETTER = frozenset({"loss", "mse", "perplexity"})
-"""The metrics that fall when a model improves; all others rise."""
-
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -96,11 +93,6 @@ class _Task(_Config):
     def headline(self) -> str:
         """The metric that runs are compared by: the first one listed."""
         return self.metrics[0]
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a larger headline is the better one."""
-        return self.headline not in LOWER_IS_BETTER
 
 
 class ClassificationTask(_Task):

@@ -27,16 +27,6 @@ class Regression:
     config: RegressionTask
 
     @property
-    def headline(self) -> str:
-        """The metric that runs are compared by."""
-        return self.config.headline
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a larger headline is the better one."""
-        return self.config.higher_is_better
-
-    @property
     def peft_task_type(self) -> str:
         """What peft calls the task."""
         return "SEQ_CLS"
@@ -45,11 +35,6 @@ class Regression:
     def partition_column(self) -> None:
         """Numbers are no classes: there is no column to divide by."""
         return
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Always empty."""
-        return ()
 
     @property
     def model_config(self) -> dict[str, Any]:

@@ -21,24 +21,12 @@ class Task(Protocol):
     """One kind of task on one data set."""
 
     @property
-    def headline(self) -> str:
-        """The metric that runs are compared by."""
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Whether a larger headline is the better one."""
-
-    @property
     def peft_task_type(self) -> str:
         """What peft calls the task: ``"SEQ_CLS"`` or ``"CAUSAL_LM"``."""
 
     @property
     def partition_column(self) -> str | None:
         """The column of classes that clients may be divided by; None if the task has none."""
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The names of the classes, in the model's order; empty if the task has none."""
 
     @property
     def model_config(self) -> Mapping[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +17,8 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+
+from fedexlora.peft_bridge.options import option_faults
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
 Progress = Callable[[int, int], None]
@@ -55,24 +55,13 @@ _RESERVED: Mapping[str, str] = {
 
 def training_faults(options: Mapping[str, Any]) -> list[str]:
     """Every fault of a recipe's ``[training]`` table; none means that training can start."""
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-    faults = []
-    for key in options:
-        if key in _RESERVED:
-            faults.append(f"training.{key}: not set here; {_RESERVED[key]}")
-        elif key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            faults.append(
-                f"training.{key}: TrainingArguments has no such field"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    if faults:
-        return faults
-    try:
-        _arguments(options, seed=0, folder=tempfile.gettempdir())
-    except (ValueError, TypeError, ImportError) as error:
-        return [f"training: {error}"]
-    return []
+    return option_faults(
+        "training",
+        options,
+        TrainingArguments,
+        _RESERVED,
+        lambda: _arguments(options, seed=0, folder=tempfile.gettempdir()),
+    )
 
 
 def training_device(options: Mapping[str, Any]) -> torch.device:

@@ -197,7 +197,7 @@ def _header(prepared: Prepared, initial_metrics: Mapping[str, float]) -> dict[st
         "data": prepared.data_fingerprint,
         "clients": {name: len(rows) for name, rows in prepared.clients.items()},
         "validation_rows": len(prepared.validation),
-        "headline": prepared.task.headline,
+        "headline": prepared.recipe.task.headline,
         "initial_metrics": dict(initial_metrics),
     }
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
 import importlib.util
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedexlora.errors import BridgeError
+from fedexlora.peft_bridge.options import option_faults
 
 _HEADS = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}
 _GIVEN_ELSEWHERE = {
@@ -83,24 +82,12 @@ def load_base(
 
 def lora_faults(options: Mapping[str, Any]) -> list[str]:
     """Every fault of a recipe's ``[lora]`` table: unknown keys, with the nearest that PEFT has."""
-    known = [f.name for f in dataclasses.fields(LoraConfig) if f.init]
-    faults = []
-    for key in options:
-        if key in _GIVEN_ELSEWHERE:
-            faults.append(f"lora.{key}: not set here; {_GIVEN_ELSEWHERE[key]}")
-        elif key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            faults.append(
-                f"lora.{key}: PEFT's LoraConfig has no such field"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    if faults:
-        return faults
-    try:
-        LoraConfig(**copy.deepcopy(dict(options)))
-    except (TypeError, ValueError) as error:
-        return [f"lora: {error}"]
-    return []
+    return option_faults("lora", options, LoraConfig, _GIVEN_ELSEWHERE, lambda: _config(options))
+
+
+def _config(options: Mapping[str, Any], **more: str) -> LoraConfig:
+    # A copy, as PEFT appends the task's own heads to the list that it is given.
+    return LoraConfig(**copy.deepcopy(dict(options)), **more)
 
 
 def attach_lora(
@@ -117,8 +104,7 @@ def attach_lora(
     Raises:
         BridgeError: naming every module of the options that does not exist, and those that do.
     """
-    # PEFT appends the task's own heads to the list that it is given.
-    config = LoraConfig(task_type=task_type, **copy.deepcopy(dict(options)))
+    config = _config(options, task_type=task_type)
     names = [name for name, _ in base.named_modules()]
     faults = [
         f"lora.{key}: no module of this model is named {wanted!r}"
