@@ -97,7 +97,7 @@ def test_wrong_input_exits_2_names_the_key_and_writes_nothing(
 
 def test_a_run_that_fails_exits_1_and_says_why(recipe_file, tmp_path):
     done = fedexlora(
-        "run", recipe_file, "--out", tmp_path / "run", "--set", "training.learning_rate=1e30"
+        "run", recipe_file, "--out", tmp_path / "run", "--set", "training.learning_rate=1e38"
     )
     assert done.returncode == 1
     assert re.search("NoUpdatesError: round 1: no client delivered a usable update", done.stderr)

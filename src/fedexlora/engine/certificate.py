@@ -67,9 +67,9 @@ def certify(
         )
         for m in measured
     )
-    scale = {name: module.scaling for name, module in model.modules.items()}
-    lost = _norm([scale[n] * d.residual for n, d in deviations.items()])
-    whole = _norm([scale[n] * d.ideal for n, d in deviations.items()])
+    # In the model's order: a state read from disk has another, and sums would differ in last bits.
+    lost = _norm([x.scaling * deviations[name].residual for name, x in model.modules.items()])
+    whole = _norm([x.scaling * deviations[name].ideal for name, x in model.modules.items()])
     dense_error = _dense_error(model, sums)
     return Certificate(_overall(measured, modules, dense_error), modules, ratio(lost, whole))
 
@@ -117,9 +117,9 @@ def _overall(
 
 def _dense_error(model: AdaptedModel, sums: RoundSums) -> float:
     """Heads and biases in the model against their mean in float64."""
-    ideal = sums.dense_ideal()
-    errors = [float((t.double() - ideal[n]).norm()) for n, t in model.dense().items()]
-    return ratio(_norm(errors), _norm([float(mean.norm()) for mean in ideal.values()]))
+    applied, ideal = model.dense(), sums.dense_ideal()
+    errors = [float((applied[name].double() - ideal[name]).norm()) for name in applied]
+    return ratio(_norm(errors), _norm([float(ideal[name].norm()) for name in applied]))
 
 
 def _form(total: LowRank) -> str:
