@@ -1,4 +1,4 @@
-"""Draw what runs recorded: the headline score by round, and how far each model is from the ideal.
+"""Draw what runs recorded: the score by round, and how far each model is from the clients' mean.
 
 python examples/plot_rounds.py OUT.png RUN_DIR [RUN_DIR...]
 """
@@ -22,15 +22,14 @@ def main(out, folders):
             [0, *rounds], [header["initial_metrics"][headline], *values], "o-", label=method
         )
         off = [record["certificate"]["error"] for record in records]
-        errors.semilogy(rounds, off, "o-", label=method)
+        (line,) = errors.semilogy(rounds, off, "o-", label=f"{method}: distance from it")
+        lost = [record["deviation"] for record in records]
+        note = f"{method}: what averaging the factors would lose"
+        errors.semilogy(rounds, lost, "s--", color=line.get_color(), alpha=0.6, label=note)
     scores.set(xlabel="round", ylabel=headline, title="score of the global model")
-    errors.set(
-        xlabel="round",
-        ylabel="|applied - ideal| / |ideal|",
-        title="distance of the model from the clients' mean",
-    )
+    errors.set(xlabel="round", ylabel="share of the update", title="the clients' mean update")
     for axes in (scores, errors):
-        axes.set_xticks([0, *rounds] if axes is scores else rounds)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(out, dpi=110)
