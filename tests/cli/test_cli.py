@@ -50,12 +50,12 @@ def test_methods_lists_every_method_and_its_paper():
 
 def test_a_run_ends_with_a_table_and_commands_that_work(recipe_file, tmp_path):
     out = tmp_path / "run"
-    done = fedexlora("run", recipe_file, "--out", out, "--keep-updates")
+    done = fedexlora("run", recipe_file, "--out", out, "--keep-updates", "--set", "lora.r=3")
     assert done.returncode == 0, done.stderr
     assert "exact" in done.stdout
     assert "averaging" in done.stdout
     assert str(out / "adapter") in done.stdout.replace("\n", "")
-    commands = [line.strip() for line in done.stdout.splitlines() if line.startswith("    ")]
+    commands = re.findall(r"^    ((?:fedexlora|python) .*)$", done.stdout, re.M)
     assert len(commands) == 3
     for command in commands:
         program, *arguments = shlex.split(command)

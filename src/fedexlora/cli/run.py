@@ -43,7 +43,7 @@ def run(
         result = run_recipe(
             loaded, out, resume=resume, keep_updates=keep_updates, observer=terminal
         )
-    closing(result, str(recipe), loaded)
+    closing(result, loaded)
 
 
 def _quiet_libraries() -> None:

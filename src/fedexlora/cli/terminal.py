@@ -111,7 +111,7 @@ class Terminal(Observer):
         self._progress.update(self._rounds, completed=record.round)
 
 
-def closing(result: RunResult, recipe_path: str, recipe: Recipe) -> None:
+def closing(result: RunResult, recipe: Recipe) -> None:
     """The table at the end of a run, where the adapter is, and what to do next."""
     console = Console(highlight=False)
     method = METHODS[recipe.federation.method]
@@ -119,7 +119,7 @@ def closing(result: RunResult, recipe_path: str, recipe: Recipe) -> None:
     console.print(_verdict(result, method.name))
     console.print(f"adapter      [bold]{escape(str(result.adapter))}[/]")
     console.print("next", style="bold")
-    for what, command in _next_commands(result, recipe_path, recipe):
+    for what, command in _next_commands(result, recipe):
         console.print(f"  {what}\n    {escape(command)}", soft_wrap=True)
 
 
@@ -175,8 +175,10 @@ def _verdict(result: RunResult, method: str) -> str:
     )
 
 
-def _next_commands(result: RunResult, recipe_path: str, recipe: Recipe) -> list[tuple[str, str]]:
-    recipe_word, out = shlex.quote(recipe_path), shlex.quote(str(result.folder))
+def _next_commands(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:
+    # The resolved recipe: the file that the run was started from lacks what --set changed.
+    recipe_word = shlex.quote(str(result.folder / "recipe.toml"))
+    out = shlex.quote(str(result.folder))
     more = recipe.federation.rounds + 2
     kept = (result.folder / "updates").is_dir()
     keep = " --keep-updates" if kept else ""
