@@ -216,9 +216,11 @@ def test_all_faults_of_a_regression_are_listed(splits):
 
 def test_real_data_fit_their_tasks(real_data):
     def labels(name, config):
-        return prepare_task(config, load_splits(DataConfig(source=str(real_data / name)), 0)).labels
+        splits = load_splits(DataConfig(source=str(real_data / name)), 0)
+        return prepare_task(config, splits).model_config["id2label"]
 
     pair = ("sentence1", "sentence2")
-    assert labels("cola", ClassificationTask(text="sentence", metrics=("matthews",))) == ("0", "1")
-    assert labels("rte", ClassificationTask(text=pair)) == ("0", "1")
-    assert labels("stsb", RegressionTask(text=pair)) == ()
+    binary = {0: "0", 1: "1"}
+    assert labels("cola", ClassificationTask(text="sentence", metrics=("matthews",))) == binary
+    assert labels("rte", ClassificationTask(text=pair)) == binary
+    assert labels("stsb", RegressionTask(text=pair)) == {0: "label"}
