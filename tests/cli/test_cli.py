@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -13,21 +12,10 @@ from pathlib import Path
 import pytest
 import tomlkit
 
+from tests.cli.invoke import fedexlora
 from tests.engine.conftest import data_folder, document  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-c", "from fedexlora.cli import main; main()"]
-
-
-def fedexlora(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-    )
 
 
 @pytest.fixture
@@ -109,3 +97,12 @@ def test_help_and_version():
     shown = fedexlora("run", "--help").stdout
     for option in ("--out", "--set", "--resume", "--keep-updates", "--json"):
         assert option in shown
+
+
+def test_the_installed_program_exits_with_the_code_that_is_documented(tmp_path):
+    command = [sys.executable, "-c", "from fedexlora.cli import main; main()"]
+    missing = [*command, "run", "none.toml", "--out", "run"]
+    done = subprocess.run(missing, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "none.toml: cannot be read: No such file" in done.stderr
+    assert not list(tmp_path.iterdir())
