@@ -18,7 +18,9 @@ def read(folder):
     for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         a, b = tensors.pop(key), tensors.pop(key.replace("lora_A", "lora_B"))
-        fits = [v for k, v in config["alpha_pattern"].items() if f".{name}".endswith(k.strip("^"))]
+        fits = [
+            v for k, v in config["alpha_pattern"].items() if f".{name}".endswith(f".{k.strip('^')}")
+        ]
         alpha = fits[0] if fits else config["lora_alpha"]
         factors[name] = a, alpha / len(a) ** (0.5 if config["use_rslora"] else 1) * b
     return factors, tensors
