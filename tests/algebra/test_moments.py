@@ -171,7 +171,7 @@ def test_a_sum_is_held_in_the_smaller_form_and_mixes_both():
     (x, _), (y, _) = random_clients(2, 3)
     factored = LowRank.zeros(D_OUT, D_IN, torch.float32).plus([x, y])
     assert isinstance(factored.value, Factors)
-    mixed = factored.plus([torch.ones(D_OUT, D_IN)], dense_dtype=torch.float64)
+    mixed = factored.to(torch.float64).plus([torch.ones(D_OUT, D_IN)])
     assert isinstance(mixed.value, Tensor)
     expected = x.product().double() + y.product().double() + 1.0
     torch.testing.assert_close(mixed.value, expected, rtol=1e-5, atol=1e-5)

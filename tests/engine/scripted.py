@@ -9,10 +9,10 @@ import torch
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.round import Federation
 from fedexlora.engine.transport import ClientProgress, Reply
-from fedexlora.exchange.shipment import encode_total, receive
+from fedexlora.exchange.shipment import encode_own, encode_total, receive
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
-from fedexlora.methods import METHODS
+from fedexlora.methods import METHODS, Method
 from fedexlora.peft_bridge.model import AdaptedModel
 
 WEIGHTS = {"site-a": 1, "site-b": 2, "site-c": 5}
@@ -36,9 +36,9 @@ class Scripted:
         self._model.apply(state)
         self.held = state
 
-    def ship(self, message: bytes) -> Mapping[str, int]:
-        self.restore(receive(self.held, message))
-        return {client: len(message) for client in self.clients}
+    def ship(self, message: bytes, own: Mapping[str, bytes]) -> Mapping[str, int]:
+        self.restore(receive(self.held, message, own))
+        return {client: len(message) + len(own.get(client, b"")) for client in self.clients}
 
     def train(self, round_: int, progress: ClientProgress) -> Iterator[Reply]:
         for client in self.clients:
@@ -58,6 +58,7 @@ def random_update(model: AdaptedModel, round_: int, client: str, **changes: obje
         "version": round_ - 1,
         "num_examples": WEIGHTS[client],
         "loss": 1.0,
+        "base": model.base_fingerprint,
         "tensors": tensors,
     }
     return ClientUpdate(**(fields | changes))
@@ -68,7 +69,7 @@ def replies(*updates: ClientUpdate) -> list[Reply]:
 
 
 def federation(
-    model: AdaptedModel, method: str, script: Script | None = None, **changes: object
+    model: AdaptedModel, method: str | Method, script: Script | None = None, **changes: object
 ) -> tuple[Federation, GlobalState]:
     """A federation of three clients with weights 1 : 2 : 5, at version 0."""
 
@@ -76,11 +77,13 @@ def federation(
         return replies(random_update(model, round_, client))
 
     transport = Scripted(model, script or random_script)
-    state = model.initial_state()
-    transport.ship(encode_total(state))
+    state = model.initial_state(changes.get("specs", {}))
+    transport.ship(encode_total(state), encode_own(state))
     parts = {
-        "method": METHODS[method],
+        "method": METHODS[method] if isinstance(method, str) else method,
         "model": model,
+        "specs": {},
+        "seed": 0,
         "transport": transport,
         "evaluate": lambda: {"loss": 0.0},
         "keep": lambda update, held: None,

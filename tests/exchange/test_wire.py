@@ -8,14 +8,14 @@ import torch
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import RunError, UpdateError
-from fedexlora.exchange.shipment import Step, encode_step, encode_total, receive
+from fedexlora.exchange.shipment import Step, encode_own, encode_step, encode_total, receive
 from fedexlora.exchange.spec import AdapterSpec, ModuleSpec, TensorSpec
 from fedexlora.exchange.state import GlobalState, state_from, state_tensors
 from fedexlora.exchange.update import ClientUpdate, check_update, decode_update
 from fedexlora.exchange.wire import pack, unpack
 
 SPEC = AdapterSpec(
-    {"layer.q": ModuleSpec(7, 5, 2, torch.float32)},
+    {"layer.q": ModuleSpec(7, 5, 2, torch.float32, 2.0)},
     {"head.weight": TensorSpec((3, 4), torch.float32)},
     ("A", "B"),
 )
@@ -28,11 +28,12 @@ def update(**changes: object) -> ClientUpdate:
         "dense/head.weight": torch.randn(3, 4),
     }
     fields = {"client": "a", "round": 3, "version": 2, "num_examples": 9, "loss": 0.5}
+    fields["base"] = "the base"
     return ClientUpdate(**({**fields, "tensors": tensors} | changes))
 
 
 def check(changed: ClientUpdate) -> None:
-    check_update(changed, SPEC, client="a", round_=3, version=2)
+    check_update(changed, SPEC, client="a", round_=3, version=2, base="the base")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,7 @@ def test_a_header_of_other_types_is_refused_with_every_fault():
         "header 'client': expected str, found 4",
         "header 'round': expected int, found '3'",
         "header 'loss': expected float, found None",
+        "header 'base': expected str, found None",
     )
 
 
@@ -99,6 +101,11 @@ def corrupted() -> dict[str, tuple[dict, str]]:
         "round": ({"round": 2}, "round: expected 3, found 2"),
         "version": ({"version": 1}, "version: expected 2, found 1"),
         "client": ({"client": "b"}, "client: expected 'a', found 'b'"),
+        "base": ({"base": "other"}, "base: expected 'the base', found 'other'"),
+        "rank": (
+            {"tensors": good | {"A/layer.q": torch.ones(3, 5)}},
+            r"A/layer.q: expected float32 \[2, 5\], found float32 \[3, 5\]",
+        ),
         "no examples": ({"num_examples": 0}, "num_examples: expected at least 1, found 0"),
         "negative": ({"num_examples": -4}, "num_examples: expected at least 1, found -4"),
         "loss": ({"loss": float("nan")}, "loss: expected a finite number, found nan"),
@@ -126,7 +133,7 @@ def state(version: int = 2) -> GlobalState:
             torch.randn(2, 5, generator=generator), torch.randn(7, 2, generator=generator)
         )
     }
-    total = {"layer.q": LowRank(Factors(torch.randn(1, 5), torch.randn(7, 1)))}
+    total = {"layer.q": LowRank(Factors(torch.randn(1, 5), torch.randn(7, 1)).to(torch.float64))}
     return GlobalState(version, adapter, total, {"head.weight": torch.randn(3, 4)})
 
 
@@ -140,7 +147,9 @@ def step(held: GlobalState, trained: tuple[str, ...] = ("A", "B")) -> Step:
     b = torch.randn(7, 2)
     a = torch.randn(2, 5) if "A" in trained else held.adapter["layer.q"].A
     adapter = {"layer.q": Factors(a, b)}
-    return Step(held.advance(adapter, pieces, held.dense), pieces, trained)
+    own = {"b": {"layer.q": Factors(torch.randn(3, 5), torch.randn(7, 3))}}
+    after = held.advance(adapter, pieces, held.dense, own)
+    return Step(after, pieces, trained, {"layer.q": 0.0})
 
 
 @pytest.mark.parametrize("trained", [("A", "B"), ("B",)])
@@ -150,10 +159,12 @@ def test_a_receiver_of_the_total_and_of_the_piece_hold_the_same_bits_as_the_serv
     assert same(client, server)
     for _ in range(3):  # the total turns dense on the way
         taken = step(server, trained)
-        client, server = receive(client, encode_step(taken)), taken.state
+        server = taken.state
+        client = receive(client, encode_step(taken), encode_own(server))
         assert same(client, server)
     assert isinstance(server.total["layer.q"].value, torch.Tensor)
-    assert same(receive(None, encode_total(server)), server)
+    assert same(receive(None, encode_total(server), encode_own(server)), server)
+    assert receive(None, encode_total(server)).own == {}
     assert same(state_from(server.version, state_tensors(server)), server)
 
 
@@ -179,3 +190,25 @@ def test_a_piece_is_never_applied_twice_or_over_a_gap():
 def test_a_damaged_message_of_the_server_is_refused(message):
     with pytest.raises(RunError, match="damaged"):
         receive(state(), message)
+
+
+def test_an_adapter_of_another_client_or_version_is_refused():
+    first = step(state(2)).state
+    with pytest.raises(RunError, match="damaged.*expected the adapter of 'c' in version 3"):
+        receive(None, encode_total(first), {"c": encode_own(first)["b"]})
+    with pytest.raises(RunError, match="damaged.*expected the adapter of 'b' in version 4"):
+        receive(None, encode_total(step(first).state), encode_own(first))
+
+
+@pytest.mark.parametrize("where", ["tensor", "header"])
+def test_a_message_that_was_edited_is_refused(where):
+    message = pack({"x": torch.ones(4)}, {"version": 4})
+    edited = (
+        message[:-1] + b"\x40"
+        if where == "tensor"
+        else message.replace(b'version\\": 4', b'version\\": 5')
+    )
+    assert edited != message
+    assert len(edited) == len(message)
+    with pytest.raises(ValueError, match="checksum"):
+        unpack(edited)

@@ -39,7 +39,7 @@ def test_the_loaded_adapter_is_the_global_model(case, rounds, tmp_path):
     weights = {name: p.clone() for name, p in untouched.named_parameters()}
     loaded = PeftModel.from_pretrained(untouched, tmp_path)
     for name, layer in lora_layers(loaded):
-        update = model.modules[name].as_stored(model.applied_update(name))
+        update = model.modules[name].stored_weight(model.applied(name).dense())
         found = layer.get_delta_weight("default").double()
         rounding = model.fold_rounding(name)
         assert float((found - update).norm()) <= 1e-6 * float(update.norm()) + rounding, name

@@ -10,7 +10,15 @@ from torch import nn
 from fedexlora.errors import BridgeError
 from fedexlora.peft_bridge.load import attach_lora, load_base, lora_faults, resolve_source
 from fedexlora.peft_bridge.model import AdaptedModel
-from tests.models import CASES, adapted, gpt2, llama, lora_layers, roberta
+from tests.models import (
+    CASES,
+    Convolutions,
+    adapted,
+    gpt2,
+    lora_layers,
+    mixtral,
+    roberta,
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -22,10 +30,11 @@ def test_every_lora_layer_is_found_with_peft_s_scaling_and_orientation(case):
     found = AdaptedModel(model).modules
     assert found.keys() == layers.keys()
     for name, module in found.items():
-        product = module.scaling * (module.B @ module.A)
-        delta = layers[name].get_delta_weight("default")
-        assert module.as_stored(product).shape == module.weight.shape
-        torch.testing.assert_close(module.as_stored(product), delta)
+        product = module.scaling * module.factors().product()
+        delta = layers[name].get_delta_weight("default").detach()
+        assert module.stored_weight(product).shape == module.weight.shape
+        torch.testing.assert_close(module.stored_weight(product), delta)
+        assert torch.equal(module.matrix(module.stored_weight(product)), product)
 
 
 def test_patterns_and_rslora_give_each_module_its_own_scaling():
@@ -59,19 +68,32 @@ def test_frozen_factors_are_not_trained():
 
 REFUSED = {
     "dora": (roberta, {"target_modules": ["query"], "use_dora": True}, "Dora is not a plain"),
-    "pissa": (roberta, {"target_modules": ["query"], "init_lora_weights": "pissa"}, "'pissa'"),
-    "olora": (roberta, {"target_modules": ["query"], "init_lora_weights": "olora"}, "'olora'"),
-    "lora_bias": (roberta, {"target_modules": ["query"], "lora_bias": True}, "lora_bias"),
-    "embedding": (
-        roberta,
-        {"target_modules": ["word_embeddings"]},
-        "embeddings.word_embeddings: layer type Embedding is not supported",
+    "eva": (roberta, {"target_modules": ["query"], "init_lora_weights": "eva"}, "needs data"),
+    "mica": (roberta, {"target_modules": ["query"], "init_lora_weights": "mica"}, "MiCA"),
+    "narrow pissa": (
+        lambda: roberta().bfloat16(),
+        {"target_modules": ["query"], "init_lora_weights": "pissa"},
+        "would round them in bfloat16; load the base in float32",
     ),
-    "tied": (gpt2, {"target_modules": ["lm_head"]}, "lm_head: its weight is tied"),
-    "tokens": (
-        llama,
-        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
-        "trainable_token_indices",
+    "experts": (
+        mixtral,
+        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
+        "target_parameters: expert weights are not plain products",
+    ),
+    "groups": (
+        lambda: Convolutions(groups=2),
+        {"target_modules": ["conv"], "r": 4},
+        "conv: convolutions with groups = 2",
+    ),
+    "dilation": (
+        lambda: Convolutions(dilation=2),
+        {"target_modules": ["conv"], "r": 4},
+        "conv: PEFT ignores dilation = (2, 2)",
+    ),
+    "attention": (
+        lambda: nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)}),
+        {"target_modules": ["attention"]},
+        "attention: PEFT merges attention weights",
     ),
 }
 
@@ -85,11 +107,64 @@ def test_what_would_not_be_exact_is_refused_with_the_reason(kind):
     assert message in str(caught.value)
 
 
-def test_a_low_precision_base_is_refused_module_by_module():
-    model = get_peft_model(roberta().bfloat16(), LoraConfig(target_modules=["query", "value"], r=2))
-    with pytest.raises(BridgeError, match="bfloat16") as caught:
+def test_biases_of_a_narrow_base_are_refused_with_the_way_out():
+    options = {"target_modules": ["query"], "bias": "lora_only"}
+    model = get_peft_model(roberta().bfloat16(), LoraConfig(**options))
+    with pytest.raises(BridgeError, match="would round the clients' mean") as caught:
         AdaptedModel(model)
-    assert len(caught.value.faults) == 4
+    assert len(caught.value.faults) == 2
+    assert "lora.lora_bias" in caught.value.faults[0]
+
+
+def test_tied_weights_are_never_folded():
+    model = get_peft_model(gpt2(), LoraConfig(target_modules=["lm_head", "c_attn"]))
+    with pytest.raises(BridgeError, match="shared with other layers") as caught:
+        AdaptedModel(model, placement="fold")
+    assert caught.value.faults == ("lm_head",)
+    found = AdaptedModel(model)
+    assert found.placement("lm_head") == "side"
+    assert found.placement("transformer.h.0.attn.c_attn") == "fold"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_auto_folds_into_float32_and_nothing_else(dtype):
+    model = get_peft_model(roberta().to(dtype), LoraConfig(target_modules=["query"]))
+    found = AdaptedModel(model)
+    places = {found.placement(name) for name in found.modules}
+    assert places == ({"fold"} if dtype == torch.float32 else {"side"})
+    assert found.precision() == str(dtype).removeprefix("torch.")
+
+
+def test_a_fingerprint_says_which_base_it_is():
+    def found(build, change=None, **options):
+        torch.manual_seed(11)
+        base = build()
+        if change:
+            with torch.no_grad():
+                change(base)
+        config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], **options)
+        return AdaptedModel(get_peft_model(base, config)).base_fingerprint
+
+    def one_entry(base):
+        base.roberta.encoder.layer[1].output.dense.weight[3, 5] += 1e-3
+
+    def swapped(base):
+        weight = base.roberta.encoder.layer[0].output.dense.weight
+        weight.copy_(weight.flip(0))
+
+    def head(base):
+        base.classifier.dense.weight += 1.0
+
+    same = found(roberta)
+    assert found(roberta) == same
+    # Adapters and trained heads are not part of the base.
+    assert found(roberta, r=2, lora_alpha=3) == same
+    assert found(roberta, head) == same
+    others = {found(roberta, one_entry), found(roberta, swapped)}
+    others.add(found(lambda: roberta().bfloat16()))
+    assert len(others | {same}) == 4
+    assert "entries in float32" in same
+    assert "entries in bfloat16" in found(lambda: roberta().bfloat16())
 
 
 def test_modules_that_do_not_exist_are_all_named_with_those_that_do():
@@ -104,7 +179,10 @@ def test_modules_that_do_not_exist_are_all_named_with_those_that_do():
         "lora.target_modules: no module of this model is named 'q_proj'",
         "lora.modules_to_save: no module of this model is named 'score'",
         "lora.rank_pattern: 'layer.7.attention.self.query' matches no module of this model",
-        "layers that can be adapted: dense, key, out_proj, query, value",
+        (
+            "layers that can be adapted: dense, key, out_proj, position_embeddings, query, "
+            "token_type_embeddings, value, word_embeddings"
+        ),
     )
     with pytest.raises(BridgeError, match=r"lora.target_modules = 'xyz\.\*'"):
         attach_lora(roberta(), {"target_modules": "xyz.*"}, "SEQ_CLS", 0)

@@ -1,34 +1,186 @@
 """The two choices that make a method: the next adapter, and what happens to the remainder.
 
 Any next adapter ``(A', B')`` is exact if the remainder ``M - B' A'`` of the ideal mean product
-``M`` goes to the frozen weight (arXiv:2410.09432, Sec. 3.2 and Table 4).
+``M`` goes to the frozen weight (arXiv:2410.09432, Sec. 3.2 and Table 4). All of it is arithmetic
+on factors: no matrix of size ``(d_out, d_in)`` is decomposed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.lowrank import LowRank
+from fedexlora.algebra.lowrank import LowRank, break_even, stack
 from fedexlora.algebra.moments import Moments
-
-Assignment = Callable[[Moments], tuple[Factors, LowRank]]
-"""Moments to the next adapter, float64, and the remainder ``M - B' A'``, ``(d_out, d_in)``."""
-
-RemainderRule = Callable[[LowRank], LowRank]
-"""The remainder of an assignment to the part of it that the frozen weight receives."""
+from fedexlora.algebra.product import balanced, compact, svd, truncate, truncate_share
 
 
-def mean(moments: Moments) -> tuple[Factors, LowRank]:
-    """The mean factors; their remainder is the residual ``R`` (arXiv:2410.09432, eq. 9-12)."""
-    return moments.mean, moments.residual()
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Whom a next adapter is for. Both pairs have its rank and the scaling of the moments."""
+
+    previous: Factors
+    """The factors that it started the round from."""
+    fresh: Factors
+    """Newly initialised factors; their product is usually zero."""
+
+    @property
+    def rank(self) -> int:
+        """The rank of its adapter."""
+        return self.fresh.rank
 
 
-def keep(remainder: LowRank) -> LowRank:
+Assignment = Callable[[Moments, Holder], Factors]
+"""Moments and a holder to the holder's next adapter, float64."""
+
+RemainderRule = Callable[[LowRank], tuple[LowRank, float]]
+"""A remainder to what the frozen weight receives of it, and the norm of what it does not."""
+
+
+def mean(moments: Moments, holder: Holder) -> Factors:
+    """The mean factors (arXiv:2410.09432, eq. 9); at another rank, the best ones of their product.
+
+    Clients of several ranks are averaged as if padded with zeros to the largest.
+    """
+    if moments.mean.rank == holder.rank:
+        return moments.mean
+    return _filled(_leading(LowRank(moments.mean), holder.rank), holder.fresh)
+
+
+def best(moments: Moments, holder: Holder) -> Factors:
+    """The best approximation of the ideal ``M`` at the holder's rank, balanced (Eckart-Young)."""
+    return _filled(_leading(ideal(moments), holder.rank), holder.fresh)
+
+
+def best_aligned(moments: Moments, holder: Holder) -> Factors:
+    """:func:`best`, turned towards the holder's previous factors.
+
+    ``(B Q, Q^T A)`` is the same update for every orthogonal ``Q``; the one that is nearest to the
+    previous pair is ``U V^T`` of the decomposition of ``B^T B_prev + A A_prev^T`` (orthogonal
+    Procrustes; Schoenemann 1966).
+    """
+    found, previous = best(moments, holder), holder.previous.to(torch.float64)
+    u, _, vh = torch.linalg.svd(found.B.T @ previous.B + found.A @ previous.A.T)
+    turn = u @ vh
+    return Factors(turn.T @ found.A, found.B @ turn)
+
+
+def fresh(moments: Moments, holder: Holder) -> Factors:
+    """A newly initialised adapter: all of the ideal goes to the remainder."""
+    del moments
+    return holder.fresh.to(torch.float64)
+
+
+def ideal(moments: Moments) -> LowRank:
+    """The mean product ``M = B A + R``, ``(d_out, d_in)``, float64."""
+    return _sum(moments.residual(), moments.mean)
+
+
+def remainder(moments: Moments, adapter: Factors) -> LowRank:
+    """``M - B' A'`` for a next adapter ``(A', B')``, at its numerical rank, float32.
+
+    For the mean factors themselves it is the residual ``R``, without a difference that cancels.
+    """
+    residual = moments.residual()
+    if adapter is moments.mean:
+        return residual
+    whole = _sum(residual, stack([moments.mean, adapter.scaled(-1.0)]))
+    if isinstance(whole.value, Factors):
+        low = compact(whole.value)
+        whole = LowRank(low if low.rank < break_even(*low.shape) else low.product())
+    return whole.to(residual.value.dtype)
+
+
+def keep(remainder: LowRank) -> tuple[LowRank, float]:
     """All of the remainder: the aggregation is exact."""
-    return remainder
+    return remainder, 0.0
 
 
-def drop(remainder: LowRank) -> LowRank:
+def drop(remainder: LowRank) -> tuple[LowRank, float]:
     """None of the remainder: exact only where it is zero anyway."""
-    return LowRank.zeros(*remainder.shape, remainder.value.dtype)
+    zero = LowRank.zeros(*remainder.shape, remainder.value.dtype)
+    return zero, sqrt(remainder.squared_norm())
+
+
+def truncate_to_rank(rank: int) -> RemainderRule:
+    """The best ``rank`` directions of the remainder."""
+
+    def rule(remainder: LowRank) -> tuple[LowRank, float]:
+        if isinstance(remainder.value, Factors):
+            return _bounded(remainder, truncate(remainder.value, rank))
+        return _approximated(remainder, _leading(remainder, rank))
+
+    return rule
+
+
+def truncate_to_energy(energy: float) -> RemainderRule:
+    """The fewest directions that hold a share ``energy`` of the remainder's squared norm."""
+
+    def rule(remainder: LowRank) -> tuple[LowRank, float]:
+        share = sqrt(1.0 - energy)
+        if isinstance(remainder.value, Factors):
+            return _bounded(remainder, truncate_share(remainder.value, share))
+        whole, rank = sqrt(remainder.squared_norm()), 16
+        while rank < min(remainder.shape) // 2:
+            kept, dropped = _approximated(remainder, _leading(remainder, rank))
+            if dropped <= share * whole:
+                return kept, dropped
+            rank *= 2
+        return remainder, 0.0
+
+    return rule
+
+
+def _sum(matrix: LowRank, more: Factors) -> LowRank:
+    """A sum in float64 that is factored if ``matrix`` is, whatever its rank."""
+    if isinstance(matrix.value, Factors):
+        return LowRank(stack([matrix.value.to(torch.float64), more]))
+    return matrix.to(torch.float64).plus([more])
+
+
+def _bounded(remainder: LowRank, kept: tuple[Factors, float]) -> tuple[LowRank, float]:
+    return LowRank(kept[0]), kept[1] * sqrt(remainder.squared_norm())
+
+
+def _approximated(remainder: LowRank, kept: Factors) -> tuple[LowRank, float]:
+    """An approximation of a dense remainder, and the norm of what it lacks."""
+    short = kept.to(remainder.value.dtype)
+    return LowRank(short), float((remainder.dense() - short.to(torch.float64).product()).norm())
+
+
+def _leading(matrix: LowRank, rank: int) -> Factors:
+    """The first ``rank`` singular directions, balanced, float64; fewer if the rest is rounding."""
+    if isinstance(matrix.value, Factors):
+        u, s, vh = svd(matrix.value)
+    else:
+        u, s, vh = _randomised(matrix.value, rank)
+    floor = s[:1] * torch.finfo(torch.float32).eps
+    count = min(rank, int((s > floor).sum()))
+    return balanced(u[:, :count], s[:count], vh[:count], torch.float64)
+
+
+def _randomised(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular directions of a dense matrix by subspace iteration (Halko et al. 2011, Sec. 5.1).
+
+    They need not be the very best ones: whatever they lack is part of the remainder.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        size = min(rank + 8, *matrix.shape)
+        u, s, v = torch.svd_lowrank(matrix.to(torch.float64), q=size, niter=4)
+    return u, s, v.T
+
+
+def _filled(adapter: Factors, fresh: Factors) -> Factors:
+    """An adapter of lower rank than ``fresh`` with the missing rows and columns from there.
+
+    Zeros on both sides would never receive a gradient.
+    """
+    rest = fresh.to(torch.float64)
+    missing = Factors(rest.A[adapter.rank :], rest.B[:, adapter.rank :])
+    return stack([adapter, missing]) if missing.rank else adapter

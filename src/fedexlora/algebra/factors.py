@@ -53,6 +53,24 @@ class Factors:
         """The same factors in ``dtype``."""
         return Factors(self.A.to(dtype), self.B.to(dtype))
 
+    def scaled(self, factor: float) -> Factors:
+        """The factors of ``factor * B @ A``."""
+        return self if factor == 1.0 else Factors(self.A, factor * self.B)
+
+    def padded(self, rank: int) -> Factors:
+        """The same product at a rank that is not lower, by zeros.
+
+        Raises:
+            ValueError: if ``rank`` is lower than that of the factors.
+        """
+        more = rank - self.rank
+        if more < 0:
+            raise ValueError(f"expected a rank of at least {self.rank}, found {rank}")
+        if more == 0:
+            return self
+        pad = torch.nn.functional.pad
+        return Factors(pad(self.A, (0, 0, 0, more)), pad(self.B, (0, more)))
+
     def product(self) -> Tensor:
         """``B @ A``, ``(d_out, d_in)``, in the dtype of the factors."""
         return self.B @ self.A

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedexlora.algebra import product
 from fedexlora.algebra.factors import Factors, inner, squared_norm
 
 
@@ -50,17 +51,14 @@ class LowRank:
         """The same matrix with what is held in ``dtype``."""
         return LowRank(self.value.to(dtype))
 
-    def plus(
-        self, terms: Sequence[Factors | Tensor], *, dense_dtype: torch.dtype | None = None
-    ) -> LowRank:
-        """This matrix plus every term; neither is written.
+    def plus(self, terms: Sequence[Factors | Tensor]) -> LowRank:
+        """This matrix plus every term, in the dtype of this matrix; neither is written.
 
         Factors are stacked, which rounds nothing, until the stack would be larger than the dense
         matrix; from then on the sum is dense.
 
         Args:
             terms: factors of, or dense, ``(d_out, d_in)`` matrices.
-            dense_dtype: the dtype of a dense sum; by default that of what is held.
 
         Raises:
             ValueError: if a term has another shape.
@@ -68,16 +66,34 @@ class LowRank:
         for term in terms:
             if tuple(term.shape) != self.shape:
                 raise ValueError(f"expected terms of {self.shape}, found {tuple(term.shape)}")
-        d_out, d_in = self.shape
-        factored = [x for x in (self.value, *terms) if isinstance(x, Factors)]
+        dtype = self.value.dtype
+        factored = [x.to(dtype) for x in (self.value, *terms) if isinstance(x, Factors)]
         rank = sum(x.rank for x in factored)
-        if len(factored) == 1 + len(terms) and rank * (d_out + d_in) < d_out * d_in:
+        if len(factored) == 1 + len(terms) and rank < break_even(*self.shape):
             return LowRank(stack(factored))
-        dtype = dense_dtype or self.value.dtype
         total = self.dense(dtype).clone()
         for term in terms:
             _add_into(total, term)
         return LowRank(total)
+
+    def accumulate(self, piece: LowRank) -> LowRank:
+        """This matrix plus ``piece``, compacted whenever its rank passes a power of two.
+
+        So a sum whose terms cancel stays at the rank that it has, one whose terms do not is
+        decomposed only as often as its rank doubles, and it is dense only where nothing smaller
+        is lossless (see :func:`fedexlora.algebra.product.compact`).
+        """
+        if piece.is_zero:
+            return self
+        if isinstance(self.value, Factors) and isinstance(piece.value, Factors):
+            parts = [self.value, piece.value.to(self.value.dtype)]
+            whole, held = stack(parts), self.value.rank
+            limit = break_even(*self.shape)
+            if held and (whole.rank.bit_length() > held.bit_length() or whole.rank >= limit):
+                whole = product.compact(whole)
+            if whole.rank < limit:
+                return LowRank(whole)
+        return self.plus([piece.value])
 
     def squared_norm(self) -> float:
         """Squared Frobenius norm, in float64, from Gram matrices where factors are held."""
@@ -91,6 +107,21 @@ class LowRank:
             return inner(self.value, other)
         wide = other.to(torch.float64)
         return float(((wide.B.T @ self.value.double()) * wide.A).sum())
+
+
+def break_even(d_out: int, d_in: int) -> int:
+    """The lowest rank whose factors are not smaller than the dense ``(d_out, d_in)`` matrix."""
+    return -(-d_out * d_in // (d_out + d_in))
+
+
+def difference_norm(x: LowRank, y: LowRank) -> float:
+    """``|x - y|`` in float64, from factors where that is the smaller way."""
+    if isinstance(x.value, Factors) and isinstance(y.value, Factors):
+        x64, y64 = x.value.to(torch.float64), y.value.to(torch.float64)
+        both = stack([x64, Factors(y64.A, -y64.B)])
+        if both.rank < break_even(*x.shape):
+            return product.norm(both)
+    return float((x.dense() - y.dense()).norm())
 
 
 def stack(parts: Sequence[Factors]) -> Factors:

@@ -1,20 +1,37 @@
-"""One round's updates, streamed: nothing of a client is kept once it is added."""
+"""One round's updates, streamed: nothing of a client is kept once it is added.
+
+Clients may have adapters of their own rank and scaling. Everything is summed in the scaling of the
+model's common adapter, so that the ideal of a round is, by module and before that scaling,
+
+    total + sum_i p_i (B A - c_i B_i0 A_i0)  +  sum_i p_i c_i B_i A_i
+
+where ``(A_i0, B_i0)`` is what client ``i`` started from, ``c_i`` its scaling over the common one,
+and the middle term, what clients hold beside the weight for their own adapters, is zero for all
+that start from the common adapter ``(A, B)``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from fedexlora.algebra import assignment
+from fedexlora.algebra.assignment import Holder
 from fedexlora.algebra.deviation import Deviation, deviation
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.algebra.moments import Moments
 from fedexlora.exchange.shipment import Step
+from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import Method
+
+Adapter = Mapping[str, Factors]
+FreshFactors = Callable[[AdapterSpec], Adapter]
+"""Newly initialised factors of given ranks, by module."""
 
 
 class RoundSums:
@@ -25,48 +42,87 @@ class RoundSums:
 
     Args:
         state: the version that the clients trained from.
+        spec: the common adapter.
+        specs: the adapters of the clients that have another one, by client.
     """
 
-    def __init__(self, state: GlobalState) -> None:
+    def __init__(
+        self, state: GlobalState, spec: AdapterSpec, specs: Mapping[str, AdapterSpec]
+    ) -> None:
         self._state = state
+        self._spec = spec
+        self._specs = specs
+        every = [spec, *specs.values()]
+        self._rank = {name: max(s.modules[name].rank for s in every) for name in spec.modules}
         self._moments: dict[str, Moments] = {}
-        self._products = {
+        zeros = {
             name: LowRank.zeros(*factors.shape, torch.float64)
             for name, factors in state.adapter.items()
         }
+        self._products, self._offsets = dict(zeros), dict(zeros)
         self._dense = {name: torch.zeros_like(t.double()) for name, t in state.dense.items()}
+        self._sent: dict[str, Adapter] = {}
         self.weight = 0.0
 
-    def add(self, update: ClientUpdate) -> None:
-        """Add one checked update."""
+    def add(self, update: ClientUpdate, *, remember: bool = False) -> None:
+        """Add one checked update.
+
+        Args:
+            update: the update.
+            remember: keep its factors, for a method whose clients continue from them.
+        """
         weight = float(update.num_examples)
         self.weight += weight
-        for name, held in self._state.adapter.items():
-            factors = update.factors(name, held)
+        start = self._state.own.get(update.client, self._state.adapter)
+        sent = {name: update.factors(name, held) for name, held in start.items()}
+        if remember:
+            self._sent[update.client] = sent
+        for name, raw in sent.items():
+            scale = self._scale(update.client, name)
+            factors = self._common(raw, scale).padded(self._rank[name])
             before = self._moments.get(name)
             self._moments[name] = (
                 before.add(factors, weight) if before else Moments.of(factors, weight)
             )
-            wide = factors.to(torch.float64)
-            product = Factors(wide.A, weight * wide.B)
+            product = raw.to(torch.float64).scaled(weight * scale)
             self._products[name] = self._products[name].plus([product])
+            if update.client in self._state.own:
+                common = self._state.adapter[name].to(torch.float64).scaled(weight)
+                minus = start[name].to(torch.float64).scaled(-weight * scale)
+                self._offsets[name] = self._offsets[name].plus([common, minus])
         for name, total in self._dense.items():
             total.add_(update.tensors[f"dense/{name}"].double(), alpha=weight)
 
-    def aggregate(self, method: Method) -> Step:
+    def aggregate(self, method: Method, fresh: FreshFactors) -> Step:
         """The next version by ``method``, and the piece of remainder that leads to it."""
-        aggregates = {name: method.aggregate(m) for name, m in self._moments.items()}
-        pieces = {name: a.remainder for name, a in aggregates.items()}
+        made = fresh(self._spec)
+        adapter: dict[str, Factors] = {}
+        pieces: dict[str, LowRank] = {}
+        truncated: dict[str, float] = {}
+        for name, moments in self._moments.items():
+            holder = Holder(self._state.adapter[name], made[name])
+            wide = method.assignment(moments, holder)
+            adapter[name] = wide.to(self._spec.modules[name].dtype)
+            kept, lacks = method.remainder(assignment.remainder(moments, wide))
+            truncated[name] = lacks if method.truncates else 0.0
+            pieces[name] = self._with_offset(name, kept)
         dense = {
             name: mean.to(self._state.dense[name].dtype)
             for name, mean in self.dense_ideal().items()
         }
-        adapter = {name: a.adapter for name, a in aggregates.items()}
-        return Step(self._state.advance(adapter, pieces, dense), pieces, method.trained)
+        own = self._own_adapters(method, fresh)
+        after = self._state.advance(adapter, pieces, dense, own)
+        return Step(after, pieces, method.trained, truncated)
 
-    def ideal(self, module: str) -> Tensor:
-        """The module's mean product in float64, unscaled, ``(d_out, d_in)``."""
-        return self._products[module].dense(torch.float64) / self.weight
+    def ideal(self, module: str) -> LowRank:
+        """What the module should add to its untouched weight: float64, before the scaling."""
+        share = 1.0 / self.weight
+        parts = [self._products[module], self._offsets[module]]
+        terms = [
+            part.value.scaled(share) if isinstance(part.value, Factors) else part.value * share
+            for part in parts
+        ]
+        return self._state.total[module].plus(terms)
 
     def dense_ideal(self) -> Mapping[str, Tensor]:
         """The means of heads and biases, float64, by name."""
@@ -75,3 +131,47 @@ class RoundSums:
     def deviations(self) -> Mapping[str, Deviation]:
         """What averaging the factors loses, by module."""
         return {name: deviation(moments) for name, moments in self._moments.items()}
+
+    def _scale(self, client: str, module: str) -> float:
+        """The client's scaling over the common one."""
+        spec = self._specs.get(client)
+        if spec is None:
+            return 1.0
+        return spec.modules[module].scaling / self._spec.modules[module].scaling
+
+    def _common(self, raw: Factors, scale: float) -> Factors:
+        """A client's factors in the common scaling, without rounding what is not rescaled."""
+        return raw if scale == 1.0 else raw.to(torch.float64).scaled(scale)
+
+    def _with_offset(self, name: str, piece: LowRank) -> LowRank:
+        """A piece of remainder plus what clients hold beside the weight for their own adapters."""
+        offset = self._offsets[name]
+        if offset.is_zero:
+            return piece
+        value = offset.value
+        share = 1.0 / self.weight
+        term = value.scaled(share) if isinstance(value, Factors) else value * share
+        wide = piece.to(torch.float64)
+        return wide.accumulate(LowRank(term)).to(piece.value.dtype)
+
+    def _own_adapters(self, method: Method, fresh: FreshFactors) -> dict[str, Adapter]:
+        """What the clients that do not continue from the common adapter continue from."""
+        if method.own_adapters:
+            return {**self._state.own, **self._sent}
+        made: dict[int, Adapter] = {}
+        own: dict[str, Adapter] = {}
+        for client, spec in self._specs.items():
+            if id(spec) not in made:
+                made[id(spec)] = fresh(spec)
+            own[client] = {
+                name: self._own(method, client, name, made[id(spec)][name])
+                for name in self._moments
+            }
+        return own
+
+    def _own(self, method: Method, client: str, name: str, fresh: Factors) -> Factors:
+        scale = self._scale(client, name)
+        previous = self._state.own[client][name]
+        holder = Holder(self._common(previous, scale), self._common(fresh, scale))
+        adapter = method.assignment(self._moments[name], holder)
+        return adapter.to(torch.float64).scaled(1.0 / scale).to(fresh.dtype)

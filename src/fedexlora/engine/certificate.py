@@ -1,22 +1,26 @@
 """The proof of a round: what the model applies against what it should apply.
 
-The applied side is read back from the live model (the change of the frozen weight plus PEFT's own
-``get_delta_weight``); the ideal side is the naive float64 sum of the updates that were received.
-The two share no arithmetic with each other.
+The applied side is read back from the live model: the change of the frozen weight, and the factors
+of every active adapter with PEFT's own scalings. The ideal side is the naive float64 sum of the
+updates that were received. The two share no arithmetic with each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 
+import torch
+
 from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.lowrank import LowRank
+from fedexlora.algebra.lowrank import LowRank, difference_norm
 from fedexlora.engine.aggregation import RoundSums
 from fedexlora.errors import ExactnessError
-from fedexlora.exchange.records import CertificateRecord, ModuleRecord
-from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.records import CertificateRecord, ModuleRecord, OwnRecord
+from fedexlora.exchange.shipment import Step
+from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.peft_bridge.model import AdaptedModel
 
 TOLERANCE = 1e-6
@@ -41,37 +45,47 @@ class _Measured:
     ideal: float
     error: float
     rounding: float
+    truncated: float
 
 
 def certify(
-    model: AdaptedModel, sums: RoundSums, before: GlobalState, after: GlobalState
+    model: AdaptedModel, sums: RoundSums, step: Step, specs: Mapping[str, AdapterSpec]
 ) -> Certificate:
-    """Measure a model that has just become the next version.
+    """Measure a model that has just become the next version; it is left as it was.
 
     Args:
         model: the model, with the next version applied.
         sums: the round's received updates.
-        before: the version that the clients trained from.
-        after: the version that should be applied.
+        step: what was applied.
+        specs: the adapters of the clients that have another one than the model, by client.
     """
-    measured = [_measure(model, name, sums, before) for name in model.modules]
+    ideals = {
+        name: _scaled(sums.ideal(name), spec.scaling) for name, spec in model.spec.modules.items()
+    }
+    measured = [_measure(model, name, ideals[name], step) for name in model.modules]
     deviations = sums.deviations()
     modules = tuple(
         ModuleRecord(
             module=m.name,
             ideal=m.ideal,
             error=ratio(m.error, m.ideal),
-            allowed=TOLERANCE + ratio(m.rounding, m.ideal),
+            allowed=TOLERANCE + ratio(m.rounding + m.truncated, m.ideal),
             deviation=deviations[m.name].relative,
-            remainder=_form(after.total[m.name]),
+            truncated=ratio(m.truncated, m.ideal),
+            placement=model.placement(m.name),
+            remainder=_form(step.state.total[m.name]),
         )
         for m in measured
     )
     # In the model's order: a state read from disk has another, and sums would differ in last bits.
-    lost = _norm([x.scaling * deviations[name].residual for name, x in model.modules.items()])
-    whole = _norm([x.scaling * deviations[name].ideal for name, x in model.modules.items()])
-    dense_error = _dense_error(model, sums)
-    return Certificate(_overall(measured, modules, dense_error), modules, ratio(lost, whole))
+    scalings = [(name, spec.scaling) for name, spec in model.spec.modules.items()]
+    lost = _norm([scaling * deviations[name].residual for name, scaling in scalings])
+    whole = _norm([scaling * deviations[name].ideal for name, scaling in scalings])
+    overall = _overall(model, measured, modules, _dense_error(model, sums))
+    own = _own_records(model, step, specs, ideals)
+    held = overall.held and all(record.error <= overall.allowed for record in own)
+    overall = overall.model_copy(update={"own": own, "held": held})
+    return Certificate(overall, modules, ratio(lost, whole))
 
 
 def enforce(certificate: Certificate, round_: int) -> None:
@@ -87,32 +101,69 @@ def enforce(certificate: Certificate, round_: int) -> None:
         for m in certificate.modules
         if m.error > m.allowed
     ]
+    faults += [
+        f"client {own.client}: error {own.error:.2e} of the update, as it applies it"
+        for own in certificate.overall.own
+        if own.error > certificate.overall.allowed
+    ]
     if certificate.overall.dense_error > TOLERANCE:
         faults.append(f"heads and biases: error {certificate.overall.dense_error:.2e}")
     raise ExactnessError(f"round {round_}: the applied update is not the ideal one", faults)
 
 
-def _measure(model: AdaptedModel, name: str, sums: RoundSums, before: GlobalState) -> _Measured:
-    applied = model.applied_update(name)
-    ideal = model.modules[name].scaling * (before.total[name].dense() + sums.ideal(name))
-    error = float((applied - ideal).norm())
-    return _Measured(name, float(ideal.norm()), error, model.fold_rounding(name))
+def _measure(model: AdaptedModel, name: str, ideal: LowRank, step: Step) -> _Measured:
+    return _Measured(
+        name,
+        ideal=sqrt(ideal.squared_norm()),
+        error=difference_norm(model.applied(name), ideal),
+        rounding=model.fold_rounding(name),
+        truncated=model.spec.modules[name].scaling * step.truncated[name],
+    )
 
 
 def _overall(
-    measured: list[_Measured], modules: tuple[ModuleRecord, ...], dense_error: float
+    model: AdaptedModel,
+    measured: list[_Measured],
+    modules: tuple[ModuleRecord, ...],
+    dense_error: float,
 ) -> CertificateRecord:
     ideal = _norm([m.ideal for m in measured])
+    excused = _norm([m.rounding + m.truncated for m in measured])
     worst = max(modules, key=lambda m: m.error / m.allowed)
     return CertificateRecord(
-        placement="fold",
+        placement=" and ".join(sorted({model.placement(name) for name in model.modules})),
         error=ratio(_norm([m.error for m in measured]), ideal),
-        allowed=TOLERANCE + ratio(_norm([m.rounding for m in measured]), ideal),
+        allowed=TOLERANCE + ratio(excused, ideal),
+        truncated=ratio(_norm([m.truncated for m in measured]), ideal),
         worst_module=worst.module,
         worst_error=worst.error,
         dense_error=dense_error,
+        own=(),
         held=all(m.error <= m.allowed for m in modules) and dense_error <= TOLERANCE,
     )
+
+
+def _own_records(
+    model: AdaptedModel,
+    step: Step,
+    specs: Mapping[str, AdapterSpec],
+    ideals: Mapping[str, LowRank],
+) -> tuple[OwnRecord, ...]:
+    """The same for every client with an adapter of its own, in the model that it will train."""
+    whole = _norm([sqrt(ideal.squared_norm()) for ideal in ideals.values()])
+    records = []
+    for client in step.state.own:
+        model.enter(step.state, client, specs.get(client))
+        errors = [difference_norm(model.applied(name), ideal) for name, ideal in ideals.items()]
+        records.append(OwnRecord(client=client, error=ratio(_norm(errors), whole)))
+    if records:
+        model.enter(step.state)
+    return tuple(records)
+
+
+def _scaled(matrix: LowRank, scaling: float) -> LowRank:
+    value = matrix.to(torch.float64).value
+    return LowRank(value.scaled(scaling) if isinstance(value, Factors) else value * scaling)
 
 
 def _dense_error(model: AdaptedModel, sums: RoundSums) -> float:

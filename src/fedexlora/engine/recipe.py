@@ -7,14 +7,18 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedexlora.data.config import DataConfig, PartitionConfig, TaskConfig
 from fedexlora.errors import RecipeError
-from fedexlora.methods import METHODS
+from fedexlora.methods import METHODS, Method
+from fedexlora.methods.options import option_faults, with_options
+
+_CHOICES = ("next_adapter", "remainder_rank", "remainder_energy")
+_OF_ONE_CLIENT = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 class _Table(BaseModel):
@@ -28,6 +32,10 @@ class ModelTable(_Table):
     """A hub name, a folder, or ``package:NAME/PATH``: a folder inside an installed package."""
     revision: str | None = None
     """Branch, tag or commit on the hub; the default branch if not given."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen weights, and of the arithmetic where they are quantised."""
+    quantization: Literal["int8", "nf4", "fp4"] | None = None
+    """Store the frozen linear layers in bitsandbytes' 8 or 4 bits."""
 
 
 class FederationTable(_Table):
@@ -35,6 +43,15 @@ class FederationTable(_Table):
 
     method: str = "fedex"
     """How adapters are aggregated; ``fedexlora methods`` lists them."""
+    next_adapter: Literal["mean", "svd", "svd_aligned", "reinit", "keep"] = "mean"
+    """What clients continue from; the rest of the mean update goes to the frozen weight."""
+    remainder_rank: int | None = Field(default=None, ge=1)
+    """Keep this many directions of every round's remainder, with the error stated; all if not
+    given."""
+    remainder_energy: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Keep this share of every round's remainder, by its squared norm, with the error stated."""
+    placement: Literal["auto", "fold", "side"] = "auto"
+    """Where the remainder lives: in the frozen weight, or beside it. ``auto`` is exact."""
     rounds: int = Field(default=10, ge=1)
     """Number of federated rounds."""
     seed: int = Field(default=0, ge=0)
@@ -46,6 +63,13 @@ class EvaluationTable(_Table):
 
     batch_size: int = Field(default=64, ge=1)
     """Rows at a time; changes speed and memory, not results beyond rounding."""
+
+
+class ClientTable(_Table):
+    """What one client has otherwise than the others."""
+
+    lora: dict[str, Any]
+    """Rank and scaling of its adapter: fields of PEFT's ``LoraConfig``."""
 
 
 class Recipe(_Table):
@@ -61,6 +85,16 @@ class Recipe(_Table):
     """Fields of transformers' ``TrainingArguments`` for the local training of one round."""
     federation: FederationTable = FederationTable()
     evaluation: EvaluationTable = EvaluationTable()
+    clients: dict[str, ClientTable] = Field(default_factory=dict)
+    """By client: what it has otherwise than the others."""
+
+    @property
+    def method(self) -> Method:
+        """How adapters are aggregated, with everything that ``[federation]`` says about it."""
+        table = self.federation
+        return with_options(
+            METHODS[table.method], table.next_adapter, table.remainder_rank, table.remainder_energy
+        )
 
     def to_toml(self) -> str:
         """The resolved recipe: every value, defaults included."""
@@ -117,14 +151,43 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
     for table, check in (("training", training_faults), ("lora", lora_faults)):
         if isinstance(document.get(table), dict):
             faults += check(document[table])
-    method = document.get("federation", {})
-    method = method.get("method", "fedex") if isinstance(method, dict) else "fedex"
-    if isinstance(method, str) and method not in METHODS:
-        known = ", ".join(METHODS)
-        faults.append(f"federation.method: expected one of {known}; found {method!r}")
+    faults += _method_faults(document.get("federation", {}))
+    if recipe is not None:
+        for client, own in recipe.clients.items():
+            faults += _client_faults(f'clients."{client}"', own, recipe)
+            faults += lora_faults({**recipe.lora, **own.lora}, f'clients."{client}".lora')
     if faults or recipe is None:
         raise RecipeError(f"recipe {name}: {len(faults)} fault(s)", faults)
     return recipe
+
+
+def _method_faults(table: object) -> list[str]:
+    if not isinstance(table, dict):
+        return []
+    name = table.get("method", "fedex")
+    if not isinstance(name, str):
+        return []
+    if name not in METHODS:
+        known = ", ".join(METHODS)
+        return [f"federation.method: expected one of {known}; found {name!r}"]
+    chosen, rank, energy = (table.get(key) for key in _CHOICES)
+    return option_faults(METHODS[name], str(chosen or "mean"), rank, energy)
+
+
+def _client_faults(key: str, table: ClientTable, recipe: Recipe) -> list[str]:
+    faults = [
+        f"{key}.lora.{name}: only a client's rank and scaling may differ "
+        f"({', '.join(_OF_ONE_CLIENT)}); the rest is [lora], for all"
+        for name in table.lora
+        if name not in _OF_ONE_CLIENT
+    ]
+    if recipe.federation.method != "fedex":
+        faults.append(
+            f"{key}.lora: {recipe.federation.method} averages factors of one rank; use fedex"
+        )
+    if recipe.lora.get("lora_bias"):
+        faults.append(f"{key}.lora: not together with lora.lora_bias, which the scaling multiplies")
+    return faults
 
 
 def _set(document: dict[str, Any], override: str) -> None:

@@ -6,14 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from fedexlora.engine.aggregation import RoundSums
 from fedexlora.engine.certificate import Certificate, certify, enforce
 from fedexlora.engine.observer import Observer
+from fedexlora.engine.seeds import derive_seed
 from fedexlora.engine.transport import Reply, Transport
 from fedexlora.errors import NoUpdatesError, UpdateError
 from fedexlora.exchange.records import BytesRecord, ClientRecord, LeftOutRecord, RoundRecord
-from fedexlora.exchange.shipment import encode_step
+from fedexlora.exchange.shipment import encode_own, encode_step
+from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate, check_update, decode_update
 from fedexlora.methods import Method
@@ -27,6 +30,10 @@ class Federation:
     method: Method
     model: AdaptedModel
     """The server's copy of the global model."""
+    specs: Mapping[str, AdapterSpec]
+    """The adapters of the clients that have another one than the model, by client."""
+    seed: int
+    """The federation's."""
     transport: Transport
     evaluate: Callable[[], Mapping[str, float]]
     """Scores of the server's copy."""
@@ -67,12 +74,14 @@ def run_round(
         got = _collect(federation, before, round_)  # steps 1 to 3: arrive, check, sum
     federation.observer.phase(round_, "aggregate")
     with clock.phase("aggregate"):
-        step = got.sums.aggregate(federation.method)  # step 4: next adapter and remainder
-    with clock.phase("ship"):
-        sent = federation.transport.ship(encode_step(step))  # steps 5 and 6: ship, apply
+        seed = derive_seed(federation.seed, round_, "")
+        fresh = partial(federation.model.fresh, seed=seed)
+        step = got.sums.aggregate(federation.method, fresh)  # step 4: next adapter and remainder
+    with clock.phase("ship"):  # steps 5 and 6: ship, apply
+        sent = federation.transport.ship(encode_step(step), encode_own(step.state))
     with clock.phase("certify"):
-        certificate = certify(federation.model, got.sums, before, step.state)
-        if federation.method.exact:
+        certificate = certify(federation.model, got.sums, step, federation.specs)
+        if federation.method.certified and not federation.model.lossy_fold:
             enforce(certificate, round_)
     federation.observer.phase(round_, "evaluate")
     with clock.phase("evaluate"):
@@ -84,7 +93,8 @@ def run_round(
 
 def _collect(federation: Federation, before: GlobalState, round_: int) -> _Collected:
     """Receive, check and sum the updates as they arrive; unusable ones are left out by name."""
-    got = _Collected(RoundSums(before), [], [])
+    sums = RoundSums(before, federation.model.spec, federation.specs)
+    got = _Collected(sums, [], [])
     observer = federation.observer
 
     def progress(client: str, step: int, steps: int) -> None:
@@ -99,7 +109,7 @@ def _collect(federation: Federation, before: GlobalState, round_: int) -> _Colle
                 LeftOutRecord(client=reply.client, reasons=error.faults, uploaded_bytes=size)
             )
             continue
-        got.sums.add(update)
+        got.sums.add(update, remember=federation.method.own_adapters)
         federation.keep(update, before)
         got.accepted.append(
             ClientRecord(
@@ -129,10 +139,11 @@ def _checked(
     update = decode_update(reply.message, round_, reply.client)
     check_update(
         update,
-        federation.model.spec,
+        federation.specs.get(reply.client, federation.model.spec),
         client=reply.client,
         round_=round_,
         version=before.version,
+        base=federation.model.base_fingerprint,
     )
     return update
 

@@ -27,12 +27,10 @@ from fedexlora.engine.transport import InProcessTransport, Transport
 from fedexlora.errors import ResumeError
 from fedexlora.exchange.files import new_folder
 from fedexlora.exchange.records import RoundRecord
-from fedexlora.exchange.shipment import encode_total
+from fedexlora.exchange.shipment import encode_own, encode_total
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
-from fedexlora.methods import METHODS
 from fedexlora.peft_bridge.export import save_factors, save_global
-from fedexlora.peft_bridge.model import AdaptedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +100,19 @@ def _rounds(
         prepared.task.collator(prepared.tokenizer),
         recipe.training,
         recipe.federation.seed,
+        prepared.specs,
     )
-    state, records, sent = _enter(transport, folder, progress, model.initial_state())
+    initial = model.initial_state(prepared.specs, recipe.federation.seed)
+    state, records, sent = _enter(transport, folder, progress, initial)
     observer.started(_info(prepared, header, records))
     federation = Federation(
-        method=METHODS[recipe.federation.method],
+        method=recipe.method,
         model=model,
+        specs=prepared.specs,
+        seed=recipe.federation.seed,
         transport=transport,
         evaluate=partial(prepared.evaluate, observer),
-        keep=partial(_keep, folder, model) if keep_updates else _forget,
+        keep=partial(_keep, folder, prepared) if keep_updates else _forget,
         observer=observer,
     )
     while state.version < recipe.federation.rounds:
@@ -145,17 +147,19 @@ def _enter(
     """Bring all clients to the version to go on from; also the bytes that this took."""
     if progress is None or progress.state.version == 0:
         folder.save(Progress(initial, ()))
-        return initial, (), sum(transport.ship(encode_total(initial)).values())
+        sent = transport.ship(encode_total(initial), encode_own(initial))
+        return initial, (), sum(sent.values())
     transport.restore(progress.state)
     return progress.state, progress.records, 0
 
 
-def _keep(folder: RunFolder, model: AdaptedModel, update: ClientUpdate, held: GlobalState) -> None:
+def _keep(folder: RunFolder, prepared: Prepared, update: ClientUpdate, held: GlobalState) -> None:
     """Store one client's update so that anyone can recompute the aggregate without our code."""
-    factors = {name: update.factors(name, pair) for name, pair in held.adapter.items()}
+    start = held.own.get(update.client, held.adapter)
+    factors = {name: update.factors(name, pair) for name, pair in start.items()}
     dense = {name: update.tensors[f"dense/{name}"] for name in held.dense}
     with new_folder(folder.round_updates(update.round) / update.client) as path:
-        save_factors(model, factors, dense, path)
+        save_factors(prepared.model, factors, dense, path, prepared.specs.get(update.client))
         said = {"client": update.client, "round": update.round, "weight": update.num_examples}
         (path / "client.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
 
@@ -165,11 +169,16 @@ def _forget(update: ClientUpdate, held: GlobalState) -> None:
 
 
 def _check_header(folder: RunFolder, header: Mapping[str, Any] | None, prepared: Prepared) -> None:
-    if header is not None and header.get("data") != prepared.data_fingerprint:
-        raise ResumeError(
-            f"{folder.path} was started on other data",
-            [f"data: {header.get('data')} there, {prepared.data_fingerprint} here"],
-        )
+    if header is None:
+        return
+    here = {"data": prepared.data_fingerprint, "base": prepared.model.base_fingerprint}
+    faults = [
+        f"{key}: {header.get(key)} there, {value} here"
+        for key, value in here.items()
+        if header.get(key) != value
+    ]
+    if faults:
+        raise ResumeError(f"{folder.path} was started on other data or another base model", faults)
 
 
 def _check_rounds(progress: Progress | None, recipe: Recipe) -> None:
@@ -195,6 +204,8 @@ def _header(prepared: Prepared, initial_metrics: Mapping[str, float]) -> dict[st
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "data": prepared.data_fingerprint,
+        "base": prepared.model.base_fingerprint,
+        "precision": prepared.model.precision(),
         "clients": {name: len(rows) for name, rows in prepared.clients.items()},
         "validation_rows": len(prepared.validation),
         "headline": prepared.recipe.task.headline,

@@ -13,6 +13,7 @@ from datasets import Dataset
 from fedexlora.engine.local import Collator, train_locally
 from fedexlora.engine.seeds import derive_seed
 from fedexlora.exchange.shipment import receive
+from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.peft_bridge.model import AdaptedModel
@@ -45,8 +46,8 @@ class Transport(Protocol):
     def restore(self, state: GlobalState) -> None:
         """Bring every client to a version that it held before the run was interrupted."""
 
-    def ship(self, message: bytes) -> Mapping[str, int]:
-        """Send every client a message; the bytes sent, by client."""
+    def ship(self, message: bytes, own: Mapping[str, bytes]) -> Mapping[str, int]:
+        """Send every client a message, and some one more of their own; the bytes, by client."""
 
     def train(self, round_: int, progress: ClientProgress) -> Iterator[Reply]:
         """Have every client train from the version it holds; replies in client order."""
@@ -64,6 +65,7 @@ class InProcessTransport:
         collator: rows to a padded batch.
         options: fields of ``TrainingArguments``.
         seed: the federation's.
+        specs: the adapters of the clients that have another one than the model, by client.
     """
 
     def __init__(
@@ -73,12 +75,14 @@ class InProcessTransport:
         collator: Collator,
         options: Mapping[str, Any],
         seed: int,
+        specs: Mapping[str, AdapterSpec],
     ) -> None:
         self._model = model
         self._rows = clients
         self._collator = collator
         self._options = options
         self._seed = seed
+        self._specs = specs
         self._held: GlobalState | None = None
 
     @property
@@ -90,13 +94,13 @@ class InProcessTransport:
         """Hold ``state``, as before the interruption."""
         self._hold(state)
 
-    def ship(self, message: bytes) -> Mapping[str, int]:
+    def ship(self, message: bytes, own: Mapping[str, bytes]) -> Mapping[str, int]:
         """Decode the message once, for the copy that all clients share."""
-        self._hold(receive(self._held, message))
-        return {client: len(message) for client in self.clients}
+        self._hold(receive(self._held, message, own))
+        return {client: len(message) + len(own.get(client, b"")) for client in self.clients}
 
     def train(self, round_: int, progress: ClientProgress) -> Iterator[Reply]:
-        """Train one client after the other, each from the shared version."""
+        """Train one client after the other, each from its own adapter of the shared version."""
         for client in self.clients:
             started = time.perf_counter()
             message, failure = self._attempt(client, round_, progress)
@@ -119,7 +123,7 @@ class InProcessTransport:
         held = self._held
         if held is None:
             raise RuntimeError("train was called before a version was shipped")
-        self._model.load_trained(held)
+        self._model.enter(held, client, self._specs.get(client))
         loss = train_locally(
             self._model.peft_model,
             self._rows[client],
@@ -134,5 +138,6 @@ class InProcessTransport:
             version=held.version,
             num_examples=len(self._rows[client]),
             loss=loss,
+            base=self._model.base_fingerprint,
             tensors=self._model.update_tensors(),
         ).encode()

@@ -46,26 +46,42 @@ class ModuleRecord(Record):
     error: float
     """|applied - ideal| / |ideal|; the applied side is read back from the model."""
     allowed: float
-    """The largest error that is accepted, in the same unit."""
+    """The largest error that is accepted, in the same unit: rounding, and what is truncated."""
     deviation: float
     """|R| / |M|: the share of this round's mean product that averaging the factors loses."""
+    truncated: float
+    """What the method left out of this round's remainder on purpose, as a share of the ideal."""
+    placement: str
+    """Where the remainder lives: ``fold``, in the frozen weight, or ``side``, beside it."""
     remainder: str
     """How the cumulative remainder is held: ``none``, ``rank N`` or ``dense``."""
+
+
+class OwnRecord(Record):
+    """A client that continues from an adapter of its own: does it hold the same global model?"""
+
+    client: str
+    error: float
+    """|applied - ideal| / |ideal| over all modules, as the client applies it."""
 
 
 class CertificateRecord(Record):
     """All modules together, and the dense tensors."""
 
     placement: str
-    """Where the remainder lives: ``fold`` is the frozen float32 weight itself."""
+    """Where the remainder lives: ``fold``, ``side``, or ``fold and side`` by module."""
     error: float
     """|applied - ideal| / |ideal| over all modules."""
     allowed: float
     """The largest error that is accepted, in the same unit."""
+    truncated: float
+    """What the method left out of this round's remainder on purpose, as a share of the ideal."""
     worst_module: str
     worst_error: float
     dense_error: float
     """The same for heads and biases; 0 where there are none."""
+    own: tuple[OwnRecord, ...]
+    """Clients with adapters of their own; none if all continue from the same one."""
     held: bool
     """Whether every module is within what is allowed."""
 

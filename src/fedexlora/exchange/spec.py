@@ -1,9 +1,12 @@
-"""What an update must contain: the agreement that updates are checked against."""
+"""What an update must contain: the agreement that updates are checked against.
+
+Clients may differ in rank and scaling, never in the modules that they adapt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +36,8 @@ class ModuleSpec:
     d_in: int
     rank: int
     dtype: torch.dtype
+    scaling: float
+    """What PEFT multiplies ``B @ A`` by: alpha / r, alpha / sqrt(r), or a pattern's."""
 
     def factor(self, letter: str) -> TensorSpec:
         """The spec of factor ``"A"`` or ``"B"``."""
@@ -48,6 +53,18 @@ class AdapterSpec:
     dense: Mapping[str, TensorSpec]
     trained: tuple[str, ...]
     """The factors that clients train and send, ``("A", "B")`` or ``("B",)``."""
+
+    def reshaped(self, shapes: Mapping[str, tuple[int, float]]) -> AdapterSpec:
+        """The same with another rank and scaling for every module.
+
+        Raises:
+            KeyError: if a module is missing.
+        """
+        modules = {
+            name: replace(module, rank=shapes[name][0], scaling=shapes[name][1])
+            for name, module in self.modules.items()
+        }
+        return replace(self, modules=modules)
 
     def tensors(self) -> dict[str, TensorSpec]:
         """Every tensor of an update by its name on the wire."""

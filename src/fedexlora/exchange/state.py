@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,35 +14,41 @@ from fedexlora.algebra.lowrank import LowRank
 
 @dataclass(frozen=True, slots=True)
 class GlobalState:
-    """Version ``t`` of the global model: ``base + scaling * (total + B A)`` in every module."""
+    """Version ``t`` of the global model: ``base + scaling * (total + B A)`` in every module.
+
+    A client with an adapter of its own, ``(A_c, B_c)`` with scaling ``s_c``, holds the same model:
+    it adds ``scaling * (total + B A) - s_c B_c A_c`` to the base and its adapter to that.
+    """
 
     version: int
     """The number of rounds aggregated so far."""
     adapter: Mapping[str, Factors]
-    """The factors that clients continue from, by module."""
+    """The factors that clients without their own continue from, by module."""
     total: Mapping[str, LowRank]
-    """The cumulative remainder by module, unscaled: float32 factors, or dense in float64."""
+    """The cumulative remainder by module, unscaled, float64: rounds add up without drift."""
     dense: Mapping[str, Tensor]
     """Trained tensors that are not factors, by name: heads and biases."""
+    own: Mapping[str, Mapping[str, Factors]] = field(default_factory=dict)
+    """By client and module: the adapters of clients that do not continue from the common one."""
 
     def advance(
         self,
         adapter: Mapping[str, Factors],
         pieces: Mapping[str, LowRank],
         dense: Mapping[str, Tensor],
+        own: Mapping[str, Mapping[str, Factors]],
     ) -> GlobalState:
         """The next version, with one round's remainder added to the total.
 
         Server and clients both come from one version to the next through here, so that they hold
         the same bits.
         """
-        total = {
-            name: held
-            if (piece := pieces[name]).is_zero
-            else held.plus([piece.value], dense_dtype=torch.float64)
-            for name, held in self.total.items()
-        }
-        return GlobalState(self.version + 1, dict(adapter), total, dict(dense))
+        total = {name: held.accumulate(pieces[name]) for name, held in self.total.items()}
+        return GlobalState(self.version + 1, dict(adapter), total, dict(dense), dict(own))
+
+    def common(self) -> GlobalState:
+        """What all clients hold alike: this version without the clients' own adapters."""
+        return replace(self, own={})
 
 
 def lowrank_tensors(prefix: str, values: Mapping[str, LowRank]) -> dict[str, Tensor]:
@@ -75,7 +81,7 @@ def lowrank_from(
             a, b = tensors[f"{prefix}.A/{name}"], tensors[f"{prefix}.B/{name}"]
             found[name] = LowRank(Factors(a, b))
         else:
-            found[name] = LowRank.zeros(*shape, torch.float32)
+            found[name] = LowRank.zeros(*shape, torch.float64)
         if found[name].shape != shape:
             raise ValueError(f"{prefix} of {name}: expected {shape}, found {found[name].shape}")
     return found
@@ -86,6 +92,10 @@ def state_tensors(state: GlobalState) -> dict[str, Tensor]:
     tensors = lowrank_tensors("total", state.total)
     for name, factors in state.adapter.items():
         tensors[f"A/{name}"], tensors[f"B/{name}"] = factors.A, factors.B
+    for client, adapter in state.own.items():
+        for name, factors in adapter.items():
+            tensors[f"own.A/{name}/{client}"] = factors.A
+            tensors[f"own.B/{name}/{client}"] = factors.B
     return tensors | {f"dense/{name}": tensor for name, tensor in state.dense.items()}
 
 
@@ -101,4 +111,11 @@ def state_from(version: int, tensors: Mapping[str, Tensor]) -> GlobalState:
     adapter = {name: Factors(tensors[f"A/{name}"], tensors[f"B/{name}"]) for name in modules}
     total = lowrank_from("total", tensors, {name: f.shape for name, f in adapter.items()})
     dense = {n.removeprefix("dense/"): t for n, t in tensors.items() if n.startswith("dense/")}
-    return GlobalState(version, adapter, total, dense)
+    own: dict[str, dict[str, Factors]] = {}
+    for key in (key for key in tensors if key.startswith("own.A/")):
+        name, _, client = key.removeprefix("own.A/").partition("/")
+        other = tensors.get(f"own.B/{name}/{client}")
+        if other is None or name not in adapter:
+            raise ValueError(f"{key}: factor B is missing, or there is no such module")
+        own.setdefault(client, {})[name] = Factors(tensors[key], other)
+    return GlobalState(version, adapter, total, dense, own)

@@ -28,6 +28,8 @@ class ClientUpdate:
     """Training examples: its weight in the mean."""
     loss: float
     """Mean training loss of the round."""
+    base: str
+    """Fingerprint of the base model that it was trained on."""
     tensors: Mapping[str, Tensor]
 
     def factors(self, module: str, held: Factors) -> Factors:
@@ -44,6 +46,7 @@ class ClientUpdate:
             "version": self.version,
             "num_examples": self.num_examples,
             "loss": self.loss,
+            "base": self.base,
         }
         return pack(self.tensors, header)
 
@@ -64,6 +67,7 @@ def decode_update(message: bytes, round_: int, client: str) -> ClientUpdate:
         "version": int,
         "num_examples": int,
         "loss": float,
+        "base": str,
     }
     faults = [
         f"header {key!r}: expected {kind.__name__}, found {header.get(key)!r}"
@@ -77,23 +81,30 @@ def decode_update(message: bytes, round_: int, client: str) -> ClientUpdate:
 
 
 def check_update(
-    update: ClientUpdate, spec: AdapterSpec, *, client: str, round_: int, version: int
+    update: ClientUpdate,
+    spec: AdapterSpec,
+    *,
+    client: str,
+    round_: int,
+    version: int,
+    base: str,
 ) -> None:
     """Hold an update against what was agreed.
 
     Args:
         update: what arrived.
-        spec: the tensors that it must have.
+        spec: the tensors that this client must send, at the rank that it declared.
         client: who sent it.
         round_: the round that is open.
         version: the version that clients train from in this round.
+        base: fingerprint of the base model that the run is about.
 
     Raises:
         UpdateError: naming every fault: tensors that are missing, unexpected, of another shape or
-            dtype or not finite; another client, round or version; no examples; a loss that is not
-            finite.
+            dtype or not finite; another client, round, version or base model; no examples; a loss
+            that is not finite.
     """
-    said = (("client", client), ("round", round_), ("version", version))
+    said = (("client", client), ("round", round_), ("version", version), ("base", base))
     faults = [
         f"{field}: expected {expected!r}, found {getattr(update, field)!r}"
         for field, expected in said

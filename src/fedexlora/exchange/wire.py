@@ -1,19 +1,23 @@
-"""Messages as bytes: a safetensors file whose header also carries one JSON object.
+"""Messages as bytes: a safetensors file whose header also carries one JSON object and a checksum.
 
-bfloat16 and every other dtype travel as they are, bit for bit; nothing is pickled.
+bfloat16 and every other dtype travel as they are, bit for bit; nothing is pickled. The checksum
+covers tensors and header, so that a file edited by hand is noticed as surely as a damaged one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 _KEY = "fedexlora"
+_CHECKSUM = "sha256"
 
 
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
@@ -24,7 +28,9 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
         header: anything that JSON holds.
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return bytes(safetensors.torch.save(ready, {_KEY: json.dumps(header, sort_keys=True)}))
+    text = json.dumps(header, sort_keys=True)
+    metadata = {_KEY: text, _CHECKSUM: _checksum(ready, text)}
+    return bytes(safetensors.torch.save(ready, metadata))
 
 
 def unpack(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -41,9 +47,20 @@ def unpack(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     metadata = json.loads(message[8 : 8 + size]).get("__metadata__", {})
     if _KEY not in metadata:
         raise ValueError(f"the message has no {_KEY!r} header")
+    if metadata.get(_CHECKSUM) != _checksum(tensors, metadata[_KEY]):
+        raise ValueError("its content does not have the checksum that it was written with")
     header = json.loads(metadata[_KEY])
     if not isinstance(header, dict):
         raise ValueError(f"expected a JSON object in the {_KEY!r} header, found {header!r}")
     # Views of the message start at any address, and matrix products may differ in last bits with
     # the alignment of their inputs; torch aligns what it allocates.
     return {name: tensor.clone() for name, tensor in tensors.items()}, header
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -5,19 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedexlora.algebra.assignment import Assignment, RemainderRule
-from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.lowrank import LowRank
-from fedexlora.algebra.moments import Moments
-
-
-@dataclass(frozen=True, slots=True)
-class Aggregate:
-    """One module after aggregation."""
-
-    adapter: Factors
-    """The adapter that every client continues from, float32."""
-    remainder: LowRank
-    """What is added to the frozen weight, ``(d_out, d_in)``, unscaled, float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +24,14 @@ class Method:
     trained: tuple[str, ...]
     """The factors that clients train and upload: ``("A", "B")`` or ``("B",)``."""
     assignment: Assignment
+    """The next adapter."""
     remainder: RemainderRule
+    own_adapters: bool = False
+    """Whether every client continues from the factors that it trained itself."""
+    truncates: bool = False
+    """Whether a stated part of the remainder is left out: the record then bounds the error."""
 
-    def aggregate(self, moments: Moments) -> Aggregate:
-        """One module's next adapter and the remainder for its frozen weight."""
-        adapter, remainder = self.assignment(moments)
-        dtype = moments.comoment.value.dtype
-        return Aggregate(adapter.to(dtype), self.remainder(remainder))
+    @property
+    def certified(self) -> bool:
+        """Whether a round whose error is larger than what is stated stops the run."""
+        return self.exact or self.truncates

@@ -15,6 +15,8 @@ from torch import Tensor
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank, stack
 from fedexlora.algebra.product import compact
+from fedexlora.errors import BridgeError
+from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.peft_bridge.model import AdaptedModel
 
@@ -23,21 +25,30 @@ def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> None:
     """Write the final global model, adapter and all remainders, as one PEFT adapter.
 
     On the untouched base its update is ``scaling * (total + B A)``, at the lowest rank that loses
-    nothing, with PEFT's scaling set to 1.
+    nothing, with PEFT's scaling set to 1. What an initialisation such as PiSSA took out of the
+    base is part of it: ``[B | -B0] [A ; A0]`` on the original weights.
 
     Args:
         model: the model that the state belongs to.
         state: the version to write.
         folder: an existing folder.
     """
-    if all(total.is_zero for total in state.total.values()):
+    if all(total.is_zero for total in state.total.values()) and not model.taken_out:
         save_factors(model, state.adapter, state.dense, folder)
         return
     whole = {
-        name: _whole(state.total[name], state.adapter[name], module.scaling)
-        for name, module in model.modules.items()
+        name: _whole(state.total[name], _since_original(model, name, pair), spec.scaling)
+        for name, spec in model.spec.modules.items()
+        for pair in (state.adapter[name],)
     }
-    _write(model, _unit_scaled(model, whole), whole, state.dense, folder)
+    ones = dict.fromkeys(whole, 1.0)
+    dense = {
+        # A bias of the factors is multiplied by the scaling, which is 1 here.
+        name: tensor * model.spec.modules[owner].scaling if owner else tensor
+        for name, tensor in state.dense.items()
+        for owner in (_owner(name),)
+    }
+    _write(model, _config(model, whole, ones), whole, dense, folder)
 
 
 def save_factors(
@@ -45,20 +56,56 @@ def save_factors(
     factors: Mapping[str, Factors],
     dense: Mapping[str, Tensor],
     folder: Path,
+    spec: AdapterSpec | None = None,
 ) -> None:
-    """Write factors of the model's own ranks and scalings as a PEFT adapter, as they are."""
-    _write(model, _plain(model), factors, dense, folder)
+    """Write factors as a PEFT adapter, as they are.
+
+    Args:
+        model: the model that they belong to.
+        factors: by module, of ``spec``'s ranks.
+        dense: heads and biases.
+        folder: an existing folder.
+        spec: ranks and scalings; by default the model's own.
+
+    Raises:
+        BridgeError: if the model's base was changed by the initialisation of its adapter, so that
+            the factors alone mean nothing to anyone else.
+    """
+    if model.taken_out:
+        raise BridgeError(
+            "factors on a base that their initialisation changed cannot be stored as adapters",
+            ["leave out --keep-updates, or set lora.init_lora_weights = true"],
+        )
+    if spec is None or spec == model.spec:
+        config = _plain(model)
+    else:
+        config = _config(model, factors, {n: m.scaling for n, m in spec.modules.items()})
+    _write(model, config, factors, dense, folder)
+
+
+def _owner(name: str) -> str:
+    """The module that a trained bias of its factors belongs to; empty for other parameters."""
+    suffix = ".lora_B.bias"
+    return name.removesuffix(suffix) if name.endswith(suffix) else ""
+
+
+def _since_original(model: AdaptedModel, name: str, adapter: Factors) -> Factors:
+    wide = adapter.to(torch.float64)
+    if name not in model.taken_out:
+        return wide
+    start = model.taken_out[name].to(torch.float64)
+    return stack([wide, start.scaled(-1.0)])
 
 
 def _whole(total: LowRank, adapter: Factors, scaling: float) -> Factors:
     """``scaling * (total + B A)`` as float32 factors."""
     d_out, d_in = total.shape
     if isinstance(total.value, Factors):
-        rows = stack([total.value.to(torch.float64), adapter.to(torch.float64)])
+        rows = stack([total.value, adapter])
         low = compact(Factors(rows.A, scaling * rows.B)).to(torch.float32)
         # PEFT has no adapter of rank 0; a module without any update gets a zero of rank 1.
         return low if low.rank else Factors(torch.zeros(1, d_in), torch.zeros(d_out, 1))
-    matrix = (scaling * (total.dense() + adapter.to(torch.float64).product())).float()
+    matrix = (scaling * (total.dense() + adapter.product())).float()
     # A full-rank matrix is its own best factor: the other one is the identity, and nothing rounds.
     if d_out <= d_in:
         return Factors(matrix, torch.eye(d_out))
@@ -73,17 +120,28 @@ def _plain(model: AdaptedModel) -> LoraConfig:
     return config
 
 
-def _unit_scaled(model: AdaptedModel, factors: Mapping[str, Factors]) -> LoraConfig:
-    """The model's configuration with the ranks of ``factors`` and a scaling of 1 everywhere."""
-    ranks = {name: pair.rank for name, pair in factors.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0]
+def _config(
+    model: AdaptedModel, factors: Mapping[str, Factors], scalings: Mapping[str, float]
+) -> LoraConfig:
+    """The model's configuration with the ranks of ``factors`` and these scalings."""
     # "^" makes PEFT take a name for the whole path and not for the end of a longer one.
-    other = {f"^{name}": rank for name, rank in ranks.items() if rank != common}
+    ranks = {f"^{name}": pair.rank for name, pair in factors.items()}
+    alphas = {f"^{name}": scalings[name] * pair.rank for name, pair in factors.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = _plain(model)
-    config.r, config.lora_alpha, config.use_rslora = common, common, False
-    config.rank_pattern, config.alpha_pattern = other, dict(other)
+    config.r, config.lora_alpha, config.use_rslora = rank, _number(alpha), False
+    config.rank_pattern = {name: value for name, value in ranks.items() if value != rank}
+    config.alpha_pattern = {
+        name: _number(value) for name, value in alphas.items() if value != alpha
+    }
     config.init_lora_weights = True
     return config
+
+
+def _number(value: float) -> float:
+    """PEFT writes alphas as whole numbers where they are."""
+    return int(value) if value == int(value) else value
 
 
 def _write(
@@ -99,8 +157,10 @@ def _write(
     prefix = "base_model.model."
     known: dict[str, Tensor] = {f"{prefix}{name}": tensor for name, tensor in dense.items()}
     for name, pair in factors.items():
-        known[f"{prefix}{name}.lora_A.weight"] = pair.A
-        known[f"{prefix}{name}.lora_B.weight"] = pair.B
+        module = model.modules[name]
+        for letter, key in module.keys().items():
+            value = pair.A if letter == "A" else pair.B
+            known[f"{prefix}{name}.{key}"] = module.stored_factor(letter, value)
     tensors = {}
     for key in live:
         plain_key = key.replace(".base_layer.", ".")

@@ -4,62 +4,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear as LoraLinear
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from peft.tuners.lora.layer import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    Embedding,
+    Linear,
+    MultiheadAttention,
+    ParamWrapper,
+)
+from torch import nn
 
 from fedexlora.errors import BridgeError
-from fedexlora.exchange.spec import ModuleSpec
+from fedexlora.peft_bridge.modules import AdaptedModule, EmbeddingModule, ProductModule
 
 _PREFIX = "base_model.model."
-_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptedModule:
-    """One LoRA layer of a live model, with the scaling and orientation that PEFT applies."""
-
-    name: str
-    """The layer's path in the base model."""
-    layer: LoraLinear
-    adapter: str
-
-    @property
-    def scaling(self) -> float:
-        """What PEFT multiplies ``B @ A`` by: alpha / r, alpha / sqrt(r), or a pattern's."""
-        return float(self.layer.scaling[self.adapter])
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight as stored, ``(d_out, d_in)``, or ``(d_in, d_out)`` for Conv1D."""
-        weight: Tensor = self.layer.get_base_layer().weight
-        return weight
-
-    @property
-    def A(self) -> Tensor:  # noqa: N802 - the paper's letter
-        """The live down-projection, ``(r, d_in)``."""
-        weight: Tensor = self.layer.lora_A[self.adapter].weight
-        return weight
-
-    @property
-    def B(self) -> Tensor:  # noqa: N802 - the paper's letter
-        """The live up-projection, ``(d_out, r)``."""
-        weight: Tensor = self.layer.lora_B[self.adapter].weight
-        return weight
-
-    @property
-    def spec(self) -> ModuleSpec:
-        """Shapes and dtype of the factors."""
-        return ModuleSpec(self.B.shape[0], self.A.shape[1], self.A.shape[0], self.A.dtype)
-
-    def as_stored(self, matrix: Tensor) -> Tensor:
-        """A ``(d_out, d_in)`` matrix in the orientation of :attr:`weight`, and back again."""
-        return matrix.T if self.layer.fan_in_fan_out else matrix
+_NEEDS_DATA = ("corda", "loftq", "lora_ga", "eva")
+_MUTATING = ("pissa", "olora")
+_CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
+_REFUSED = {
+    "target_parameters": "expert weights are not plain products B @ A; use target_modules",
+    "layer_replication": "replicated layers share a frozen weight that the remainder changes",
+    "megatron_config": "parallel layers are not supported",
+    "ensure_weight_tying": "tied factors belong to two layers with remainders of their own",
+}
 
 
 def adapted_modules(model: PeftModel, adapter: str) -> dict[str, AdaptedModule]:
@@ -69,17 +41,18 @@ def adapted_modules(model: PeftModel, adapter: str) -> dict[str, AdaptedModule]:
         BridgeError: naming every module and setting whose aggregation would not be exact, with
             the reason and the way out.
     """
-    faults = _config_faults(model.peft_config[adapter])
-    shared = _shared_storage(model)
+    faults = _config_faults(model, adapter)
     modules: dict[str, AdaptedModule] = {}
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.r:
             continue
         name = path.removeprefix(_PREFIX)
-        if fault := _layer_fault(layer, adapter, shared):
+        if fault := _layer_fault(layer, adapter):
             faults.append(f"{name}: {fault}")
-        elif isinstance(layer, LoraLinear):
-            modules[name] = AdaptedModule(name, layer, adapter)
+        elif isinstance(layer, Embedding):
+            modules[name] = EmbeddingModule(name, layer, adapter)
+        else:
+            modules[name] = ProductModule(name, layer, adapter)
     if not modules and not faults:
         faults.append("no LoRA module is adapted: lora.target_modules matches nothing")
     if faults:
@@ -87,25 +60,39 @@ def adapted_modules(model: PeftModel, adapter: str) -> dict[str, AdaptedModule]:
     return modules
 
 
+def mutates_base(model: PeftModel, adapter: str) -> bool:
+    """Whether attaching the adapter took its initial update out of the frozen weights."""
+    init = model.peft_config[adapter].init_lora_weights
+    return isinstance(init, str) and init.lower().startswith(_MUTATING)
+
+
 def dense_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
-    """Trained parameters that are not factors: copies of heads, and biases.
+    """Trained parameters that are not factors: heads, biases, rows of trained tokens.
 
     Returns:
-        By the parameter's name in the base model.
+        By the parameter's name in the base model, or in PEFT's files where the base has none.
 
     Raises:
-        BridgeError: if a trained head has buffers, whose mean is not that of the clients' models.
+        BridgeError: if a trained head has buffers, whose mean is not that of the clients' models,
+            or a parameter is too narrow to hold a mean.
     """
     found: dict[str, nn.Parameter] = {}
     for path, parameter in model.named_parameters():
-        if parameter.requires_grad and ".lora_A." not in path and ".lora_B." not in path:
+        if parameter.requires_grad and not _is_factor(path):
             found[_dense_name(path, adapter)] = parameter
-    buffers = [path for path, _ in model.named_buffers() if f".modules_to_save.{adapter}." in path]
-    if buffers:
-        raise BridgeError(
-            "trained heads with buffers (running statistics) are not supported",
-            [f"{path}: choose other lora.modules_to_save" for path in buffers],
-        )
+    faults = [
+        f"{path}: it has running statistics; choose other lora.modules_to_save"
+        for path, _ in model.named_buffers()
+        if f".modules_to_save.{adapter}." in path
+    ]
+    faults += [
+        f"{name}: a {str(p.dtype).removeprefix('torch.')} parameter would round the clients' mean; "
+        f"train heads by lora.modules_to_save and biases by lora.lora_bias instead"
+        for name, p in found.items()
+        if p.dtype not in (torch.float32, torch.float64)
+    ]
+    if faults:
+        raise BridgeError("these trained parameters cannot be averaged exactly", faults)
     return found
 
 
@@ -130,57 +117,93 @@ def check_new_weights(new: frozenset[str], trained: Iterable[str]) -> None:
         )
 
 
+def shared_weights(model: nn.Module) -> frozenset[int]:
+    """Addresses of the weights that more than one parameter name refers to."""
+    uses = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
+    return frozenset(address for address, count in uses.items() if count > 1)
+
+
+def is_frozen_base(path: str, adapter: str) -> bool:
+    """Whether a parameter of the live model belongs to the frozen base."""
+    trained_copy = f".modules_to_save.{adapter}." in path or "trainable_tokens_" in path
+    # PEFT keeps the module that a head replaces; it takes no part in the model.
+    return not (trained_copy or ".original_module." in path or ".lora_" in path)
+
+
+def base_name(path: str) -> str:
+    """A live parameter's name in the base model."""
+    return path.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
+def _is_factor(path: str) -> bool:
+    if path.endswith(".bias"):
+        return False
+    return any(f".lora_{kind}." in path for kind in ("A", "B", "embedding_A", "embedding_B"))
+
+
 def _dense_name(path: str, adapter: str) -> str:
-    return (
-        path.removeprefix(_PREFIX)
-        .replace(f".modules_to_save.{adapter}.", ".")
-        .replace(".base_layer.", ".")
-    )
+    name = base_name(path).replace(f".modules_to_save.{adapter}.", ".")
+    return name.replace(f".lora_B.{adapter}.", ".lora_B.").removesuffix(f".{adapter}")
 
 
-def _config_faults(config: LoraConfig) -> list[str]:
-    faults = []
+def _config_faults(model: PeftModel, adapter: str) -> list[str]:
+    config = model.peft_config[adapter]
     if not isinstance(config, LoraConfig):
         return [f"expected a LoRA adapter, found {type(config).__name__}"]
+    faults = [
+        f"lora.{key}: {reason}" for key, reason in _REFUSED.items() if getattr(config, key, None)
+    ]
     init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(_MUTATING_INITS):
+    named = init.lower() if isinstance(init, str) else ""
+    if named.startswith(_NEEDS_DATA):
         faults.append(
-            f"lora.init_lora_weights = {init!r} changes the base weights, so that the adapter "
-            f"alone is no longer the model; use true, 'gaussian' or 'orthogonal'"
+            f"lora.init_lora_weights = {init!r} needs data or a quantised copy of its own to start "
+            f"from, which clients would have to share; use true, 'gaussian', 'orthogonal', "
+            f"'pissa' or 'olora'"
         )
-    refused = {
-        "target_parameters": "expert weights are not plain products B @ A; use target_modules",
-        "trainable_token_indices": "rows of an embedding are not factors; use modules_to_save",
-        "layer_replication": "replicated layers share a frozen weight that the remainder changes",
-        "megatron_config": "parallel layers are not supported",
-    }
-    for key, reason in refused.items():
-        if getattr(config, key, None):
-            faults.append(f"lora.{key}: {reason}")
-    if getattr(config, "lora_bias", False):
-        faults.append("lora.lora_bias: biases of the factors are not supported; use bias")
+    if named.startswith(_MUTATING):
+        narrow = {
+            str(p.dtype).removeprefix("torch.")
+            for path, p in model.named_parameters()
+            if ".base_layer.weight" in path and p.dtype != torch.float32
+        }
+        faults += [
+            f"lora.init_lora_weights = {init!r} changes the base weights and would round them in "
+            f"{dtype}; load the base in float32"
+            for dtype in sorted(narrow)
+        ]
     return faults
 
 
-def _layer_fault(layer: LoraLayer, adapter: str, shared: frozenset[int]) -> str | None:
+def _layer_fault(layer: LoraLayer, adapter: str) -> str | None:
     """Why the mean of this layer's updates is not the update of a mean, or None."""
     base = layer.get_base_layer()
     if variant := layer.lora_variant.get(adapter):
-        kind = type(variant).__name__.removesuffix("LinearVariant")
-        return f"{kind} is not a plain product B @ A, so its exact mean is not one; use plain LoRA"
-    if type(layer) is not LoraLinear or not isinstance(base, (nn.Linear, Conv1D)):
-        return f"layer type {type(base).__name__} is not supported; Linear and Conv1D are"
-    if base.weight.dtype != torch.float32:
-        dtype = str(base.weight.dtype).removeprefix("torch.")
-        return f"folding into a {dtype} weight would lose the remainder; load the base in float32"
-    if base.weight.data_ptr() in shared:
-        return "its weight is tied to another layer, which the remainder would change too"
+        kind = type(variant).__name__.removesuffix("Variant").removesuffix("Linear")
+        return (
+            f"{kind} is not a plain product B @ A (DoRA's magnitudes divide by the norm of the "
+            f"sum), so the mean of updates is not one of its updates; use plain LoRA"
+        )
     if layer.merged:
         return "an adapter is merged into its weight; unmerge it"
+    if isinstance(layer, ParamWrapper):
+        return "expert weights are not plain products B @ A; use lora.target_modules"
+    if isinstance(layer, MultiheadAttention):
+        return "PEFT merges attention weights in every forward pass; adapt its projections"
+    if isinstance(layer, _CONVOLUTIONS):
+        return _convolution_fault(base)
+    if isinstance(layer, Embedding):
+        return None if base.max_norm is None else "max_norm rewrites the weight in every pass"
+    if isinstance(layer, Linear) or type(layer).__name__ in ("Linear8bitLt", "Linear4bit"):
+        return None
+    return f"{type(layer).__name__} of {type(base).__name__} is not supported"
+
+
+def _convolution_fault(base: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> str | None:
+    plain = {"groups": 1, "padding_mode": "zeros"}
+    for key, value in plain.items():
+        if getattr(base, key) != value:
+            return f"convolutions with {key} = {getattr(base, key)!r} are not plain products B @ A"
+    if any(step != 1 for step in base.dilation):
+        return f"PEFT ignores dilation = {base.dilation} of convolutions"
     return None
-
-
-def _shared_storage(model: nn.Module) -> frozenset[int]:
-    """Addresses of weights that more than one parameter name refers to."""
-    uses = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
-    return frozenset(address for address, count in uses.items() if count > 1)

@@ -7,18 +7,36 @@ import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from peft.tuners.lora import LoraLayer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    set_seed,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedexlora.errors import BridgeError
+from fedexlora.peft_bridge.inspect import base_name
 from fedexlora.peft_bridge.options import option_faults
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "nf4", "fp4"]
+
 _HEADS = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}
+_ADAPTABLE = (
+    torch.nn.Linear,
+    Conv1D,
+    torch.nn.Embedding,
+    torch.nn.Conv1d,
+    torch.nn.Conv2d,
+    torch.nn.Conv3d,
+)
 _GIVEN_ELSEWHERE = {
     "task_type": "it follows from task.kind",
     "peft_type": "it is always LORA",
@@ -53,14 +71,25 @@ def resolve_source(source: str) -> str:
 
 
 def load_base(
-    source: str, revision: str | None, task_type: str, config: Mapping[str, Any], seed: int
+    source: str,
+    revision: str | None,
+    task_type: str,
+    config: Mapping[str, Any],
+    seed: int,
+    *,
+    dtype: Dtype = "float32",
+    quantization: Quantization | None = None,
+    unquantised: Iterable[str] = (),
 ) -> tuple[PreTrainedModel, frozenset[str]]:
-    """A pre-trained model in float32, with a head for the task.
+    """A pre-trained model with a head for the task.
 
     Args:
         source: a folder or hub name, as :func:`resolve_source` returns it.
         revision: a hub revision; None for the default.
         task_type: PEFT's name of the task, ``SEQ_CLS`` or ``CAUSAL_LM``.
+        dtype: of the weights, and of the arithmetic where they are quantised.
+        quantization: store the linear layers in bitsandbytes' 8 or 4 bits.
+        unquantised: modules that are trained whole, and so are not quantised; heads never are.
         config: changes to the model's own configuration (labels, padding token).
         seed: for weights that the files lack, such as a new head.
 
@@ -68,21 +97,37 @@ def load_base(
         The model, and the names of the parameters that its files lack and that are new.
 
     Raises:
-        BridgeError: if there is no such model.
+        BridgeError: if there is no such model, or bitsandbytes is needed and not installed.
     """
+    width: torch.dtype = getattr(torch, dtype)
+    options = dict(config)
+    if quantization:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise BridgeError(
+                f"model.quantization = {quantization!r} needs the package bitsandbytes",
+                ["pip install 'fedexlora[quantization]'"],
+            )
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantization == "int8",
+            load_in_4bit=quantization != "int8",
+            bnb_4bit_quant_type=quantization if quantization != "int8" else "nf4",
+            bnb_4bit_compute_dtype=width,
+            llm_int8_skip_modules=["classifier", "score", "lm_head", *unquantised],
+        )
+        options["device_map"] = {"": "cuda" if torch.cuda.is_available() else "cpu"}
     set_seed(seed)
     try:
         model, report = _HEADS[task_type].from_pretrained(
-            source, revision=revision, dtype=torch.float32, output_loading_info=True, **config
+            source, revision=revision, dtype=width, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:
         raise BridgeError(f"model.source {source!r} cannot be loaded: {error}") from error
     return model, frozenset(report["missing_keys"])
 
 
-def lora_faults(options: Mapping[str, Any]) -> list[str]:
+def lora_faults(options: Mapping[str, Any], table: str = "lora") -> list[str]:
     """Every fault of a recipe's ``[lora]`` table: unknown keys, with the nearest that PEFT has."""
-    return option_faults("lora", options, LoraConfig, _GIVEN_ELSEWHERE, lambda: _config(options))
+    return option_faults(table, options, LoraConfig, _GIVEN_ELSEWHERE, lambda: _config(options))
 
 
 def _config(options: Mapping[str, Any], **more: str) -> LoraConfig:
@@ -123,10 +168,32 @@ def attach_lora(
     set_seed(seed)
     try:
         model: PeftModel = get_peft_model(base, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         given = f"lora.target_modules = {options.get('target_modules')!r}"
         raise BridgeError(f"{given}: {error}", [_layers(base)]) from error
     return model
+
+
+def probe_shapes(
+    base: PreTrainedModel, options: Mapping[str, Any], task_type: str
+) -> dict[str, tuple[int, float]]:
+    """Rank and scaling that PEFT gives every module for these options; ``base`` stays as it is.
+
+    Raises:
+        BridgeError: as :func:`attach_lora`.
+    """
+    # An initialisation may change the weights, or take long; shapes do not depend on it.
+    plain = {**options, "init_lora_weights": True, "modules_to_save": None, "bias": "none"}
+    probed = attach_lora(base, plain, task_type, seed=0)
+    found = {
+        base_name(path): (layer.r["default"], float(layer.scaling["default"]))
+        for path, layer in probed.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    probed.unload()
+    for parameter in base.parameters():
+        parameter.requires_grad_(requires_grad=parameter.dtype.is_floating_point)
+    return found
 
 
 def _listed(names: str | Iterable[str] | None) -> list[str]:
@@ -139,6 +206,6 @@ def _layers(base: PreTrainedModel) -> str:
     found = {
         name.rpartition(".")[2]
         for name, module in base.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
+        if isinstance(module, _ADAPTABLE)
     }
     return f"layers that can be adapted: {', '.join(sorted(found))}"

@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import set_seed
 
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.lowrank import LowRank
+from fedexlora.algebra.lowrank import LowRank, break_even, stack
 from fedexlora.errors import BridgeError
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
 from fedexlora.exchange.state import GlobalState
-from fedexlora.peft_bridge.inspect import AdaptedModule, adapted_modules, dense_parameters
+from fedexlora.peft_bridge.fingerprint import fingerprint
+from fedexlora.peft_bridge.heads import widen_heads
+from fedexlora.peft_bridge.inspect import (
+    adapted_modules,
+    base_name,
+    dense_parameters,
+    is_frozen_base,
+    mutates_base,
+    shared_weights,
+)
+from fedexlora.peft_bridge.modules import AdaptedModule
+from fedexlora.peft_bridge.weights import (
+    half_ulp,
+    is_quantised,
+    precision,
+    read_weight,
+    write_weight,
+)
+
+Placement = Literal["auto", "fold", "side"]
+
+REMAINDER = "remainder"
+"""The side adapter that holds the cumulative remainder."""
+DIFFERENCE = "difference"
+"""The side adapter that makes up for a client's own adapter."""
 
 
 class AdaptedModel:
-    """One resident model, of which only the adapter, the heads and folded weights ever change.
+    """One resident model, of which only adapters, heads and folded weights ever change.
 
-    The cumulative remainder is folded into the frozen float32 weights as ``W0 + scaling * total``,
-    recomputed from a copy of ``W0`` each time and never accumulated.
+    The cumulative remainder is either folded into the frozen weight, as ``W0 + scaling * total``
+    recomputed from a copy of ``W0`` each time and never accumulated, or rides beside it as a
+    frozen float32 adapter of PEFT's.
 
     Args:
         model: the PEFT model; owned and changed from now on.
         trained: the factors that are trained, ``("A", "B")`` or ``("B",)``; others are frozen.
+        placement: ``auto`` folds into float32 weights that no other layer shares and rides beside
+            all others, which is exact; ``side`` never folds; ``fold`` always does, with the error
+            that a narrower weight then causes.
         adapter: the name of the adapter in ``model``.
 
     Raises:
@@ -32,44 +62,88 @@ class AdaptedModel:
     """
 
     def __init__(
-        self, model: PeftModel, trained: tuple[str, ...] = ("A", "B"), adapter: str = "default"
+        self,
+        model: PeftModel,
+        trained: tuple[str, ...] = ("A", "B"),
+        placement: Placement = "auto",
+        adapter: str = "default",
     ) -> None:
         self.peft_model = model
         self.adapter = adapter
         self.modules: dict[str, AdaptedModule] = adapted_modules(model, adapter)
+        widen_heads(model, adapter)
         self._dense: dict[str, nn.Parameter] = dense_parameters(model, adapter)
         for module in self.modules.values():
-            module.A.requires_grad_("A" in trained)
-            module.B.requires_grad_("B" in trained)
+            for letter, parameter in module.parameters().items():
+                parameter.requires_grad_(letter in trained)
         self.spec = AdapterSpec(
             {name: module.spec for name, module in self.modules.items()},
             {name: TensorSpec.of(tensor) for name, tensor in self._dense.items()},
             trained,
         )
+        self._folded = _folded_modules(model, self.modules, placement)
+        self.base_fingerprint = _base_fingerprint(model, adapter, self._dense)
         self._untouched: dict[str, Tensor] = {}
+        self.taken_out: Mapping[str, Factors] = (
+            self.initial_state().adapter if mutates_base(model, adapter) else {}
+        )
+        """What an initialisation such as PiSSA moved from the original weights to the factors."""
 
-    def initial_state(self) -> GlobalState:
-        """Version 0: the adapter and heads as they are now, and no remainder."""
-        adapter = {
-            name: Factors(_copy(module.A), _copy(module.B)) for name, module in self.modules.items()
-        }
+    def placement(self, name: str) -> str:
+        """Where the module's remainder lives: ``fold`` or ``side``."""
+        return "fold" if name in self._folded else "side"
+
+    @property
+    def lossy_fold(self) -> bool:
+        """Whether a remainder is folded, as was asked for, into a weight that rounds it away."""
+        return any(self.modules[name].weight.dtype != torch.float32 for name in self._folded)
+
+    def initial_state(
+        self, specs: Mapping[str, AdapterSpec] | None = None, seed: int = 0
+    ) -> GlobalState:
+        """Version 0: the adapter and heads as they are now, and no remainder.
+
+        Args:
+            specs: the clients with adapters of other ranks; they get new factors of their own.
+            seed: of those.
+        """
         total = {
-            name: LowRank.zeros(m.d_out, m.d_in, torch.float32)
+            name: LowRank.zeros(m.d_out, m.d_in, torch.float64)
             for name, m in self.spec.modules.items()
         }
-        return GlobalState(0, adapter, total, self.dense())
+        own = {client: self.fresh(spec, seed) for client, spec in (specs or {}).items()}
+        return GlobalState(0, self._live_factors(), total, self.dense(), own)
 
     def dense(self) -> dict[str, Tensor]:
-        """Copies of the heads and biases, by name."""
+        """Copies of the heads, biases and token rows, by name."""
         return {name: _copy(tensor) for name, tensor in self._dense.items()}
 
     def update_tensors(self) -> dict[str, Tensor]:
         """Copies of everything that was trained, by the names of ``AdapterSpec.tensors``."""
         tensors: dict[str, Tensor] = {}
-        for name, module in self.modules.items():
-            live = {"A": module.A, "B": module.B}
-            tensors |= {f"{x}/{name}": _copy(live[x]) for x in self.spec.trained}
+        for name, factors in self._live_factors().items():
+            live = {"A": factors.A, "B": factors.B}
+            tensors |= {f"{x}/{name}": live[x] for x in self.spec.trained}
         return tensors | {f"dense/{name}": tensor for name, tensor in self.dense().items()}
+
+    @torch.no_grad()
+    def fresh(self, spec: AdapterSpec, seed: int) -> dict[str, Factors]:
+        """New factors of ``spec``'s ranks, as PEFT initialises them; the model stays as it is."""
+        held = self._live_factors()
+        init = self.peft_model.peft_config[self.adapter].init_lora_weights
+        how = init if init == "gaussian" else True  # the others look at, or change, the weight
+        set_seed(seed)
+        for name, module in self.modules.items():
+            wanted = spec.modules[name]
+            zeros = Factors(
+                torch.zeros(wanted.rank, wanted.d_in), torch.zeros(wanted.d_out, wanted.rank)
+            )
+            module.load(zeros, wanted.scaling)
+            module.layer.reset_lora_parameters(self.adapter, how)
+        made = self._live_factors()
+        for name, module in self.modules.items():
+            module.load(held[name], self.spec.modules[name].scaling)
+        return made
 
     @torch.no_grad()
     def apply(self, state: GlobalState) -> None:
@@ -79,52 +153,109 @@ class AdaptedModel:
             BridgeError: if the state is one of another model: nothing is applied then.
         """
         self._check(state)
-        self.load_trained(state)
         for name, module in self.modules.items():
-            self._fold(module, state.total[name])
+            if name in self._folded:
+                self._fold(module, state.total[name])
+            else:
+                scaling = self.spec.modules[name].scaling
+                module.set_side(REMAINDER, state.total[name], scaling)
+        self.enter(state)
 
     @torch.no_grad()
-    def load_trained(self, state: GlobalState) -> None:
-        """Set only the adapter and the heads: what a client starts a round from."""
+    def enter(
+        self, state: GlobalState, client: str | None = None, spec: AdapterSpec | None = None
+    ) -> None:
+        """Set only adapter and heads: what a client starts a round from.
+
+        Args:
+            state: the version that was applied last.
+            client: the client; None for the server's copy.
+            spec: ranks and scalings of the client's adapter; by default the model's own.
+        """
+        own = state.own.get(client) if client is not None else None
         for name, module in self.modules.items():
-            module.A.copy_(state.adapter[name].A)
-            module.B.copy_(state.adapter[name].B)
+            common = self.spec.modules[name].scaling
+            if own is None:
+                module.load(state.adapter[name], common)
+                module.set_side(DIFFERENCE, None, common)
+                continue
+            scaling = (spec or self.spec).modules[name].scaling
+            module.load(own[name], scaling)
+            minus = own[name].to(torch.float64).scaled(-scaling / common)
+            both = stack([state.adapter[name].to(torch.float64), minus])
+            # Factors whatever their rank: they are the client's for a round, and never multiplied.
+            module.set_side(DIFFERENCE, LowRank(both), common)
         for name, parameter in self._dense.items():
             parameter.copy_(state.dense[name])
 
     @torch.no_grad()
-    def applied_update(self, name: str) -> Tensor:
+    def applied(self, name: str) -> LowRank:
         """What the module really adds to its untouched weight, read back from the live model.
 
+        Where nothing is folded and factors are the smaller form, it is the live factors of all
+        active adapters with PEFT's live scalings. Else it is dense: the change of the frozen
+        weight plus PEFT's own ``get_delta_weight``.
+
         Returns:
-            Scaled, ``(d_out, d_in)``, float64, on the processor: the change of the frozen weight
-            plus PEFT's own ``get_delta_weight``.
+            Scaled, ``(d_out, d_in)``, float64, on the processor.
         """
         module = self.modules[name]
-        update = _wide(module.layer.get_delta_weight(self.adapter))
-        if name in self._untouched:
-            update = update + (_wide(module.weight) - _wide(self._untouched[name]))
-        return module.as_stored(update)
+        parts = [LowRank(module.factors()), *_present(module)]
+        scalings = [module.scaling, *(module.side_scaling(slot) for slot in _slots(module))]
+        factors = [
+            Factors(_wide(part.value.A), scaling * _wide(part.value.B))
+            for part, scaling in zip(parts, scalings, strict=True)
+            if isinstance(part.value, Factors)
+        ]
+        rank = sum(pair.rank for pair in factors)
+        if (
+            name not in self._untouched
+            and len(factors) == len(parts)
+            and 2 * rank < break_even(*parts[0].shape)
+        ):
+            return LowRank(stack(factors))
+        return LowRank(self._applied_dense(module))
 
     def fold_rounding(self, name: str) -> float:
         """The largest Frobenius norm that rounding ``name``'s folded weight once can cost.
 
-        Half a unit in the last place of every entry; 0 where nothing is folded.
+        Half a unit in the last place of every entry of a float32 weight; 0 where nothing is
+        folded, or where a weight is narrower, whose rounding is an error like any other.
         """
-        if name not in self._untouched:
+        weight = self.modules[name].weight
+        if name not in self._untouched or weight.dtype != torch.float32:
             return 0.0
-        size = self.modules[name].weight.detach().abs()
-        ulp = torch.nextafter(size, torch.full_like(size, torch.inf)) - size
-        return float((_wide(ulp) / 2).norm())
+        return float(half_ulp(weight).norm())
+
+    def precision(self) -> str:
+        """How the adapted weights are stored: ``float32``, ``nf4`` and so on, the distinct ones."""
+        return " and ".join(sorted({precision(m.weight) for m in self.modules.values()}))
+
+    def _live_factors(self) -> dict[str, Factors]:
+        live = {name: module.factors() for name, module in self.modules.items()}
+        return {name: Factors(_copy(pair.A), _copy(pair.B)) for name, pair in live.items()}
+
+    def _applied_dense(self, module: AdaptedModule) -> Tensor:
+        update = _wide(module.matrix(module.layer.get_delta_weight(self.adapter)))
+        for slot in _slots(module):
+            side = module.side(slot)
+            if side is not None and isinstance(side.value, Tensor):
+                update = update + module.side_scaling(slot) * _wide(side.value)
+            else:
+                update = update + _wide(module.matrix(module.layer.get_delta_weight(slot)))
+        if module.name in self._untouched:
+            before = _wide(self._untouched[module.name])
+            update = update + module.matrix(_wide(read_weight(module.base)) - before)
+        return update
 
     def _fold(self, module: AdaptedModule, total: LowRank) -> None:
         if total.is_zero and module.name not in self._untouched:
             return
         if module.name not in self._untouched:
-            self._untouched[module.name] = module.weight.detach().clone()
-        change = module.as_stored(total.dense(torch.float64))
-        wide = _wide(self._untouched[module.name]) + module.scaling * change
-        module.weight.copy_(wide.to(module.weight.dtype))
+            self._untouched[module.name] = read_weight(module.base)
+        change = module.stored_weight(total.dense(torch.float64))
+        scaling = self.spec.modules[module.name].scaling
+        write_weight(module.base, _wide(self._untouched[module.name]) + scaling * change)
 
     def _check(self, state: GlobalState) -> None:
         faults = _differences(
@@ -137,6 +268,44 @@ class AdaptedModel:
         )
         if faults:
             raise BridgeError("the global state does not belong to this model", faults)
+
+
+def _folded_modules(
+    model: PeftModel, modules: Mapping[str, AdaptedModule], placement: Placement
+) -> frozenset[str]:
+    """The modules whose remainder is folded into the frozen weight."""
+    shared = shared_weights(model)
+    tied = {name for name, m in modules.items() if m.weight.data_ptr() in shared}
+    if placement == "fold" and tied:
+        raise BridgeError(
+            "federation.placement = 'fold': these weights are shared with other layers, which the "
+            "remainder would change too; use 'auto' or 'side'",
+            sorted(tied),
+        )
+    if placement == "auto":
+        return frozenset(
+            name
+            for name, m in modules.items()
+            if name not in tied and m.weight.dtype == torch.float32 and not is_quantised(m.weight)
+        )
+    return frozenset(modules) if placement == "fold" else frozenset()
+
+
+def _base_fingerprint(model: PeftModel, adapter: str, dense: Mapping[str, nn.Parameter]) -> str:
+    return fingerprint(
+        (base_name(path), parameter)
+        for path, parameter in model.named_parameters()
+        if is_frozen_base(path, adapter) and base_name(path) not in dense
+    )
+
+
+def _slots(module: AdaptedModule) -> list[str]:
+    return [slot for slot in (REMAINDER, DIFFERENCE) if module.side(slot) is not None]
+
+
+def _present(module: AdaptedModule) -> list[LowRank]:
+    sides = (module.side(slot) for slot in _slots(module))
+    return [side for side in sides if side is not None]
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -1,0 +1,252 @@
+"""Federations of three clients on one kind of base model each: five rounds of real training."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from fedexlora.engine.round import run_round
+from fedexlora.engine.transport import Reply
+from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.spec import AdapterSpec
+from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.update import ClientUpdate
+from fedexlora.methods import METHODS
+from fedexlora.methods.options import with_options
+from fedexlora.peft_bridge.load import load_base, probe_shapes
+from fedexlora.peft_bridge.model import AdaptedModel
+from tests.engine.scripted import WEIGHTS, federation
+from tests.exactness.oracle import Oracle, errors, untouched_weights
+from tests.models import CASES, EVERY, LAYERS, base_of, inputs, lora_layers
+
+ROUNDS = 5
+STEPS = 3
+
+MODELS = {
+    "Llama, grouped-query attention": "llama-gqa",
+    "RoBERTa": "roberta",
+    "GPT-2, Conv1D": "gpt2",
+    "Gemma 2, tied scaled embedding": "gemma2",
+    "ViT, Conv2d": "patches",
+    "Llama, Embedding and lm_head": "embedding",
+}
+RANKS: Mapping[str, Mapping[str, dict]] = {
+    "equal": {},
+    "mixed": {"site-b": {"r": 2, "lora_alpha": 5}, "site-c": {"r": 7, "lora_alpha": 9}},
+    "patterns, rsLoRA": {},
+}
+NEXT = ("mean", "svd", "svd_aligned", "reinit", "keep")
+DTYPES = ("float32", "bfloat16", "float16", "int8", "nf4")
+_QUANTISABLE = ("llama-gqa", "roberta", "gpt2", "gemma2", "embedding")
+_LINEAR = {
+    "llama-gqa": {"target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]},
+    "roberta": {"target_modules": ["query", "value", "dense"]}
+    | {"exclude_modules": r".*classifier.*", "modules_to_save": ["classifier"]},
+    "gpt2": {"target_modules": ["c_attn", "c_proj", "c_fc"]},
+    "gemma2": {"target_modules": ["embed_tokens", "o_proj", "v_proj"]},
+    "patches": {"target_modules": ["projection", "q_proj"], "modules_to_save": ["classifier"]},
+    "embedding": {"target_modules": ["embed_tokens", "lm_head", "k_proj"]},
+}
+_TASKS = {"roberta": "SEQ_CLS", "patches": None}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination."""
+
+    model: str
+    dtype: str
+    ranks: str
+    next_adapter: str
+    placement: str = "auto"
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.dtype}-{self.ranks.split(',')[0]}-{self.next_adapter}"
+
+    @property
+    def case(self) -> str:
+        return f"cell-{self.model}-{self.ranks}"
+
+
+def cells() -> Iterator[Cell]:
+    """Every combination that makes sense: a convolution has no quantised form."""
+    for model, dtype, ranks, next_adapter in product(MODELS.values(), DTYPES, RANKS, NEXT):
+        if dtype in ("int8", "nf4") and model not in _QUANTISABLE:
+            continue
+        yield Cell(model, dtype, ranks, next_adapter)
+
+
+def core() -> list[Cell]:
+    """A choice in which every model, precision, mix of ranks and next adapter meets others."""
+    every = list(cells())
+    chosen = [cell for i, cell in enumerate(every) if i % 11 == 0]
+    present = {value for cell in chosen for value in vars(cell).values()}
+    assert present >= {*MODELS.values(), *DTYPES, *RANKS, *NEXT}
+    return chosen
+
+
+def _options(cell: Cell) -> dict:
+    task = _TASKS.get(cell.model, "CAUSAL_LM")
+    options = _LINEAR[cell.model] | {"r": 4, "lora_alpha": 7}
+    options |= {"task_type": task} if task else {}
+    if cell.ranks.startswith("patterns"):
+        name = options["target_modules"][-1]
+        options |= {"use_rslora": True, "rank_pattern": {name: 3}, "alpha_pattern": {name: 5}}
+    return options
+
+
+_BUILDERS = {
+    "llama-gqa": CASES["llama-rslora"][0],
+    "roberta": CASES["roberta"][0],
+    "gpt2": CASES["gpt2-patterns"][0],
+    "gemma2": LAYERS["tied-embedding"][0],
+    "patches": LAYERS["patches"][0],
+    "embedding": LAYERS["embedding"][0],
+}
+for _cell in cells():
+    EVERY.setdefault(_cell.case, (_BUILDERS[_cell.model], _options(_cell)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured after the last round."""
+
+    error: float
+    """The largest error of a layer, relative to its update."""
+    share: float
+    """The largest error of a layer over what is allowed there."""
+    own: float
+    """The same error in the models that clients with their own adapters hold."""
+    forward: float
+    """Largest relative error of a layer's output, in float32 arithmetic beside the weight."""
+    averaging: float
+    """What averaging the factors would have lost of the last round's update; NaN: mixed ranks."""
+    records: tuple[RoundRecord, ...]
+    placements: str
+
+
+class Training:
+    """Clients that train on tokens or pixels of their own, by AdamW."""
+
+    def __init__(self, model: AdaptedModel, specs: Mapping[str, AdapterSpec]) -> None:
+        self.model = model
+        self.specs = specs
+        self.started: dict[str, dict[str, Tensor]] = {}
+        self.sent: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, round_: int, client: str, held: GlobalState) -> list[Reply]:
+        self.model.enter(held, client, self.specs.get(client))
+        self.started[client] = self.model.update_tensors()
+        self._train(1000 * round_ + sum(client.encode()))
+        self.sent[client] = self.model.update_tensors()
+        update = ClientUpdate(
+            client=client,
+            round=round_,
+            version=held.version,
+            num_examples=WEIGHTS[client],
+            loss=1.0,
+            base=self.model.base_fingerprint,
+            tensors=self.sent[client],
+        )
+        return [Reply(client, update.encode(), "", 0.0)]
+
+    def _train(self, seed: int) -> None:
+        peft = self.model.peft_model.train()
+        optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=1e-2)
+        torch.manual_seed(seed)
+        for _ in range(STEPS):
+            fed = {k: _redrawn(v, peft.dtype) for k, v in inputs(peft, 4).items()}
+            causal = peft.peft_config["default"].task_type == "CAUSAL_LM"
+            labels = fed["input_ids"] if causal else torch.randint(0, 3, (4,))
+            loss = peft(**fed, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def _redrawn(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.randn(x.shape).to(dtype) if x.is_floating_point() else torch.randint_like(x, 2, 90)
+
+
+def _base(cell: Cell) -> torch.nn.Module:
+    if cell.dtype not in ("int8", "nf4"):
+        return base_of(cell.case, getattr(torch, cell.dtype))
+    task = _TASKS.get(cell.model, "CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as folder:
+        base_of(cell.case).save_pretrained(folder)
+        labels = {"num_labels": 3} if task == "SEQ_CLS" else {}
+        return load_base(folder, None, task, labels, 0, quantization=cell.dtype)[0]
+
+
+def play(cell: Cell, rounds: int = ROUNDS) -> Outcome:
+    """Run a cell and hold every model that anyone has against the oracle."""
+    base = _base(cell)
+    options = EVERY[cell.case][1]
+    overrides = RANKS[cell.ranks]
+    plain = {key: value for key, value in options.items() if key != "task_type"}
+    task = options.get("task_type")
+    shapes = {c: probe_shapes(base, plain | o, task) for c, o in overrides.items()}
+    torch.manual_seed(5)
+    peft: PeftModel = get_peft_model(base, LoraConfig(**options))
+    untouched = untouched_weights(peft)
+    model = AdaptedModel(peft, placement=cell.placement)
+    specs = {client: model.spec.reshaped(shape) for client, shape in shapes.items()}
+    training = Training(model, specs)
+    method = with_options(METHODS["fedex"], cell.next_adapter, None, None)
+    parts, state = federation(model, method, training, specs=specs)
+    oracle = Oracle(cell.case, {c: overrides.get(c, {}) for c in WEIGHTS}, WEIGHTS)
+    records = []
+    for _ in range(rounds):
+        state, record = run_round(parts, state)
+        oracle.round(training.started, training.sent)
+        records.append(record)
+    found = list(errors(peft, oracle, untouched))
+    forward = _forward(peft, oracle)
+    own = 0.0
+    for client in state.own:
+        model.enter(state, client, specs.get(client))
+        own = max([own, *(e for _, e, _ in errors(peft, oracle, untouched))])
+    model.enter(state)
+    return Outcome(
+        error=max(e for _, e, _ in found),
+        share=max(e / allowed for _, e, allowed in found),
+        own=own,
+        forward=forward,
+        averaging=float("nan") if overrides else oracle.averaged(training.sent),
+        records=tuple(records),
+        placements=records[-1].certificate.placement,
+    )
+
+
+def _forward(peft: PeftModel, oracle: Oracle) -> float:
+    """How far the output of a layer is off that computes in float32 beside an untouched weight."""
+    worst = 0.0
+    torch.manual_seed(9)
+    for name, layer in lora_layers(peft):
+        base, ideal = layer.get_base_layer(), oracle.stored(name, layer)
+        beside = any(slot != "default" for slot in layer.active_adapters)
+        narrow = base.weight.dtype in (torch.bfloat16, torch.float16)
+        if not beside or narrow or not layer.lora_A or ideal.ndim != 2:
+            continue
+        matrix = ideal if type(base).__name__ == "Conv1D" else ideal.T
+        x = torch.randn(6, matrix.shape[0])
+        with torch.inference_mode():
+            added = (layer(x) - layer.base_layer(x)).double()
+        wanted = x.double() @ matrix
+        worst = max(worst, float((added - wanted).norm() / wanted.norm()))
+    return worst
+
+
+def describe(outcome: Outcome) -> str:
+    """One line for people."""
+    return (
+        f"error {outcome.error:.1e}, {outcome.share:.2f} of what is allowed, own {outcome.own:.1e}, "
+        f"forward {outcome.forward:.1e}, averaging loses {outcome.averaging:.1%}, "
+        f"{outcome.placements}"
+    )

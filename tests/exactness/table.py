@@ -1,0 +1,102 @@
+"""Write the measured tables of docs/exactness.md: ``python -m tests.exactness.table``.
+
+All cells take about half an hour on one core.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+from tests.exactness.cells import DTYPES, MODELS, NEXT, RANKS, ROUNDS, Cell, Outcome, cells, play
+
+PAGE = Path(__file__).parents[2] / "docs" / "exactness.md"
+START, END = (
+    "<!-- measured: python -m tests.exactness.table -->",
+    "<!-- end of what is measured -->",
+)
+NAMES = {model: title for title, model in MODELS.items()}
+
+
+def main() -> None:
+    """Measure and write."""
+    outcomes = {cell: play(cell) for cell in track(list(cells()), "cells")}
+    narrow = [d for d in DTYPES if d != "float32"]
+    folded = {
+        (model, dtype): play(Cell(model, dtype, "equal", "mean", placement="fold"))
+        for model in track(("llama-gqa", "roberta"), "folding")
+        for dtype in narrow
+    }
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    made = "\n".join(
+        [START, "", *_summary(outcomes), *_by_base(outcomes), *_folding(outcomes, folded), END]
+    )
+    PAGE.write_text(before + made + after, encoding="utf-8")
+    failed = [cell for cell, outcome in outcomes.items() if outcome.share > 1.0]
+    sys.exit(f"not exact: {failed}" if failed else 0)
+
+
+def _summary(outcomes: dict[Cell, Outcome]) -> list[str]:
+    every = list(outcomes.values())
+    beside = [o for o in every if o.placements == "side"]
+    return [
+        (
+            f"{len(outcomes)} federations, {ROUNDS} rounds each; torch {torch.__version__}, "
+            f"{platform.machine()}, one thread. Largest error of a layer: "
+            f"{max(o.error for o in every):.1e}; beside the weight {max(o.error for o in beside):.1e}; "
+            f"largest share of what is allowed {max(o.share for o in every):.2f}; in the models of "
+            f"clients with their own adapters {max(o.own for o in every):.1e}; of a layer's output in "
+            f"float32 beside the weight {max(o.forward for o in every):.1e}."
+        ),
+        "",
+    ]
+
+
+def _by_base(outcomes: dict[Cell, Outcome]) -> list[str]:
+    lines = [
+        f"| model | base | remainder | {' | '.join(f'{r} ranks' for r in RANKS)} | averaging loses |",
+        f"|---|---|---|{'---:|' * (len(RANKS) + 1)}",
+    ]
+    groups: dict[tuple[str, str], dict[str, list[Outcome]]] = defaultdict(lambda: defaultdict(list))
+    for cell, outcome in outcomes.items():
+        groups[cell.model, cell.dtype][cell.ranks].append(outcome)
+    for (model, dtype), by_ranks in groups.items():
+        worst = " | ".join(f"{max(o.error for o in by_ranks[r]):.1e}" for r in RANKS)
+        lost = [o.averaging for r in RANKS for o in by_ranks[r] if o.averaging == o.averaging]
+        where = by_ranks["equal"][0].placements
+        lines.append(
+            f"| {NAMES[model]} | {dtype} | {where} | {worst} | {min(lost):.0%} to {max(lost):.0%} |"
+        )
+    lines += ["", f"| next adapter | {' | '.join(DTYPES)} |", f"|---|{'---:|' * len(DTYPES)}"]
+    for name in NEXT:
+        found = [
+            max(o.error for c, o in outcomes.items() if (c.next_adapter, c.dtype) == (name, dtype))
+            for dtype in DTYPES
+        ]
+        lines.append(f"| `{name}` | {' | '.join(f'{error:.1e}' for error in found)} |")
+    return [*lines, ""]
+
+
+def _folding(outcomes: dict[Cell, Outcome], folded: dict[tuple[str, str], Outcome]) -> list[str]:
+    lines = [
+        "| model | base | beside the weight | folded into it | averaging |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for (model, dtype), fold in folded.items():
+        ours = outcomes[Cell(model, dtype, "equal", "mean")]
+        lines.append(
+            f"| {NAMES[model]} | {dtype} | {ours.records[-1].certificate.error:.1e} "
+            f"| {fold.records[-1].certificate.error:.1e} | {ours.averaging:.1e} |"
+        )
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    main()

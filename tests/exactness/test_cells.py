@@ -1,0 +1,49 @@
+"""Every base precision, layer, mix of ranks and next adapter: five rounds of real training."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.exactness.cells import Cell, cells, core, play
+
+CORE = core()
+REST = [cell for cell in cells() if cell not in CORE]
+
+
+def check(cell: Cell) -> None:
+    outcome = play(cell)
+    assert outcome.share <= 1.0, "the model that the server holds"
+    assert outcome.own <= 1e-6 or "fold" in outcome.placements
+    assert outcome.own <= 2e-6, "the models that clients with adapters of their own hold"
+    assert outcome.forward <= 1e-5
+    assert all(record.certificate.held for record in outcome.records)
+    if cell.next_adapter == "keep":
+        assert len(outcome.records[-1].certificate.own) == 3
+    if cell.ranks != "mixed":
+        assert outcome.averaging > 0.01, "the clients must differ for this to prove anything"
+    if cell.next_adapter == "mean" and cell.ranks != "mixed":
+        stated = outcome.records[-1].deviation
+        assert stated == pytest.approx(outcome.averaging, rel=1e-4)
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("cell", CORE, ids=str)
+def test_what_is_applied_is_the_float64_ideal(cell):
+    check(cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", REST, ids=str)
+def test_what_is_applied_is_the_float64_ideal_everywhere(cell):
+    check(cell)
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "nf4"])
+def test_folding_into_a_narrow_weight_loses_what_the_record_says(dtype):
+    fold = play(Cell("roberta", dtype, "equal", "mean", placement="fold"))
+    beside = play(Cell("roberta", dtype, "equal", "mean"))
+    assert not fold.records[-1].certificate.held
+    assert fold.records[-1].certificate.error > 1e-4
+    assert fold.error == pytest.approx(max(m.error for m in fold.records[-1].modules), rel=1e-3)
+    assert beside.error <= 1e-6
