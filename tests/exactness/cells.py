@@ -75,17 +75,23 @@ class Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """Every combination that makes sense: a convolution has no quantised form."""
-    for model, dtype, ranks, next_adapter in product(MODELS.values(), DTYPES, RANKS, NEXT):
+    """A third of all combinations, in which every two values of two kinds still meet.
+
+    A convolution has no quantised form.
+    """
+    axes = [list(axis) for axis in (MODELS.values(), DTYPES, RANKS, NEXT)]
+    for model, dtype, ranks, next_adapter in product(*axes):
+        values = (model, dtype, ranks, next_adapter)
         if dtype in ("int8", "nf4") and model not in _QUANTISABLE:
             continue
-        yield Cell(model, dtype, ranks, next_adapter)
+        if sum(axis.index(value) for axis, value in zip(axes, values, strict=True)) % 3 == 0:
+            yield Cell(*values)
 
 
 def core() -> list[Cell]:
     """A choice in which every model, precision, mix of ranks and next adapter meets others."""
     every = list(cells())
-    chosen = [cell for i, cell in enumerate(every) if i % 11 == 0]
+    chosen = [cell for i, cell in enumerate(every) if i % 8 == 6]
     present = {value for cell in chosen for value in vars(cell).values()}
     assert present >= {*MODELS.values(), *DTYPES, *RANKS, *NEXT}
     return chosen
@@ -246,7 +252,7 @@ def _forward(peft: PeftModel, oracle: Oracle) -> float:
 def describe(outcome: Outcome) -> str:
     """One line for people."""
     return (
-        f"error {outcome.error:.1e}, {outcome.share:.2f} of what is allowed, own {outcome.own:.1e}, "
-        f"forward {outcome.forward:.1e}, averaging loses {outcome.averaging:.1%}, "
-        f"{outcome.placements}"
+        f"error {outcome.error:.1e}, {outcome.share:.2f} of what is allowed, "
+        f"own {outcome.own:.1e}, forward {outcome.forward:.1e}, "
+        f"averaging loses {outcome.averaging:.1%}, {outcome.placements}"
     )

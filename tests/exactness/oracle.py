@@ -47,8 +47,8 @@ class Oracle:
 
     def stored(self, name: str, live: nn.Module) -> Tensor:
         """The ideal update as ``live`` stores its weight: a quantised Conv1D is a Linear."""
-        turned = self._layers[name].fan_in_fan_out if _matrix(live) else False
-        return self.update[name].T if turned != _turned(live) else self.update[name]
+        same = _turned(self._layers[name]) == _turned(live)
+        return self.update[name] if same else self.update[name].T
 
     def delta(self, client: str, tensors: Tensors) -> dict[str, Tensor]:
         """PEFT's update of every layer for a client's factors."""
@@ -88,7 +88,7 @@ def applied_update(layer: nn.Module, untouched: Tensor) -> Tensor:
     """What a live layer adds to its untouched weight: the weight's change and active adapters."""
     update = _dense(layer.get_base_layer()) - untouched
     for slot in layer.active_adapters:
-        up = layer.lora_B.get(slot, None)
+        up = dict(layer.lora_B.items()).get(slot)
         if isinstance(up, nn.Identity):  # a dense side weight
             side = layer.lora_A[slot].weight.detach().double() * layer.scaling[slot]
             update += side.T if getattr(layer, "fan_in_fan_out", False) else side
@@ -97,12 +97,8 @@ def applied_update(layer: nn.Module, untouched: Tensor) -> Tensor:
     return update
 
 
-def _matrix(layer: nn.Module) -> bool:
-    return layer.get_base_layer().__class__.__name__ != "Embedding" and bool(layer.lora_A)
-
-
 def _turned(layer: nn.Module) -> bool:
-    return bool(getattr(layer, "fan_in_fan_out", False)) if _matrix(layer) else False
+    return bool(getattr(layer, "fan_in_fan_out", False)) and bool(layer.lora_A)
 
 
 def untouched_weights(model: PeftModel) -> dict[str, Tensor]:

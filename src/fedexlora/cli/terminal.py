@@ -17,7 +17,7 @@ from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.run import RunResult
 from fedexlora.exchange.records import RoundRecord
-from fedexlora.methods import METHODS
+from fedexlora.methods import METHODS, Method
 
 
 class JsonLines(Observer):
@@ -68,7 +68,8 @@ class Terminal(Observer):
         self.console.print(
             f"[bold]{METHODS[info.method].title}[/]: {len(info.clients)} clients with "
             f"{min(rows):,} to {max(rows):,} training rows, {info.validation_rows:,} validation "
-            f"rows; {info.modules} adapted modules, {info.trained_parameters:,} trained parameters"
+            f"rows; {info.modules} adapted modules in {info.precision}, "
+            f"{info.trained_parameters:,} trained parameters"
         )
         if info.finished:
             self.console.print(f"resumed after round {len(info.finished)}")
@@ -114,9 +115,9 @@ class Terminal(Observer):
 def closing(result: RunResult, recipe: Recipe) -> None:
     """The table at the end of a run, where the adapter is, and what to do next."""
     console = Console(highlight=False)
-    method = METHODS[recipe.federation.method]
+    method = recipe.method
     console.print(_table(result, method.title))
-    console.print(_verdict(result, method.name))
+    console.print(_verdict(result, method))
     console.print(f"adapter      [bold]{escape(str(result.adapter))}[/]")
     console.print("next", style="bold")
     for what, command in _next_commands(result, recipe):
@@ -148,7 +149,11 @@ def _table(result: RunResult, title: str) -> Table:
     return table
 
 
-def _verdict(result: RunResult, method: str) -> str:
+def _folding(result: RunResult) -> str:
+    return f"{result.precision} weights round away a remainder that is folded into them"
+
+
+def _verdict(result: RunResult, method: Method) -> str:
     """Whether the model was the clients' mean in every round, what averaging costs, the traffic."""
     modules = [module for record in result.records for module in record.modules]
     worst = max(modules, key=lambda module: module.error / module.allowed)
@@ -156,11 +161,20 @@ def _verdict(result: RunResult, method: str) -> str:
     lost = max(record.deviation for record in result.records)
     up = sum(record.bytes.up for record in result.records)
     down = sum(record.bytes.down for record in result.records)
+    left_out = max(record.certificate.truncated for record in result.records)
     if broken:
+        why = f"{method.name} drops the residual" if not method.certified else _folding(result)
         verdict = (
-            f"[yellow]not exact[/]: {method} drops the residual; in {broken} of "
-            f"{len(result.records)} rounds\n"
-            f"             the model was not the clients' mean"
+            f"[yellow]not exact[/]: {why};\n"
+            f"             in {broken} of {len(result.records)} rounds the model was not the "
+            f"clients' mean: off by up to\n"
+            f"             {max(r.certificate.error for r in result.records):.1%} of it"
+        )
+    elif method.truncates:
+        verdict = (
+            f"[yellow]truncated[/], as asked: rounds left out up to {left_out:.2%} of the update\n"
+            f"             and nothing else; worst module off by {worst.error:.1e}, allowed "
+            f"{worst.allowed:.1e}"
         )
     else:
         verdict = (

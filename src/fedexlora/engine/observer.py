@@ -18,6 +18,8 @@ class RunInfo:
     """Training rows by client."""
     validation_rows: int
     modules: int
+    precision: str
+    """How the adapted frozen weights are stored."""
     trained_parameters: int
     headline: str
     """The metric that the run is judged by."""

@@ -41,6 +41,8 @@ class RunResult:
     adapter: Path
     """The final global model as a PEFT adapter."""
     initial_metrics: Mapping[str, float]
+    precision: str
+    """How the adapted frozen weights are stored."""
     records: tuple[RoundRecord, ...]
 
 
@@ -81,7 +83,8 @@ def run(
         folder.write_header(header)
     with _settled_heap():
         records = _rounds(prepared, folder, progress, header, keep_updates, observer)
-    return RunResult(out, folder.adapter, header["initial_metrics"], records)
+    precision = prepared.model.precision()
+    return RunResult(out, folder.adapter, header["initial_metrics"], precision, records)
 
 
 def _rounds(
@@ -223,6 +226,7 @@ def _info(
         clients=header["clients"],
         validation_rows=header["validation_rows"],
         modules=len(prepared.model.modules),
+        precision=prepared.model.precision(),
         trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         headline=header["headline"],
         initial_metrics=header["initial_metrics"],

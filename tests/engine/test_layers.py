@@ -1,0 +1,137 @@
+"""Every kind of layer and initialisation: applied exactly, and exported as PEFT loads it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from fedexlora.algebra.lowrank import LowRank
+from fedexlora.engine.round import run_round
+from fedexlora.errors import BridgeError
+from fedexlora.peft_bridge.export import save_factors, save_global
+from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
+from tests.engine.scripted import WEIGHTS, federation
+from tests.exactness.oracle import Oracle, errors, untouched_weights
+from tests.models import LAYERS, adapted, base_of, logits, lora_layers
+
+
+def named(adapter) -> dict[str, Tensor]:
+    factors = {f"A/{name}": pair.A for name, pair in adapter.items()}
+    return factors | {f"B/{name}": pair.B for name, pair in adapter.items()}
+
+
+def play(case: str, placement: str, rounds: int):
+    """Some rounds of random updates, and the oracle that has seen them."""
+    peft = adapted(case)
+    untouched = untouched_weights(peft)
+    model = AdaptedModel(peft, placement=placement)
+    started, sent = {}, {}
+
+    def keep(update, held) -> None:
+        started[update.client], sent[update.client] = named(held.adapter), update.tensors
+
+    parts, state = federation(model, "fedex", keep=keep)
+    oracle = Oracle(case, {client: {} for client in WEIGHTS}, WEIGHTS)
+    oracle.update = oracle.delta("site-a", named(state.adapter))
+    for _ in range(rounds):
+        state, record = run_round(parts, state)
+        assert record.certificate.held
+        oracle.round(started, sent)
+    return model, state, oracle, untouched
+
+
+@pytest.mark.parametrize("placement", ["auto", "side"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_every_layer_applies_the_ideal_and_exports_it(case, placement, tmp_path):
+    model, state, oracle, untouched = play(case, placement, 2)
+    for name, error, allowed in errors(model.peft_model, oracle, untouched):
+        assert error <= allowed, name
+        if placement == "side":
+            assert model.placement(name) == "side"
+            assert error <= 1e-6
+    said = logits(model.peft_model)
+    live = {n: x.get_base_layer().weight.double() for n, x in lora_layers(model.peft_model)}
+    save_global(model, state, tmp_path)
+    loaded = PeftModel.from_pretrained(base_of(case), tmp_path)
+    for name, layer in lora_layers(loaded):
+        original = layer.get_base_layer().weight.double()
+        whole = original + layer.get_delta_weight("default").double()
+        expected = untouched[name] + oracle.update[name]
+        assert float((whole - expected).norm()) <= 3e-6 * float(oracle.update[name].norm()), name
+        assert live[name].shape == whole.shape
+    torch.testing.assert_close(logits(loaded), said, rtol=1e-4, atol=1e-4)
+    assert (said - logits(base_of(case))).norm() > 0.1 * said.norm(), "the update must matter"
+
+
+def test_an_initialisation_that_changes_the_base_is_undone_on_export():
+    model = AdaptedModel(adapted("pissa"))
+    original = base_of("pissa").state_dict()
+    changed = [
+        n for n, m in model.modules.items() if not torch.equal(m.weight, original[f"{n}.weight"])
+    ]
+    assert changed == list(model.modules)
+    assert model.taken_out.keys() == model.modules.keys()
+
+
+def test_updates_on_a_changed_base_are_not_stored_as_adapters(tmp_path):
+    model = AdaptedModel(adapted("olora"))
+    state = model.initial_state()
+    with pytest.raises(BridgeError, match="that their initialisation changed") as caught:
+        save_factors(model, state.adapter, state.dense, tmp_path)
+    assert "--keep-updates" in caught.value.faults[0]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case", ["embedding", "patches", "convolutions", "tied-head"])
+def test_a_side_weight_is_dense_where_factors_are_not_smaller(case):
+    model = AdaptedModel(adapted(case), placement="side")
+    before = logits(model.peft_model)
+    state = model.initial_state()
+    generator = torch.Generator().manual_seed(1)
+    dense = {
+        name: LowRank(0.1 * torch.randn(*m.shape, generator=generator).double())
+        for name, m in state.total.items()
+    }
+    model.apply(type(state)(1, state.adapter, dense, state.dense))
+    for name, module in model.modules.items():
+        held = module.side(REMAINDER)
+        # Rounded once, to the float32 of the side weight.
+        assert torch.equal(held.dense().float(), dense[name].value.float())
+        torch.testing.assert_close(model.applied(name).dense() / module.scaling, dense[name].value)
+    beside = logits(model.peft_model)
+    untouched = base_of(case)
+    with torch.no_grad():
+        for name, module in model.modules.items():
+            change = module.stored_weight(module.scaling * dense[name].value).float()
+            weight = dict(untouched.named_modules())[name].weight
+            if case == "tied-head" and name.endswith("wte"):
+                continue
+            weight.add_(change)
+    if case != "tied-head":
+        torch.testing.assert_close(beside, logits(untouched), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(beside, before)
+
+
+def test_no_side_adapter_is_ever_trained_or_dropped_out():
+    model = AdaptedModel(adapted("embedding", lora_dropout=0.4), placement="side")
+    parts, state = federation(model, "fedex")
+    state, _ = run_round(parts, state)
+    trained = [n for n, p in model.peft_model.named_parameters() if p.requires_grad]
+    assert trained
+    assert not [name for name in trained if REMAINDER in name or DIFFERENCE in name]
+    for _, layer in lora_layers(model.peft_model):
+        assert isinstance(layer.lora_dropout[REMAINDER], nn.Identity)
+        assert layer.active_adapters == ["default", REMAINDER]
+
+
+def test_a_remainder_of_zero_leaves_no_side_adapter_behind():
+    model = AdaptedModel(adapted("embedding"), placement="side")
+    start = model.initial_state()
+    parts, state = federation(model, "fedex")
+    run_round(parts, state)
+    model.apply(start)
+    for _, layer in lora_layers(model.peft_model):
+        assert layer.active_adapters == ["default"]
+        assert REMAINDER not in layer.r
