@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test slow check lint types format clean
+.PHONY: quickstart test slow exactness check lint types format clean
 
 quickstart: $(VENV)/.quickstart  ## Federated fine-tuning of a real model on real text, in minutes
 	$(BIN)/python examples/stdlib_docstrings.py data/docstrings
@@ -15,6 +15,9 @@ test: $(VENV)/.dev  ## All tests that need no network, no GPU and little time; e
 
 slow: $(VENV)/.dev  ## The tests that train models on real data sets
 	$(BIN)/python -m pytest -m "slow and not (network or gpu)"
+
+exactness: $(VENV)/.dev  ## Measure the tables of docs/exactness.md again
+	$(BIN)/python -m tests.exactness.table
 
 check: lint types test  ## Everything that CI checks
 
@@ -42,5 +45,5 @@ $(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.quickstart
-	$(PIP_INSTALL) --editable '.[quickstart,dev]'
+	$(PIP_INSTALL) --editable '.[quickstart,quantization,dev]'
 	@touch $@

@@ -5,6 +5,7 @@ python examples/recompute.py RUN_DIR        # a run with --keep-updates
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -27,6 +28,9 @@ def read(folder):
 
 
 run = Path(sys.argv[1])
+recipe = tomllib.loads((run / "recipe.toml").read_text())
+if recipe["federation"].get("next_adapter", "mean") != "mean" or recipe.get("clients"):
+    sys.exit("only runs whose clients all continue from the mean factors can be recomputed")
 rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
 frozen = {}  # by module: what earlier rounds left in the frozen weight
 for number, record in enumerate(rounds, start=1):
@@ -39,6 +43,8 @@ for number, record in enumerate(rounds, start=1):
         ideal[name] = sum(p * f[name][1] @ f[name][0] for p, f in zip(shares, factors))
         mean_a, mean_b = (sum(p * f[name][i] for p, f in zip(shares, factors)) for i in (0, 1))
         averaged[name] = mean_b @ mean_a
+    if record["certificate"]["truncated"]:
+        sys.exit("runs that truncate the remainder cannot be recomputed")
     applied = averaged if record["method"] == "fedit" else ideal
     update = {name: frozen.get(name, 0) + applied[name] for name in applied}
     frozen = {name: update[name] - averaged[name] for name in update}

@@ -25,12 +25,12 @@ from transformers import (
 VOCABULARY = 90
 
 
-def roberta() -> nn.Module:
+def roberta(layers: int = 2) -> nn.Module:
     return RobertaForSequenceClassification(
         RobertaConfig(
             vocab_size=VOCABULARY,
             hidden_size=24,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             intermediate_size=40,
             max_position_embeddings=40,
@@ -39,20 +39,28 @@ def roberta() -> nn.Module:
     )
 
 
-def llama(**changes: object) -> nn.Module:
+def llama(layers: int = 2) -> nn.Module:
     """Grouped-query attention: k_proj and v_proj are (12, 24)."""
-    options = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 2}
-    options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
-    return LlamaForCausalLM(LlamaConfig(**options | {"tie_word_embeddings": False} | changes))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=40,
+            tie_word_embeddings=False,
+        )
+    )
 
 
-def gemma2() -> nn.Module:
+def gemma2(layers: int = 2) -> nn.Module:
     """Tied embeddings that are scaled, heads wider than the hidden size."""
     return Gemma2ForCausalLM(
         Gemma2Config(
             vocab_size=VOCABULARY,
             hidden_size=24,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8,
@@ -62,18 +70,18 @@ def gemma2() -> nn.Module:
     )
 
 
-def gpt2() -> nn.Module:
+def gpt2(layers: int = 2) -> nn.Module:
     """Conv1D layers, stored (d_in, d_out); the head is tied to the embedding."""
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=24, n_layer=2, n_head=4, n_inner=40)
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=24, n_layer=layers, n_head=4, n_inner=40)
     return GPT2LMHeadModel(config)
 
 
-def vit() -> nn.Module:
+def vit(layers: int = 2) -> nn.Module:
     """A Conv2d that makes the patches."""
     return ViTForImageClassification(
         ViTConfig(
             hidden_size=24,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             intermediate_size=40,
             image_size=12,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
@@ -21,9 +22,10 @@ from fedexlora.methods import METHODS
 from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.load import load_base, probe_shapes
 from fedexlora.peft_bridge.model import AdaptedModel
+from tests import models
 from tests.engine.scripted import WEIGHTS, federation
 from tests.exactness.oracle import Oracle, errors, untouched_weights
-from tests.models import CASES, EVERY, LAYERS, base_of, inputs, lora_layers
+from tests.models import EVERY, base_of, inputs, lora_layers
 
 ROUNDS = 5
 STEPS = 3
@@ -108,15 +110,15 @@ def _options(cell: Cell) -> dict:
 
 
 _BUILDERS = {
-    "llama-gqa": CASES["llama-rslora"][0],
-    "roberta": CASES["roberta"][0],
-    "gpt2": CASES["gpt2-patterns"][0],
-    "gemma2": LAYERS["tied-embedding"][0],
-    "patches": LAYERS["patches"][0],
-    "embedding": LAYERS["embedding"][0],
+    "llama-gqa": models.llama,
+    "roberta": models.roberta,
+    "gpt2": models.gpt2,
+    "gemma2": models.gemma2,
+    "patches": models.vit,
+    "embedding": models.llama,
 }
 for _cell in cells():
-    EVERY.setdefault(_cell.case, (_BUILDERS[_cell.model], _options(_cell)))
+    models.EVERY[_cell.case] = (partial(_BUILDERS[_cell.model], layers=1), _options(_cell))
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ class Oracle:
     ) -> None:
         _, options = EVERY[case]
         self._weights = weights
+        plain = {"init_lora_weights": True}  # the base's values play no part here
         self._models = {
             client: get_peft_model(
-                base_of(case).double(), LoraConfig(**(options | dict(override)))
+                base_of(case), LoraConfig(**(options | dict(override) | plain))
             ).double()
             for client, override in overrides.items()
         }

@@ -30,7 +30,9 @@ def draw(*shape: int, seed: int) -> torch.Tensor:
 
 def holder(rank: int = RANK) -> Holder:
     previous = Factors(draw(rank, D_IN, seed=70), draw(D_OUT, rank, seed=71))
-    return Holder(previous, Factors(draw(rank, D_IN, seed=72), torch.zeros(D_OUT, rank)))
+    return Holder(
+        rank, previous, lambda: Factors(draw(rank, D_IN, seed=72), torch.zeros(D_OUT, rank))
+    )
 
 
 def clients(method: Method, count: int = 3) -> list[Factors]:

@@ -22,17 +22,14 @@ from fedexlora.algebra.product import balanced, compact, svd, truncate, truncate
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Whom a next adapter is for. Both pairs have its rank and the scaling of the moments."""
+    """Whom a next adapter is for; its factors are in the scaling of the moments."""
 
+    rank: int
+    """The rank of its adapter."""
     previous: Factors
     """The factors that it started the round from."""
-    fresh: Factors
-    """Newly initialised factors; their product is usually zero."""
-
-    @property
-    def rank(self) -> int:
-        """The rank of its adapter."""
-        return self.fresh.rank
+    fresh: Callable[[], Factors]
+    """Draws newly initialised factors; their product is usually zero."""
 
 
 Assignment = Callable[[Moments, Holder], Factors]
@@ -49,12 +46,12 @@ def mean(moments: Moments, holder: Holder) -> Factors:
     """
     if moments.mean.rank == holder.rank:
         return moments.mean
-    return _filled(_leading(LowRank(moments.mean), holder.rank), holder.fresh)
+    return _filled(_leading(LowRank(moments.mean), holder.rank), holder)
 
 
 def best(moments: Moments, holder: Holder) -> Factors:
     """The best approximation of the ideal ``M`` at the holder's rank, balanced (Eckart-Young)."""
-    return _filled(_leading(ideal(moments), holder.rank), holder.fresh)
+    return _filled(_leading(ideal(moments), holder.rank), holder)
 
 
 def best_aligned(moments: Moments, holder: Holder) -> Factors:
@@ -73,7 +70,7 @@ def best_aligned(moments: Moments, holder: Holder) -> Factors:
 def fresh(moments: Moments, holder: Holder) -> Factors:
     """A newly initialised adapter: all of the ideal goes to the remainder."""
     del moments
-    return holder.fresh.to(torch.float64)
+    return holder.fresh().to(torch.float64)
 
 
 def ideal(moments: Moments) -> LowRank:
@@ -176,11 +173,12 @@ def _randomised(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, v.T
 
 
-def _filled(adapter: Factors, fresh: Factors) -> Factors:
-    """An adapter of lower rank than ``fresh`` with the missing rows and columns from there.
+def _filled(adapter: Factors, holder: Holder) -> Factors:
+    """An adapter at its holder's rank: rows and columns that it lacks are fresh ones.
 
     Zeros on both sides would never receive a gradient.
     """
-    rest = fresh.to(torch.float64)
-    missing = Factors(rest.A[adapter.rank :], rest.B[:, adapter.rank :])
-    return stack([adapter, missing]) if missing.rank else adapter
+    if adapter.rank == holder.rank:
+        return adapter
+    rest = holder.fresh().to(torch.float64)
+    return stack([adapter, Factors(rest.A[adapter.rank :], rest.B[:, adapter.rank :])])

@@ -95,12 +95,12 @@ class RoundSums:
 
     def aggregate(self, method: Method, fresh: FreshFactors) -> Step:
         """The next version by ``method``, and the piece of remainder that leads to it."""
-        made = fresh(self._spec)
+        fresh = _once(fresh)
         adapter: dict[str, Factors] = {}
         pieces: dict[str, LowRank] = {}
         truncated: dict[str, float] = {}
         for name, moments in self._moments.items():
-            holder = Holder(self._state.adapter[name], made[name])
+            holder = self._holder(None, self._spec, name, fresh)
             wide = method.assignment(moments, holder)
             adapter[name] = wide.to(self._spec.modules[name].dtype)
             kept, lacks = method.remainder(assignment.remainder(moments, wide))
@@ -158,20 +158,36 @@ class RoundSums:
         """What the clients that do not continue from the common adapter continue from."""
         if method.own_adapters:
             return {**self._state.own, **self._sent}
-        made: dict[int, Adapter] = {}
-        own: dict[str, Adapter] = {}
-        for client, spec in self._specs.items():
-            if id(spec) not in made:
-                made[id(spec)] = fresh(spec)
-            own[client] = {
-                name: self._own(method, client, name, made[id(spec)][name])
-                for name in self._moments
+        return {
+            client: {
+                name: method.assignment(moments, self._holder(client, spec, name, fresh))
+                .scaled(1.0 / self._scale(client, name))
+                .to(spec.modules[name].dtype)
+                for name, moments in self._moments.items()
             }
-        return own
+            for client, spec in self._specs.items()
+        }
 
-    def _own(self, method: Method, client: str, name: str, fresh: Factors) -> Factors:
-        scale = self._scale(client, name)
-        previous = self._state.own[client][name]
-        holder = Holder(self._common(previous, scale), self._common(fresh, scale))
-        adapter = method.assignment(self._moments[name], holder)
-        return adapter.to(torch.float64).scaled(1.0 / scale).to(fresh.dtype)
+    def _holder(
+        self, client: str | None, spec: AdapterSpec, name: str, fresh: FreshFactors
+    ) -> Holder:
+        """Whom an adapter of ``spec`` is for: a client with its own, or all others."""
+        held = self._state.adapter if client is None else self._state.own[client]
+        scale = 1.0 if client is None else self._scale(client, name)
+        return Holder(
+            spec.modules[name].rank,
+            self._common(held[name], scale),
+            lambda: self._common(fresh(spec)[name], scale),
+        )
+
+
+def _once(fresh: FreshFactors) -> FreshFactors:
+    """``fresh``, which draws the factors of all modules, called once for each spec."""
+    made: dict[int, Adapter] = {}
+
+    def drawn(spec: AdapterSpec) -> Adapter:
+        if id(spec) not in made:
+            made[id(spec)] = fresh(spec)
+        return made[id(spec)]
+
+    return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,11 @@ def _client_shapes(
     recipe: Recipe, base: PreTrainedModel, task_type: str
 ) -> dict[str, dict[str, tuple[int, float]]]:
     """Rank and scaling by client and module, for the clients that have their own."""
+    probed: dict[str, dict[str, tuple[int, float]]] = {}
     found: dict[str, dict[str, tuple[int, float]]] = {}
     for client, table in recipe.clients.items():
-        found[client] = probe_shapes(base, {**recipe.lora, **table.lora}, task_type)
+        key = json.dumps(table.lora, sort_keys=True)
+        if key not in probed:
+            probed[key] = probe_shapes(base, {**recipe.lora, **table.lora}, task_type)
+        found[client] = probed[key]
     return found

@@ -239,6 +239,8 @@ def _resolve(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel
         holder = table
         field = table.model_fields.get(part)
         members = _tables(field.annotation) if field else []
+        if table is ClientTable and part not in table.model_fields and len(keys) == 2:
+            continue  # the name of a client
         tags = {str(m.model_fields["kind"].default): m for m in members if len(members) > 1}
         table = members[0] if len(members) == 1 else (table if tags else None)
     return keys, holder if not tags else None

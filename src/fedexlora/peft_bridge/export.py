@@ -18,7 +18,7 @@ from fedexlora.algebra.product import compact
 from fedexlora.errors import BridgeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
-from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
 
 
 def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> None:
@@ -163,6 +163,8 @@ def _write(
             known[f"{prefix}{name}.{key}"] = module.stored_factor(letter, value)
     tensors = {}
     for key in live:
+        if {REMAINDER, DIFFERENCE} & set(key.split(".")):
+            continue  # PEFT lists all adapters of a layer, whatever its configurations say
         plain_key = key.replace(".base_layer.", ".")
         tensors[key] = known.pop(plain_key).contiguous().cpu()
     if known:
