@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two processes of one thread each: the models are too small to gain from more threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: quickstart test slow exactness check lint types format clean
@@ -11,10 +13,10 @@ quickstart: $(VENV)/.quickstart  ## Federated fine-tuning of a real model on rea
 	$(BIN)/fedexlora run recipes/quickstart.toml --out runs/quickstart --keep-updates --resume
 
 test: $(VENV)/.dev  ## All tests that need no network, no GPU and little time; exactness included
-	$(BIN)/python -m pytest -m "exactness or not (slow or network or gpu)"
+	$(PYTEST) -m "exactness or not (slow or network or gpu)"
 
 slow: $(VENV)/.dev  ## The tests that train models on real data sets
-	$(BIN)/python -m pytest -m "slow and not (network or gpu)"
+	$(PYTEST) -m "slow and not (network or gpu)"
 
 exactness: $(VENV)/.dev  ## Measure the tables of docs/exactness.md again
 	$(BIN)/python -m tests.exactness.table

@@ -57,7 +57,7 @@ def changed(document: dict, changes: dict) -> dict:
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.inference_mode():
-        ids = torch.arange(5, 29).reshape(2, 12)
+        ids = (torch.arange(24) % 17 + 5).reshape(2, 12)
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
 
 

@@ -152,7 +152,7 @@ def _own_records(
     """The same for every client with an adapter of its own, in the model that it will train."""
     whole = _norm([sqrt(ideal.squared_norm()) for ideal in ideals.values()])
     records = []
-    for client in step.state.own:
+    for client in sorted(step.state.own):  # a state read from disk has another order
         model.enter(step.state, client, specs.get(client))
         errors = [difference_norm(model.applied(name), ideal) for name, ideal in ideals.items()]
         records.append(OwnRecord(client=client, error=ratio(_norm(errors), whole)))

@@ -102,18 +102,8 @@ def load_base(
     width: torch.dtype = getattr(torch, dtype)
     options = dict(config)
     if quantization:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise BridgeError(
-                f"model.quantization = {quantization!r} needs the package bitsandbytes",
-                ["pip install 'fedexlora[quantization]'"],
-            )
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_8bit=quantization == "int8",
-            load_in_4bit=quantization != "int8",
-            bnb_4bit_quant_type=quantization if quantization != "int8" else "nf4",
-            bnb_4bit_compute_dtype=width,
-            llm_int8_skip_modules=["classifier", "score", "lm_head", *unquantised],
-        )
+        whole = ["classifier", "score", "lm_head", *unquantised]
+        options["quantization_config"] = _quantized(quantization, width, whole)
         options["device_map"] = {"": "cuda" if torch.cuda.is_available() else "cpu"}
     set_seed(seed)
     try:
@@ -122,7 +112,30 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise BridgeError(f"model.source {source!r} cannot be loaded: {error}") from error
+    for module in model.modules():
+        # On processors with AVX512-BF16, bitsandbytes repacks a 4-bit weight in the first forward
+        # pass without gradients, and then no longer trains through it.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model, frozenset(report["missing_keys"])
+
+
+def _quantized(
+    quantization: Quantization, dtype: torch.dtype, unquantised: list[str]
+) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BridgeError(
+            f"model.quantization = {quantization!r} needs the package bitsandbytes",
+            ["pip install 'fedexlora[quantization]'"],
+        )
+    return BitsAndBytesConfig(
+        load_in_8bit=quantization == "int8",
+        load_in_4bit=quantization != "int8",
+        bnb_4bit_quant_type="nf4" if quantization == "int8" else quantization,
+        bnb_4bit_compute_dtype=dtype,
+        # transformers looks for these at the start of a module's name, PEFT at its end.
+        llm_int8_skip_modules=[rf"(.*\.)?{re.escape(name)}" for name in unquantised],
+    )
 
 
 def lora_faults(options: Mapping[str, Any], table: str = "lora") -> list[str]:
