@@ -106,3 +106,21 @@ def test_the_installed_program_exits_with_the_code_that_is_documented(tmp_path):
     assert done.returncode == 2
     assert "none.toml: cannot be read: No such file" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        (
+            ["model.dtype=bfloat16", "federation.placement=fold"],
+            "not exact: bfloat16 weights round away a remainder that is folded into them",
+        ),
+        (["federation.remainder_rank=1"], "truncated, as asked: rounds left out up to"),
+        (["model.dtype=bfloat16"], "exact: in every round"),
+    ],
+)
+def test_the_verdict_says_what_the_model_is(recipe_file, tmp_path, changes, verdict):
+    words = [word for change in changes for word in ("--set", change)]
+    done = fedexlora("run", recipe_file, "--out", tmp_path / "run", *words)
+    assert done.returncode == 0, done.stderr
+    assert verdict in done.stdout

@@ -11,7 +11,7 @@ from fedexlora.algebra.lowrank import LowRank
 from fedexlora.engine.round import run_round
 from fedexlora.errors import BridgeError
 from fedexlora.peft_bridge.export import save_factors, save_global
-from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
+from fedexlora.peft_bridge.model import REMAINDER, AdaptedModel
 from tests.engine.scripted import WEIGHTS, federation
 from tests.exactness.oracle import Oracle, errors, untouched_weights
 from tests.models import LAYERS, adapted, base_of, logits, lora_layers
@@ -114,13 +114,17 @@ def test_a_side_weight_is_dense_where_factors_are_not_smaller(case):
     assert not torch.allclose(beside, before)
 
 
-def test_no_side_adapter_is_ever_trained_or_dropped_out():
-    model = AdaptedModel(adapted("embedding", lora_dropout=0.4), placement="side")
+def trained(model: AdaptedModel) -> set[str]:
+    return {n for n, p in model.peft_model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_what_is_trained_stays_the_same_and_no_side_adapter_is_dropped_out(case):
+    model = AdaptedModel(adapted(case, lora_dropout=0.4), placement="side")
+    before = trained(model)
     parts, state = federation(model, "fedex")
     state, _ = run_round(parts, state)
-    trained = [n for n, p in model.peft_model.named_parameters() if p.requires_grad]
-    assert trained
-    assert not [name for name in trained if REMAINDER in name or DIFFERENCE in name]
+    assert trained(model) == before
     for _, layer in lora_layers(model.peft_model):
         assert isinstance(layer.lora_dropout[REMAINDER], nn.Identity)
         assert layer.active_adapters == ["default", REMAINDER]

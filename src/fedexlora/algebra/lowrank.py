@@ -51,6 +51,12 @@ class LowRank:
         """The same matrix with what is held in ``dtype``."""
         return LowRank(self.value.to(dtype))
 
+    def scaled(self, factor: float) -> LowRank:
+        """The matrix times ``factor``."""
+        if isinstance(self.value, Factors):
+            return LowRank(self.value.scaled(factor))
+        return LowRank(self.value * factor)
+
     def plus(self, terms: Sequence[Factors | Tensor]) -> LowRank:
         """This matrix plus every term, in the dtype of this matrix; neither is written.
 

@@ -116,13 +116,8 @@ class RoundSums:
 
     def ideal(self, module: str) -> LowRank:
         """What the module should add to its untouched weight: float64, before the scaling."""
-        share = 1.0 / self.weight
-        parts = [self._products[module], self._offsets[module]]
-        terms = [
-            part.value.scaled(share) if isinstance(part.value, Factors) else part.value * share
-            for part in parts
-        ]
-        return self._state.total[module].plus(terms)
+        parts = (self._products[module], self._offsets[module])
+        return self._state.total[module].plus([x.scaled(1.0 / self.weight).value for x in parts])
 
     def dense_ideal(self) -> Mapping[str, Tensor]:
         """The means of heads and biases, float64, by name."""
@@ -148,11 +143,8 @@ class RoundSums:
         offset = self._offsets[name]
         if offset.is_zero:
             return piece
-        value = offset.value
-        share = 1.0 / self.weight
-        term = value.scaled(share) if isinstance(value, Factors) else value * share
-        wide = piece.to(torch.float64)
-        return wide.accumulate(LowRank(term)).to(piece.value.dtype)
+        whole = piece.to(torch.float64).accumulate(offset.scaled(1.0 / self.weight))
+        return whole.to(piece.value.dtype)
 
     def _own_adapters(self, method: Method, fresh: FreshFactors) -> dict[str, Adapter]:
         """What the clients that do not continue from the common adapter continue from."""

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 
-import torch
-
 from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank, difference_norm
@@ -60,7 +58,7 @@ def certify(
         specs: the adapters of the clients that have another one than the model, by client.
     """
     ideals = {
-        name: _scaled(sums.ideal(name), spec.scaling) for name, spec in model.spec.modules.items()
+        name: sums.ideal(name).scaled(spec.scaling) for name, spec in model.spec.modules.items()
     }
     measured = [_measure(model, name, ideals[name], step) for name in model.modules]
     deviations = sums.deviations()
@@ -159,11 +157,6 @@ def _own_records(
     if records:
         model.enter(step.state)
     return tuple(records)
-
-
-def _scaled(matrix: LowRank, scaling: float) -> LowRank:
-    value = matrix.to(torch.float64).value
-    return LowRank(value.scaled(scaling) if isinstance(value, Factors) else value * scaling)
 
 
 def _dense_error(model: AdaptedModel, sums: RoundSums) -> float:

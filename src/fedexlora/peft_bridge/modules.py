@@ -140,8 +140,8 @@ class AdaptedModule(ABC):
         return float(self.layer.scaling[slot])
 
     def _side_parameters(self) -> list[nn.Parameter]:
-        mine = {id(p) for p in self.parameters().values()}
-        return [p for n, p in self.layer.named_parameters() if "lora_" in n and id(p) not in mine]
+        others = set(self.layer.r) - {self.adapter}
+        return [p for path, p in self.layer.named_parameters() if others & set(path.split("."))]
 
 
 class ProductModule(AdaptedModule):
