@@ -60,6 +60,8 @@ def _summary(outcomes: dict[Cell, Outcome]) -> list[str]:
 
 def _by_base(outcomes: dict[Cell, Outcome]) -> list[str]:
     lines = [
+        "Largest error by ranks, over all next adapters; and what averaging factors would lose:",
+        "",
         f"| {' | '.join(['model', 'base', 'remainder', *RANKS, 'averaging loses'])} |",
         f"|---|---|---|{'---:|' * (len(RANKS) + 1)}",
     ]
@@ -73,7 +75,8 @@ def _by_base(outcomes: dict[Cell, Outcome]) -> list[str]:
         lines.append(
             f"| {NAMES[model]} | {dtype} | {where} | {worst} | {min(lost):.0%} to {max(lost):.0%} |"
         )
-    lines += ["", f"| next adapter | {' | '.join(DTYPES)} |", f"|---|{'---:|' * len(DTYPES)}"]
+    lines += ["", "Largest error by next adapter:", ""]
+    lines += [f"| next adapter | {' | '.join(DTYPES)} |", f"|---|{'---:|' * len(DTYPES)}"]
     for name in NEXT:
         found = [
             max(o.error for c, o in outcomes.items() if (c.next_adapter, c.dtype) == (name, dtype))
@@ -85,6 +88,9 @@ def _by_base(outcomes: dict[Cell, Outcome]) -> list[str]:
 
 def _folding(folded: list[tuple[Cell, Outcome, Outcome]]) -> list[str]:
     lines = [
+        "Error of all layers together if the remainder is folded into the narrow weight, and what",
+        "averaging would lose (equal ranks, `mean`):",
+        "",
         "| model | base | beside the weight | folded into it | averaging |",
         "|---|---|---:|---:|---:|",
     ]

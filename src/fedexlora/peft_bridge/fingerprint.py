@@ -7,12 +7,30 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
+from fedexlora.peft_bridge.inspect import base_name, is_frozen_base
 from fedexlora.peft_bridge.weights import precision
 
 _SAMPLES = 512
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def base_fingerprint(model: PeftModel, adapter: str, dense: Iterable[str]) -> str:
+    """The :func:`fingerprint` of a model's frozen base.
+
+    Args:
+        model: the PEFT model, before any remainder is folded.
+        adapter: its adapter, which is not part of the base.
+        dense: trained parameters, which are not either.
+    """
+    trained = set(dense)
+    return fingerprint(
+        (base_name(path), parameter)
+        for path, parameter in model.named_parameters()
+        if is_frozen_base(path, adapter) and base_name(path) not in trained
+    )
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:

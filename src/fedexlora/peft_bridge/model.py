@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -15,26 +14,21 @@ from fedexlora.algebra.lowrank import LowRank, break_even, stack
 from fedexlora.errors import BridgeError
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
 from fedexlora.exchange.state import GlobalState
-from fedexlora.peft_bridge.fingerprint import fingerprint
+from fedexlora.peft_bridge.fingerprint import base_fingerprint
 from fedexlora.peft_bridge.heads import widen_heads
 from fedexlora.peft_bridge.inspect import (
     adapted_modules,
-    base_name,
     dense_parameters,
-    is_frozen_base,
     mutates_base,
-    shared_weights,
 )
 from fedexlora.peft_bridge.modules import AdaptedModule
+from fedexlora.peft_bridge.placement import Placement, folded_modules
 from fedexlora.peft_bridge.weights import (
     half_ulp,
-    is_quantised,
     precision,
     read_weight,
     write_weight,
 )
-
-Placement = Literal["auto", "fold", "side"]
 
 REMAINDER = "remainder"
 """The side adapter that holds the cumulative remainder."""
@@ -81,8 +75,8 @@ class AdaptedModel:
             {name: TensorSpec.of(tensor) for name, tensor in self._dense.items()},
             trained,
         )
-        self._folded = _folded_modules(model, self.modules, placement)
-        self.base_fingerprint = _base_fingerprint(model, adapter, self._dense)
+        self._folded = folded_modules(model, self.modules, placement)
+        self.base_fingerprint = base_fingerprint(model, adapter, self._dense)
         self._untouched: dict[str, Tensor] = {}
         self.taken_out: Mapping[str, Factors] = (
             self.initial_state().adapter if mutates_base(model, adapter) else {}
@@ -268,35 +262,6 @@ class AdaptedModel:
         )
         if faults:
             raise BridgeError("the global state does not belong to this model", faults)
-
-
-def _folded_modules(
-    model: PeftModel, modules: Mapping[str, AdaptedModule], placement: Placement
-) -> frozenset[str]:
-    """The modules whose remainder is folded into the frozen weight."""
-    shared = shared_weights(model)
-    tied = {name for name, m in modules.items() if m.weight.data_ptr() in shared}
-    if placement == "fold" and tied:
-        raise BridgeError(
-            "federation.placement = 'fold': these weights are shared with other layers, which the "
-            "remainder would change too; use 'auto' or 'side'",
-            sorted(tied),
-        )
-    if placement == "auto":
-        return frozenset(
-            name
-            for name, m in modules.items()
-            if name not in tied and m.weight.dtype == torch.float32 and not is_quantised(m.weight)
-        )
-    return frozenset(modules) if placement == "fold" else frozenset()
-
-
-def _base_fingerprint(model: PeftModel, adapter: str, dense: Mapping[str, nn.Parameter]) -> str:
-    return fingerprint(
-        (base_name(path), parameter)
-        for path, parameter in model.named_parameters()
-        if is_frozen_base(path, adapter) and base_name(path) not in dense
-    )
 
 
 def _slots(module: AdaptedModule) -> list[str]:

@@ -1,0 +1,47 @@
+"""Which modules' remainder is folded into the frozen weight, and which rides beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from peft import PeftModel
+
+from fedexlora.errors import BridgeError
+from fedexlora.peft_bridge.inspect import shared_weights
+from fedexlora.peft_bridge.modules import AdaptedModule
+from fedexlora.peft_bridge.weights import is_quantised
+
+Placement = Literal["auto", "fold", "side"]
+
+
+def folded_modules(
+    model: PeftModel, modules: Mapping[str, AdaptedModule], placement: Placement
+) -> frozenset[str]:
+    """The modules whose remainder is folded into the frozen weight.
+
+    Args:
+        model: the PEFT model.
+        modules: its adapted modules.
+        placement: ``auto`` folds into float32 weights that no other layer shares; ``fold`` folds
+            into all; ``side`` into none.
+
+    Raises:
+        BridgeError: if ``fold`` is asked for and a weight is shared, with every such module.
+    """
+    shared = shared_weights(model)
+    tied = {name for name, m in modules.items() if m.weight.data_ptr() in shared}
+    if placement == "fold" and tied:
+        raise BridgeError(
+            "federation.placement = 'fold': these weights are shared with other layers, which the "
+            "remainder would change too; use 'auto' or 'side'",
+            sorted(tied),
+        )
+    if placement == "auto":
+        return frozenset(
+            name
+            for name, m in modules.items()
+            if name not in tied and m.weight.dtype == torch.float32 and not is_quantised(m.weight)
+        )
+    return frozenset(modules) if placement == "fold" else frozenset()
