@@ -113,7 +113,7 @@ def test_the_installed_program_exits_with_the_code_that_is_documented(tmp_path):
     [
         (
             ["model.dtype=bfloat16", "federation.placement=fold"],
-            "not exact: bfloat16 weights round away a remainder that is folded into them",
+            "not exact: bfloat16 weights round away what is folded into them",
         ),
         (["federation.remainder_rank=1"], "truncated, as asked: rounds left out up to"),
         (["model.dtype=bfloat16"], "exact: in every round"),

@@ -139,3 +139,26 @@ def test_a_remainder_of_zero_leaves_no_side_adapter_behind():
     for _, layer in lora_layers(model.peft_model):
         assert layer.active_adapters == ["default"]
         assert REMAINDER not in layer.r
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_drawing_new_factors_leaves_the_model_as_it_is(case):
+    model = AdaptedModel(adapted(case))
+    with torch.no_grad():
+        for parameter in model.peft_model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    before = {name: x.clone() for name, x in model.peft_model.state_dict().items()}
+    shapes = {name: (m.rank + 2, 0.7) for name, m in model.spec.modules.items()}
+    wider = model.spec.reshaped(shapes)
+    drawn, again, other = (model.fresh(wider, seed) for seed in (3, 3, 4))
+    after = model.peft_model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    for name, pair in drawn.items():
+        assert pair.rank == shapes[name][0]
+        assert torch.equal(pair.A, again[name].A)
+        assert torch.equal(pair.B, again[name].B)
+        assert pair.product().norm() == 0
+        assert not (torch.equal(pair.A, other[name].A) and torch.equal(pair.B, other[name].B))
+        assert model.modules[name].scaling == model.spec.modules[name].scaling

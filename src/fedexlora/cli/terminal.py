@@ -150,7 +150,7 @@ def _table(result: RunResult, title: str) -> Table:
 
 
 def _folding(result: RunResult) -> str:
-    return f"{result.precision} weights round away a remainder that is folded into them"
+    return f"{result.precision} weights round away what is folded into them"
 
 
 def _verdict(result: RunResult, method: Method) -> str:

@@ -123,7 +123,7 @@ class AdaptedModel:
     @torch.no_grad()
     def fresh(self, spec: AdapterSpec, seed: int) -> dict[str, Factors]:
         """New factors of ``spec``'s ranks, as PEFT initialises them; the model stays as it is."""
-        held = self._live_factors()
+        held, dense = self._live_factors(), self.dense()
         init = self.peft_model.peft_config[self.adapter].init_lora_weights
         how = init if init == "gaussian" else True  # the others look at, or change, the weight
         set_seed(seed)
@@ -137,6 +137,7 @@ class AdaptedModel:
         made = self._live_factors()
         for name, module in self.modules.items():
             module.load(held[name], self.spec.modules[name].scaling)
+        self._load_dense(dense)  # PEFT resets biases of factors too
         return made
 
     @torch.no_grad()
@@ -179,8 +180,7 @@ class AdaptedModel:
             both = stack([state.adapter[name].to(torch.float64), minus])
             # Factors whatever their rank: they are the client's for a round, and never multiplied.
             module.set_side(DIFFERENCE, LowRank(both), common)
-        for name, parameter in self._dense.items():
-            parameter.copy_(state.dense[name])
+        self._load_dense(state.dense)
 
     @torch.no_grad()
     def applied(self, name: str) -> LowRank:
@@ -224,6 +224,10 @@ class AdaptedModel:
     def precision(self) -> str:
         """How the adapted weights are stored: ``float32``, ``nf4`` and so on, the distinct ones."""
         return " and ".join(sorted({precision(m.weight) for m in self.modules.values()}))
+
+    def _load_dense(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._dense.items():
+            parameter.copy_(values[name])
 
     def _live_factors(self) -> dict[str, Factors]:
         live = {name: module.factors() for name, module in self.modules.items()}
