@@ -124,6 +124,7 @@ class AdaptedModel:
     def fresh(self, spec: AdapterSpec, seed: int) -> dict[str, Factors]:
         """New factors of ``spec``'s ranks, as PEFT initialises them; the model stays as it is."""
         held, dense = self._live_factors(), self.dense()
+        scalings = {name: module.scaling for name, module in self.modules.items()}
         init = self.peft_model.peft_config[self.adapter].init_lora_weights
         how = init if init == "gaussian" else True  # the others look at, or change, the weight
         set_seed(seed)
@@ -136,7 +137,7 @@ class AdaptedModel:
             module.layer.reset_lora_parameters(self.adapter, how)
         made = self._live_factors()
         for name, module in self.modules.items():
-            module.load(held[name], self.spec.modules[name].scaling)
+            module.load(held[name], scalings[name])
         self._load_dense(dense)  # PEFT resets biases of factors too
         return made
 
