@@ -4,7 +4,7 @@ python benchmarks/side_weight.py            # prints a Markdown table
 python benchmarks/side_weight.py --size 1024 --repeats 3
 
 One linear layer with a trained LoRA adapter of rank 16; a step is a forward and a backward pass
-over 256 tokens. The variants take turns, so that what else the machine does hits all of them; a
+over 128 tokens. The variants take turns, so that what else the machine does hits all of them; a
 ratio is the median over the turns of time against the plain adapter in the same turn.
 """
 
@@ -23,7 +23,7 @@ from fedexlora.algebra.lowrank import LowRank, break_even
 from fedexlora.peft_bridge.model import REMAINDER, AdaptedModel
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
-TOKENS = 256
+TOKENS = 128
 
 
 def layer(size, dtype):

@@ -24,7 +24,7 @@ from fedexlora.engine.prepare import Prepared, prepare
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.round import Federation, run_round
 from fedexlora.engine.transport import InProcessTransport, Transport
-from fedexlora.errors import ResumeError
+from fedexlora.errors import BridgeError, ResumeError
 from fedexlora.exchange.files import new_folder
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.exchange.shipment import encode_own, encode_total
@@ -72,6 +72,11 @@ def run(
     folder = RunFolder(out)
     continued = folder.check_same(recipe) if resume else folder.check_new()
     prepared = prepare(recipe, observer)
+    if keep_updates and prepared.model.taken_out:
+        raise BridgeError(
+            "--keep-updates: factors on a base that their initialisation changed are no adapters",
+            ["leave it out, or set lora.init_lora_weights = true"],
+        )
     header = folder.read_header() if continued else None
     _check_header(folder, header, prepared)
     progress = folder.load() if continued else None
