@@ -16,6 +16,7 @@ from fedexlora.engine.round import run_round
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.peft_bridge.model import AdaptedModel
 from tests.engine.scripted import WEIGHTS, federation
+from tests.exactness.oracle import half_ulp
 from tests.models import CASES, adapted, lora_layers
 
 SHARES = {client: weight / sum(WEIGHTS.values()) for client, weight in WEIGHTS.items()}
@@ -52,8 +53,7 @@ class Oracle:
 
 def half_ulp_norm(weight: Tensor) -> float:
     """What rounding every entry of a float32 weight once can cost."""
-    w = weight.float().abs()
-    return float((torch.nextafter(w, torch.full_like(w, torch.inf)) - w).double().norm()) / 2
+    return float(half_ulp(weight).norm())
 
 
 def play(case: str, method: str, rounds: int):

@@ -249,12 +249,3 @@ def _forward(peft: PeftModel, oracle: Oracle) -> float:
         wanted = x.double() @ matrix
         worst = max(worst, float((added - wanted).norm() / wanted.norm()))
     return worst
-
-
-def describe(outcome: Outcome) -> str:
-    """One line for people."""
-    return (
-        f"error {outcome.error:.1e}, {outcome.share:.2f} of what is allowed, "
-        f"own {outcome.own:.1e}, forward {outcome.forward:.1e}, "
-        f"averaging loses {outcome.averaging:.1%}, {outcome.placements}"
-    )

@@ -13,18 +13,7 @@ from fedexlora.engine.round import run_round
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.peft_bridge.model import AdaptedModel
 from tests.engine.scripted import federation
-from tests.models import CASES, adapted, lora_layers
-
-
-def base_of(case: str) -> torch.nn.Module:
-    build, _ = CASES[case]
-    torch.manual_seed(11)
-    return build()
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model.eval()(input_ids=torch.arange(2, 26).reshape(2, 12)).logits
+from tests.models import CASES, adapted, base_of, logits, lora_layers
 
 
 @pytest.mark.parametrize("rounds", [1, 5])

@@ -1,8 +1,9 @@
 """The two choices that make a method: the next adapter, and what happens to the remainder.
 
 Any next adapter ``(A', B')`` is exact if the remainder ``M - B' A'`` of the ideal mean product
-``M`` goes to the frozen weight (arXiv:2410.09432, Sec. 3.2 and Table 4). All of it is arithmetic
-on factors: no matrix of size ``(d_out, d_in)`` is decomposed.
+``M`` goes to the frozen weight (arXiv:2410.09432, Sec. 3.2 and Table 4). It is arithmetic on
+factors; only a remainder that is dense, as those of very many clients are, is approximated by
+randomised subspace iteration.
 """
 
 from __future__ import annotations

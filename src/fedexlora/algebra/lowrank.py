@@ -124,7 +124,7 @@ def difference_norm(x: LowRank, y: LowRank) -> float:
     """``|x - y|`` in float64, from factors where that is the smaller way."""
     if isinstance(x.value, Factors) and isinstance(y.value, Factors):
         x64, y64 = x.value.to(torch.float64), y.value.to(torch.float64)
-        both = stack([x64, Factors(y64.A, -y64.B)])
+        both = stack([x64, y64.scaled(-1.0)])
         if both.rank < break_even(*x.shape):
             return product.norm(both)
     return float((x.dense() - y.dense()).norm())

@@ -88,8 +88,8 @@ def run(
         folder.write_header(header)
     with _settled_heap():
         records = _rounds(prepared, folder, progress, header, keep_updates, observer)
-    precision = prepared.model.precision()
-    return RunResult(out, folder.adapter, header["initial_metrics"], precision, records)
+    metrics, precision = header["initial_metrics"], header["precision"]
+    return RunResult(out, folder.adapter, metrics, precision, records)
 
 
 def _rounds(
@@ -231,7 +231,7 @@ def _info(
         clients=header["clients"],
         validation_rows=header["validation_rows"],
         modules=len(prepared.model.modules),
-        precision=prepared.model.precision(),
+        precision=header["precision"],
         trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         headline=header["headline"],
         initial_metrics=header["initial_metrics"],

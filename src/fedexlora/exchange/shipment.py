@@ -17,6 +17,7 @@ from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import RunError
 from fedexlora.exchange.state import (
     GlobalState,
+    adapter_tensors,
     lowrank_from,
     lowrank_tensors,
     state_from,
@@ -47,11 +48,7 @@ def encode_total(state: GlobalState) -> bytes:
 def encode_own(state: GlobalState) -> dict[str, bytes]:
     """A message for every client that has an adapter of its own, to follow the common one."""
     return {
-        client: pack(
-            {f"A/{name}": factors.A for name, factors in adapter.items()}
-            | {f"B/{name}": factors.B for name, factors in adapter.items()},
-            {"version": state.version, "client": client},
-        )
+        client: pack(adapter_tensors(adapter), {"version": state.version, "client": client})
         for client, adapter in state.own.items()
     }
 
@@ -59,9 +56,7 @@ def encode_own(state: GlobalState) -> dict[str, bytes]:
 def encode_step(step: Step) -> bytes:
     """A version for a receiver that holds the one before it."""
     tensors: dict[str, Tensor] = lowrank_tensors("piece", step.pieces)
-    for name, factors in step.state.adapter.items():
-        changed = {"A": factors.A, "B": factors.B}
-        tensors |= {f"{letter}/{name}": changed[letter] for letter in step.trained}
+    tensors |= adapter_tensors(step.state.adapter, step.trained)
     tensors |= {f"dense/{name}": tensor for name, tensor in step.state.dense.items()}
     version = step.state.version
     return pack(tensors, {"version": version, "since": version - 1})

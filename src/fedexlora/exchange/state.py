@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -87,11 +87,20 @@ def lowrank_from(
     return found
 
 
+def adapter_tensors(
+    adapter: Mapping[str, Factors], letters: Sequence[str] = ("A", "B")
+) -> dict[str, Tensor]:
+    """The factors of every module by their names on the wire, both or those of ``letters``."""
+    return {
+        f"{letter}/{name}": factors.A if letter == "A" else factors.B
+        for name, factors in adapter.items()
+        for letter in letters
+    }
+
+
 def state_tensors(state: GlobalState) -> dict[str, Tensor]:
     """Every tensor of a state by name, as stored in checkpoints."""
-    tensors = lowrank_tensors("total", state.total)
-    for name, factors in state.adapter.items():
-        tensors[f"A/{name}"], tensors[f"B/{name}"] = factors.A, factors.B
+    tensors = lowrank_tensors("total", state.total) | adapter_tensors(state.adapter)
     for client, adapter in state.own.items():
         for name, factors in adapter.items():
             tensors[f"own.A/{name}/{client}"] = factors.A

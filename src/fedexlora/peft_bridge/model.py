@@ -13,7 +13,7 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank, break_even, stack
 from fedexlora.errors import BridgeError
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
-from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.state import GlobalState, adapter_tensors
 from fedexlora.peft_bridge.fingerprint import base_fingerprint
 from fedexlora.peft_bridge.heads import widen_heads
 from fedexlora.peft_bridge.inspect import (
@@ -114,10 +114,7 @@ class AdaptedModel:
 
     def update_tensors(self) -> dict[str, Tensor]:
         """Copies of everything that was trained, by the names of ``AdapterSpec.tensors``."""
-        tensors: dict[str, Tensor] = {}
-        for name, factors in self._live_factors().items():
-            live = {"A": factors.A, "B": factors.B}
-            tensors |= {f"{x}/{name}": live[x] for x in self.spec.trained}
+        tensors = adapter_tensors(self._live_factors(), self.spec.trained)
         return tensors | {f"dense/{name}": tensor for name, tensor in self.dense().items()}
 
     @torch.no_grad()
