@@ -5,6 +5,7 @@
     │   ├── RecipeError           a recipe's key or value
     │   ├── DataError             a data set, a column, a partition
     │   ├── BridgeError           a model or adapter that cannot be aggregated exactly
+    │   ├── AdapterError          adapter folders that cannot be read, or do not fit together
     │   └── ResumeError           a run folder that cannot be started in or continued
     ├── UpdateError               one client's update in one round; the round goes on without it
     └── RunError                  exit 1: the run failed; its last checkpoint is intact
@@ -51,6 +52,10 @@ class DataError(InputError):
 
 class BridgeError(InputError):
     """A model or adapter cannot be aggregated exactly, or does not match what is applied to it."""
+
+
+class AdapterError(InputError):
+    """A stored adapter cannot be read, is no plain LoRA, or does not fit the others or the base."""
 
 
 class ResumeError(InputError):

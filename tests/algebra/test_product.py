@@ -33,7 +33,7 @@ def test_truncation_is_optimal_and_says_what_it_dropped(rank):
     x = random_factors(8)
     dense = x.B.double() @ x.A.double()
     s = torch.linalg.svdvals(dense)
-    low, dropped = truncate(x, rank)
+    low, dropped, _ = truncate(x, rank)
     error = (dense - low.B.double() @ low.A.double()).norm()
     optimal = s[rank:].norm()
     assert low.rank == min(rank, 8)
@@ -43,7 +43,7 @@ def test_truncation_is_optimal_and_says_what_it_dropped(rank):
 
 
 def test_truncation_balances_the_factors():
-    low, _ = truncate(random_factors(8), 4)
+    low, _, _ = truncate(random_factors(8), 4)
     torch.testing.assert_close(low.A @ low.A.T, low.B.T @ low.B, rtol=1e-4, atol=1e-4)
 
 
@@ -55,7 +55,7 @@ def test_truncation_refuses_a_negative_rank():
 @pytest.mark.parametrize("share", [0.0, 1e-9, 0.1, 0.5, 0.999])
 def test_a_share_is_kept_to_with_the_lowest_rank(share):
     x = random_factors(8)
-    low, dropped = truncate_share(x, share)
+    low, dropped, _ = truncate_share(x, share)
     assert dropped <= share
     if low.rank:
         assert truncate(x, low.rank - 1)[1] > share

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank, break_even, stack
 from fedexlora.algebra.moments import Moments
-from fedexlora.algebra.product import balanced, compact, svd, truncate, truncate_share
+from fedexlora.algebra.product import Truncated, balanced, compact, svd, truncate, truncate_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def truncate_to_rank(rank: int) -> RemainderRule:
 
     def rule(remainder: LowRank) -> tuple[LowRank, float]:
         if isinstance(remainder.value, Factors):
-            return _bounded(remainder, truncate(remainder.value, rank))
+            return _bounded(truncate(remainder.value, rank))
         return _approximated(remainder, _leading(remainder, rank))
 
     return rule
@@ -122,7 +122,7 @@ def truncate_to_energy(energy: float) -> RemainderRule:
     def rule(remainder: LowRank) -> tuple[LowRank, float]:
         share = sqrt(1.0 - energy)
         if isinstance(remainder.value, Factors):
-            return _bounded(remainder, truncate_share(remainder.value, share))
+            return _bounded(truncate_share(remainder.value, share))
         whole, rank = sqrt(remainder.squared_norm()), 16
         while rank < min(remainder.shape) // 2:
             kept, dropped = _approximated(remainder, _leading(remainder, rank))
@@ -141,8 +141,8 @@ def _sum(matrix: LowRank, more: Factors) -> LowRank:
     return matrix.to(torch.float64).plus([more])
 
 
-def _bounded(remainder: LowRank, kept: tuple[Factors, float]) -> tuple[LowRank, float]:
-    return LowRank(kept[0]), kept[1] * sqrt(remainder.squared_norm())
+def _bounded(kept: Truncated) -> tuple[LowRank, float]:
+    return LowRank(kept.factors), kept.share * kept.norm
 
 
 def _approximated(remainder: LowRank, kept: Factors) -> tuple[LowRank, float]:

@@ -6,7 +6,7 @@ are those of a core of size rank by rank, and no dense matrix is ever formed or 
 
 from __future__ import annotations
 
-from math import sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,20 @@ from fedexlora.algebra.factors import Factors
 LOSSLESS = 2.0**-30
 """The share of a matrix's norm that compaction may leave out: 1/64 of a float32's rounding."""
 
+_CHUNK = 1024
+"""Rows that are widened to float64 at a time, so that large factors are never held twice."""
+
+
+class Truncated(NamedTuple):
+    """A factored matrix at a lower rank, and what that costs."""
+
+    factors: Factors
+    """Balanced (``sqrt(S)`` on both sides), in the dtype of the matrix."""
+    share: float
+    """The dropped share of the Frobenius norm, ``|x - result| / |x|``, between 0 and 1."""
+    norm: float
+    """``|x|``, the norm of the whole matrix."""
+
 
 def svd(x: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """Thin singular value decomposition of ``x.B @ x.A``, in float64.
@@ -24,57 +38,52 @@ def svd(x: Factors) -> tuple[Tensor, Tensor, Tensor]:
         ``U (d_out, q)``, ``S (q,)`` descending and ``Vh (q, d_in)``, with
         ``q = min(rank, d_out, d_in)``.
     """
-    q_b, r_b, q_a, r_a = _thin(x)
+    wide = x.to(torch.float64)
+    q_b, r_b = torch.linalg.qr(wide.B)
+    q_a, r_a = torch.linalg.qr(wide.A.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     return q_b @ u, s, vh @ q_a.T
 
 
-def norm(x: Factors) -> float:
+def norm(x: Factors, weights: Tensor | None = None) -> float:
     """Frobenius norm of ``x.B @ x.A`` in float64, accurate even if its columns nearly cancel."""
-    _, r_b, _, r_a = _thin(x)
-    return float((r_b @ r_a.T).norm())
+    r_b = _triangle(x.B) if weights is None else _triangle(x.B) * weights
+    return float((r_b @ _triangle(x.A.T).T).norm())
 
 
-def truncate(x: Factors, rank: int) -> tuple[Factors, float]:
-    """The best approximation of rank ``rank`` (Eckart-Young), and the share that it drops.
+def truncate(x: Factors, rank: int, weights: Tensor | None = None) -> Truncated:
+    """The best approximation of rank ``rank`` (Eckart-Young).
 
     Args:
         x: the factored matrix; not written.
         rank: how many singular values to keep, at least 0.
-
-    Returns:
-        Balanced factors (``sqrt(S)`` on both sides) in the dtype of ``x``, and the dropped share
-        of the Frobenius norm, ``|x - result| / |x|``, between 0 and 1.
+        weights: float64, one for every column of ``x.B``, which it multiplies; ones by default.
 
     Raises:
         ValueError: if ``rank`` is negative.
     """
     if rank < 0:
         raise ValueError(f"expected a rank of at least 0, found {rank}")
-    u, s, vh = svd(x)
-    return _kept(u, s, vh, rank, x.dtype)
+    return _Core(x, weights).kept(rank)
 
 
-def truncate_share(x: Factors, share: float) -> tuple[Factors, float]:
+def truncate_share(x: Factors, share: float, weights: Tensor | None = None) -> Truncated:
     """The approximation of lowest rank that drops at most ``share`` of the Frobenius norm.
 
     Args:
         x: the factored matrix; not written.
         share: the largest ``|x - result| / |x|``, at least 0 and below 1.
-
-    Returns:
-        As :func:`truncate`.
+        weights: as for :func:`truncate`.
 
     Raises:
         ValueError: if ``share`` is out of range.
     """
     if not 0.0 <= share < 1.0:
         raise ValueError(f"expected a share of at least 0 and below 1, found {share}")
-    u, s, vh = svd(x)
+    core = _Core(x, weights)
     # Sums from the small end, which a large first singular value would otherwise round away.
-    tails = s.square().flip(0).cumsum(0).flip(0)
-    rank = int((tails > share**2 * tails[:1]).sum())
-    return _kept(u, s, vh, rank, x.dtype)
+    tails = core.s.square().flip(0).cumsum(0).flip(0)
+    return core.kept(int((tails > share**2 * tails[:1]).sum()))
 
 
 def compact(x: Factors) -> Factors:
@@ -83,20 +92,51 @@ def compact(x: Factors) -> Factors:
     Returns:
         Balanced factors in the dtype of ``x``, of rank at most ``min(rank, d_out, d_in)``.
     """
-    return truncate_share(x, LOSSLESS)[0]
+    return truncate_share(x, LOSSLESS).factors
 
 
-def _thin(x: Factors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = x.to(torch.float64)
-    q_b, r_b = torch.linalg.qr(wide.B)
-    q_a, r_a = torch.linalg.qr(wide.A.T)
-    return q_b, r_b, q_a, r_a
+class _Core:
+    """The decomposition ``R_B R_A^T = U S V^T`` of a product's core.
+
+    Neither ``Q`` is formed: ``Q_B U S = B (R_A^T V)`` and ``S V^T Q_A^T = (U^T R_B) A``, so the
+    balanced factors are products of the given ones, and the only large matrices are those and
+    the result. With ``e`` the rounding of ``B A`` itself, a direction's product is off by
+    ``e^2 / s``; directions of ``s < e``, which are nothing but rounding, are left out.
+    """
+
+    def __init__(self, x: Factors, weights: Tensor | None = None) -> None:
+        self._x = x
+        self._weights = x.B.new_ones(x.rank, dtype=torch.float64) if weights is None else weights
+        # B diag(w) = Q_B (R_B diag(w)): weighting the triangle rounds no factor.
+        self._r_b, self._r_a = _triangle(x.B) * self._weights, _triangle(x.A.T)
+        self._u, self.s, self._vh = torch.linalg.svd(self._r_b @ self._r_a.T, full_matrices=False)
+
+    def kept(self, rank: int) -> Truncated:
+        """The first ``rank`` directions."""
+        rounding = torch.finfo(torch.float64).eps * self._r_b.norm() * self._r_a.norm()
+        rank = min(rank, int((self.s > rounding).sum()))
+        root = self.s[:rank].sqrt()
+        down = (self._u[:, :rank] / root).T @ self._r_b
+        up = self._weights[:, None] * (self._r_a.T @ (self._vh[:rank].T / root))
+        a = _times(self._x.A.T, down.T).T.contiguous()
+        whole, dropped = float(self.s.norm()), float(self.s[rank:].norm())
+        return Truncated(Factors(a, _times(self._x.B, up)), dropped / (whole or 1.0), whole)
 
 
-def _kept(u: Tensor, s: Tensor, vh: Tensor, rank: int, dtype: torch.dtype) -> tuple[Factors, float]:
-    total, dropped = float(s.square().sum()), float(s[rank:].square().sum())
-    share = sqrt(dropped / total) if total > 0.0 else 0.0
-    return balanced(u[:, :rank], s[:rank], vh[:rank], dtype), share
+def _triangle(tall: Tensor) -> Tensor:
+    """``R`` of a QR decomposition in float64, from the triangles of groups of rows."""
+    found = tall[:0].double()
+    for rows in torch.split(tall, max(_CHUNK, tall.shape[1])):
+        found = torch.linalg.qr(torch.cat([found, rows.double()]), mode="r").R
+    return found
+
+
+def _times(tall: Tensor, small: Tensor) -> Tensor:
+    """``tall @ small`` in float64, rounded to the dtype of ``tall``."""
+    out = tall.new_empty(tall.shape[0], small.shape[1])
+    for rows, target in zip(torch.split(tall, _CHUNK), torch.split(out, _CHUNK), strict=True):
+        target.copy_(rows.double() @ small)
+    return out
 
 
 def balanced(u: Tensor, s: Tensor, vh: Tensor, dtype: torch.dtype) -> Factors:

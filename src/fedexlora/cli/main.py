@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedexlora import __version__
+from fedexlora.cli.aggregate import aggregate
+from fedexlora.cli.deviation import deviation
 from fedexlora.cli.methods import methods
 from fedexlora.cli.run import run
 from fedexlora.errors import FedexLoraError
@@ -21,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(run)
+app.command()(aggregate)
+app.command()(deviation)
 app.command()(methods)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from fedexlora.errors import BridgeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
+from fedexlora.peft_bridge.names import FACTOR_BIAS, PREFIX, shape_settings
 
 
 def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> None:
@@ -85,7 +85,7 @@ def save_factors(
 
 def _owner(name: str) -> str:
     """The module that a trained bias of its factors belongs to; empty for other parameters."""
-    suffix = ".lora_B.bias"
+    suffix = f".{FACTOR_BIAS}"
     return name.removesuffix(suffix) if name.endswith(suffix) else ""
 
 
@@ -104,7 +104,7 @@ def _whole(total: LowRank, adapter: Factors, scaling: float) -> Factors:
         rows = stack([total.value, adapter])
         low = compact(Factors(rows.A, scaling * rows.B)).to(torch.float32)
         # PEFT has no adapter of rank 0; a module without any update gets a zero of rank 1.
-        return low if low.rank else Factors(torch.zeros(1, d_in), torch.zeros(d_out, 1))
+        return low.padded(max(low.rank, 1))
     matrix = (scaling * (total.dense() + adapter.product())).float()
     # A full-rank matrix is its own best factor: the other one is the identity, and nothing rounds.
     if d_out <= d_in:
@@ -124,24 +124,12 @@ def _config(
     model: AdaptedModel, factors: Mapping[str, Factors], scalings: Mapping[str, float]
 ) -> LoraConfig:
     """The model's configuration with the ranks of ``factors`` and these scalings."""
-    # "^" makes PEFT take a name for the whole path and not for the end of a longer one.
-    ranks = {f"^{name}": pair.rank for name, pair in factors.items()}
-    alphas = {f"^{name}": scalings[name] * pair.rank for name, pair in factors.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = _plain(model)
-    config.r, config.lora_alpha, config.use_rslora = rank, _number(alpha), False
-    config.rank_pattern = {name: value for name, value in ranks.items() if value != rank}
-    config.alpha_pattern = {
-        name: _number(value) for name, value in alphas.items() if value != alpha
-    }
+    settings = shape_settings({name: pair.rank for name, pair in factors.items()}, scalings)
+    for key, value in settings.items():
+        setattr(config, key, value)
     config.init_lora_weights = True
     return config
-
-
-def _number(value: float) -> float:
-    """PEFT writes alphas as whole numbers where they are."""
-    return int(value) if value == int(value) else value
 
 
 def _write(
@@ -154,13 +142,12 @@ def _write(
     live = get_peft_model_state_dict(
         model.peft_model, adapter_name=model.adapter, save_embedding_layers=False
     )
-    prefix = "base_model.model."
-    known: dict[str, Tensor] = {f"{prefix}{name}": tensor for name, tensor in dense.items()}
+    known: dict[str, Tensor] = {f"{PREFIX}{name}": tensor for name, tensor in dense.items()}
     for name, pair in factors.items():
         module = model.modules[name]
         for letter, key in module.keys().items():
             value = pair.A if letter == "A" else pair.B
-            known[f"{prefix}{name}.{key}"] = module.stored_factor(letter, value)
+            known[f"{PREFIX}{name}.{key}"] = module.stored_factor(letter, value)
     tensors = {}
     for key in live:
         if {REMAINDER, DIFFERENCE} & set(key.split(".")):

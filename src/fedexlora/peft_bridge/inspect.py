@@ -21,17 +21,9 @@ from torch import nn
 
 from fedexlora.errors import BridgeError
 from fedexlora.peft_bridge.modules import AdaptedModule, EmbeddingModule, ProductModule
+from fedexlora.peft_bridge.names import INITIALISED_FROM_DATA, MUTATING, PREFIX, UNSUPPORTED
 
-_PREFIX = "base_model.model."
-_NEEDS_DATA = ("corda", "loftq", "lora_ga", "eva")
-_MUTATING = ("pissa", "olora")
 _CONVOLUTIONS = (Conv1d, Conv2d, Conv3d)
-_REFUSED = {
-    "target_parameters": "expert weights are not plain products B @ A; use target_modules",
-    "layer_replication": "replicated layers share a frozen weight that the remainder changes",
-    "megatron_config": "parallel layers are not supported",
-    "ensure_weight_tying": "tied factors belong to two layers with remainders of their own",
-}
 
 
 def adapted_modules(model: PeftModel, adapter: str) -> dict[str, AdaptedModule]:
@@ -46,7 +38,7 @@ def adapted_modules(model: PeftModel, adapter: str) -> dict[str, AdaptedModule]:
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.r:
             continue
-        name = path.removeprefix(_PREFIX)
+        name = path.removeprefix(PREFIX)
         if fault := _layer_fault(layer, adapter):
             faults.append(f"{name}: {fault}")
         elif isinstance(layer, Embedding):
@@ -63,7 +55,7 @@ def adapted_modules(model: PeftModel, adapter: str) -> dict[str, AdaptedModule]:
 def mutates_base(model: PeftModel, adapter: str) -> bool:
     """Whether attaching the adapter took its initial update out of the frozen weights."""
     init = model.peft_config[adapter].init_lora_weights
-    return isinstance(init, str) and init.lower().startswith(_MUTATING)
+    return isinstance(init, str) and init.lower().startswith(MUTATING)
 
 
 def dense_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
@@ -132,7 +124,7 @@ def is_frozen_base(path: str, adapter: str) -> bool:
 
 def base_name(path: str) -> str:
     """A live parameter's name in the base model."""
-    return path.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    return path.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
 def _is_factor(path: str) -> bool:
@@ -151,17 +143,17 @@ def _config_faults(model: PeftModel, adapter: str) -> list[str]:
     if not isinstance(config, LoraConfig):
         return [f"expected a LoRA adapter, found {type(config).__name__}"]
     faults = [
-        f"lora.{key}: {reason}" for key, reason in _REFUSED.items() if getattr(config, key, None)
+        f"lora.{key}: {reason}" for key, reason in UNSUPPORTED.items() if getattr(config, key, None)
     ]
     init = config.init_lora_weights
     named = init.lower() if isinstance(init, str) else ""
-    if named.startswith(_NEEDS_DATA):
+    if named.startswith(INITIALISED_FROM_DATA):
         faults.append(
             f"lora.init_lora_weights = {init!r} needs data or a quantised copy of its own to start "
             f"from, which clients would have to share; use true, 'gaussian', 'orthogonal', "
             f"'pissa' or 'olora'"
         )
-    if named.startswith(_MUTATING):
+    if named.startswith(MUTATING):
         narrow = {
             str(p.dtype).removeprefix("torch.")
             for path, p in model.named_parameters()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.exchange.spec import ModuleSpec
+from fedexlora.peft_bridge.names import EMBEDDING_KEYS, PRODUCT_KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ class ProductModule(AdaptedModule):
 
     def keys(self) -> dict[str, str]:
         """PEFT's names of the factors."""
-        return {"A": "lora_A.weight", "B": "lora_B.weight"}
+        return dict(PRODUCT_KEYS)
 
     def stored_factor(self, letter: str, matrix: Tensor) -> Tensor:
         """Matrices are stored as they are; a convolution's get their kernels back."""
@@ -208,7 +209,7 @@ class EmbeddingModule(AdaptedModule):
 
     def keys(self) -> dict[str, str]:
         """PEFT's names of the factors."""
-        return {"A": "lora_embedding_A", "B": "lora_embedding_B"}
+        return dict(EMBEDDING_KEYS)
 
     def stored_factor(self, letter: str, matrix: Tensor) -> Tensor:
         """As it is."""

@@ -1,0 +1,1 @@
+"""Adapters that people already have: their exact mean, what averaging loses, smaller and merged."""

@@ -1,0 +1,109 @@
+"""How far the mean of adapters' factors is from the mean of their updates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fedexlora.adapters.sources import Progress, Sources, open_sources
+from fedexlora.algebra.deviation import Deviation, ratio
+from fedexlora.algebra.deviation import deviation as module_deviation
+from fedexlora.algebra.factors import Factors
+from fedexlora.algebra.moments import Moments
+from fedexlora.errors import AdapterError
+from fedexlora.exchange.adapter_records import DeviationModuleRecord, DeviationRecord
+
+
+def deviation(
+    adapters: Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+    *,
+    base: str | None = None,
+    allow_missing: bool = False,
+    progress: Progress | None = None,
+) -> DeviationRecord:
+    """What averaging the factors loses: the deviation of arXiv:2410.09432, Sec. 5.
+
+    By module ``|M - B A| / |M|``, with ``M = sum_i p_i s_i B_i A_i`` and the means ``A`` of
+    ``A_i`` and ``B`` of ``s_i B_i``, those of lower rank padded with zeros.
+
+    Args:
+        adapters: folders of PEFT LoRA adapters of one base model.
+        weights: one for each adapter, positive; equal by default.
+        base: what the base model is called, if the adapters call it by different names.
+        allow_missing: take a layer that an adapter lacks for a zero update.
+        progress: told of modules done and in all.
+
+    Raises:
+        AdapterError: if the adapters cannot be compared.
+
+    >>> found = deviation(["site-1", "site-2", "site-3"], weights=[1, 2, 5])
+    >>> 0 < found.deviation < 2
+    True
+    >>> found.modules[0].projection
+    'attention.self.query'
+    """
+    sources = open_sources(adapters, weights, base=base, allow_missing=allow_missing)
+    records, faults = [], []
+    for done, name in enumerate(sources.modules, 1):
+        try:
+            found = _module(sources, name)
+        except AdapterError as error:
+            faults.append(str(error))
+            continue
+        layer, projection = split_name(name)
+        records.append(
+            DeviationModuleRecord(
+                module=name,
+                layer=layer,
+                projection=projection,
+                residual=found.residual,
+                ideal=found.ideal,
+                deviation=found.relative,
+            )
+        )
+        if progress:
+            progress(done, len(sources.modules))
+    if faults:
+        raise AdapterError("these adapters cannot be compared", faults)
+    residual, ideal = (
+        sum(getattr(m, part) ** 2 for m in records) ** 0.5 for part in ("residual", "ideal")
+    )
+    return DeviationRecord(
+        sources=sources.records(),
+        base=sources.base,
+        deviation=ratio(residual, ideal),
+        modules=tuple(records),
+    )
+
+
+def split_name(module: str) -> tuple[str, str]:
+    """A module's layer, up to the first number in its name, and its projection, the rest.
+
+    >>> split_name("model.layers.11.self_attn.q_proj")
+    ('model.layers.11', 'self_attn.q_proj')
+    >>> split_name("lm_head")
+    ('', 'lm_head')
+    """
+    found = re.match(r"(?:(.*?\b\d+)\.)?(.+)", module)
+    return (found[1] or "", found[2]) if found else ("", module)
+
+
+def _module(sources: Sources, name: str) -> Deviation:
+    rank = max(adapter.modules[name].rank for adapter, _ in sources.having(name))
+    zero = Factors.empty(*sources.modules[name].shape, torch.float64).padded(rank)
+    moments: Moments | None = None
+    for adapter, share in zip(sources.adapters, sources.shares, strict=True):
+        factors = zero
+        if module := adapter.modules.get(name):
+            raw = adapter.factors(name).to(torch.float64)
+            factors = raw.scaled(module.scaling).padded(rank)
+        moments = (
+            moments.add(factors, share) if moments else Moments.of(factors, share, torch.float64)
+        )
+    if moments is None:
+        raise AssertionError(f"{name} is adapted by none of the adapters")
+    return module_deviation(moments)

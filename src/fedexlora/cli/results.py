@@ -1,0 +1,63 @@
+"""What aggregating and merging print, for all commands that do it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedexlora.cli.options import progress_over, size
+from fedexlora.exchange.adapter_records import AggregationRecord
+
+
+def print_merged(
+    adapter: Path, base: str, out: Path, record: AggregationRecord, *, as_json: bool
+) -> None:
+    """Merge and say what the dtype of the base rounds away."""
+    from fedexlora.adapters.merge import merge_adapter
+
+    with progress_over("merging") as progress:
+        merged = merge_adapter(adapter, base, out, progress=progress)
+    if as_json:
+        both = {"aggregation": record.model_dump(), "merge": merged.model_dump()}
+        typer.echo(json.dumps(both))
+        return
+    print_aggregation(record)
+    console = Console(highlight=False)
+    console.print(
+        f"rounding     [yellow]{merged.error:.2%}[/] of the update is lost in {merged.dtype} "
+        f"weights; worst {merged.worst_error:.2%} in {escape(merged.worst_module)}",
+        soft_wrap=True,
+    )
+    console.print(f"model        [bold]{escape(str(out))}[/]", soft_wrap=True)
+
+
+def print_aggregation(record: AggregationRecord) -> None:
+    """What went in, what came out, and what was left out."""
+    console = Console(highlight=False)
+    for source in record.sources:
+        console.print(f"{source.weight:7.4f}      {escape(source.adapter)}", soft_wrap=True)
+        if source.missing:
+            console.print(
+                f"             [yellow]zero updates[/] for {len(source.missing)} modules that it "
+                f"lacks: {escape(', '.join(source.missing))}",
+                soft_wrap=True,
+            )
+    ranks = sorted({module.rank for module in record.modules})
+    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    console.print(
+        f"result       {len(record.modules)} modules of rank {span}, {size(record.bytes)}"
+        + (f"; {len(record.dense)} heads and biases averaged" if record.dense else "")
+    )
+    worst = max(record.modules, key=lambda module: module.error)
+    if record.lossless:
+        console.print("error        [green]none[/]: the weighted mean update, but for rounding")
+        return
+    console.print(
+        f"error        [yellow]{record.error:.2%}[/] of the mean update over all modules; worst "
+        f"{worst.error:.2%} in {escape(worst.module)}",
+        soft_wrap=True,
+    )

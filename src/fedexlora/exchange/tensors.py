@@ -1,0 +1,162 @@
+"""Safetensors files larger than memory: tensors are read in pieces, and written one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedexlora.exchange.spec import TensorSpec
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes that are read and written, by the names that the format gives them."""
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PIECE = 1 << 22
+"""Numbers of a tensor that are held at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """One safetensors file. It is opened for every read, so that nothing of it stays in memory."""
+
+    path: Path
+    tensors: Mapping[str, TensorSpec]
+    """What it holds, in the order of the file."""
+    metadata: Mapping[str, str]
+
+    @staticmethod
+    def open(path: Path) -> TensorFile:
+        """Read the header of a file.
+
+        Raises:
+            ValueError: if it is no safetensors file, is cut off, or holds a dtype that is not
+                supported.
+            OSError: if it cannot be read.
+        """
+        with path.open("rb"):  # a missing or unreadable file, by the system's own error
+            pass
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {}
+                for name in file.offset_keys():
+                    part = file.get_slice(name)
+                    found[name] = TensorSpec(tuple(part.get_shape()), _dtype(part.get_dtype()))
+                return TensorFile(path, found, file.metadata() or {})
+        except SafetensorError as error:
+            raise ValueError(f"not a whole safetensors file: {error}") from error
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as a copy.
+
+        Raises:
+            KeyError: if the file has no such tensor.
+        """
+        with safe_open(self.path, framework="pt") as file:
+            if name not in self.tensors:
+                raise KeyError(name)
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.clone()
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of one tensor, as a copy."""
+        with safe_open(self.path, framework="pt") as file:
+            rows: Tensor = file.get_slice(name)[start:stop]
+            return rows.clone()
+
+
+def pieces(spec: TensorSpec) -> Iterator[tuple[int, int]]:
+    """Ranges of rows, from the first to the last, that are small enough to be held."""
+    rows = spec.shape[0] if spec.shape else 1
+    step = max(1, _PIECE // max(1, prod(spec.shape[1:])))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+class TensorWriter:
+    """Writes tensors to a safetensors file as they come.
+
+    The format wants the header first: its space is reserved, and it is filled in at the end.
+
+    Args:
+        path: the file; replaced if it exists.
+        names: the tensors that may be added.
+        metadata: written to the header.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+
+    def __init__(
+        self, path: Path, names: Iterable[str], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
+        entry = {"dtype": "BF16", "shape": [10**12] * 8, "data_offsets": [10**18, 10**18]}
+        most = json.dumps({**self._header, **dict.fromkeys(names, entry)})
+        self._reserved = -(-len(most.encode()) // 8) * 8
+        self._offset = 0
+        self._file = path.open("wb")
+        self._file.seek(8 + self._reserved)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._file:
+            if error is None:
+                self._close()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor."""
+        self.add_pieces(name, TensorSpec.of(tensor), [tensor])
+
+    def add_pieces(self, name: str, spec: TensorSpec, rows: Iterable[Tensor]) -> None:
+        """Write one tensor of shape and dtype ``spec`` from consecutive groups of its rows."""
+        start = self._offset
+        for piece in rows:
+            plain = piece.detach().cpu().to(spec.dtype).contiguous()
+            # A view of bytes also of dtypes that numpy does not have.
+            self._offset += self._file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
+        size = prod(spec.shape) * spec.dtype.itemsize
+        if self._offset - start != size:
+            raise AssertionError(f"{name}: {self._offset - start} bytes of {size} were written")
+        self._header[name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, self._offset],
+        }
+
+    def _close(self) -> None:
+        content = json.dumps(self._header).encode()
+        self._file.seek(0)
+        self._file.write(self._reserved.to_bytes(8, "little"))
+        self._file.write(content.ljust(self._reserved))
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"a tensor of dtype {name}; expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]

@@ -1,0 +1,1 @@
+"""Pictures of records: this package reads records and nothing else."""
