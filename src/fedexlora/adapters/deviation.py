@@ -44,7 +44,7 @@ def deviation(
     >>> 0 < found.deviation < 2
     True
     >>> found.modules[0].projection
-    'attention.self.query'
+    'attention.output.dense'
     """
     sources = open_sources(adapters, weights, base=base, allow_missing=allow_missing)
     records, faults = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -26,7 +27,7 @@ class Sources:
     shares: tuple[float, ...]
     """Weights that sum to one, in the order of the adapters."""
     modules: Mapping[str, StoredModule]
-    """Every adapted layer, as the first adapter that has it stores it."""
+    """Every adapted layer, as the first adapter that has it stores it, layer 10 after layer 9."""
     dense: Mapping[str, TensorSpec]
     """Heads and biases, as the first adapter that has them stores them."""
     base: str
@@ -75,7 +76,7 @@ def open_sources(
         try:
             adapters.append(open_adapter(Path(folder)))
         except AdapterError as error:
-            faults.append(str(error))
+            faults += [error.summary, *(f"  {fault}" for fault in error.faults)]
     if faults:
         raise AdapterError("these adapters cannot be aggregated", faults)
     modules: dict[str, StoredModule] = {}
@@ -90,7 +91,13 @@ def open_sources(
     if faults:
         raise AdapterError("these adapters do not fit together", faults)
     name = base or str(adapters[0].config.get("base_model_name_or_path") or "")
-    return Sources(tuple(adapters), shares, modules, dense, name)
+    ordered = dict(sorted(modules.items(), key=lambda item: _natural(item[0])))
+    return Sources(tuple(adapters), shares, ordered, dense, name)
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    parts = re.split(r"(\d+)", name)
+    return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from fedexlora import __version__
 from fedexlora.cli.aggregate import aggregate
 from fedexlora.cli.deviation import deviation
+from fedexlora.cli.export import export
 from fedexlora.cli.methods import methods
 from fedexlora.cli.run import run
 from fedexlora.errors import FedexLoraError
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(run)
 app.command()(aggregate)
 app.command()(deviation)
+app.command()(export)
 app.command()(methods)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fedexlora.cli.options import quiet_libraries
 
 
 def run(
@@ -30,7 +29,7 @@ def run(
     ] = False,
 ) -> None:
     """Fine-tune one model on many clients' data; the result is one PEFT adapter."""
-    _quiet_libraries()
+    quiet_libraries()
     from fedexlora.cli.terminal import JsonLines, Terminal, closing
     from fedexlora.engine.recipe import load_recipe
     from fedexlora.engine.run import run as run_recipe
@@ -44,14 +43,3 @@ def run(
             loaded, out, resume=resume, keep_updates=keep_updates, observer=terminal
         )
     closing(result, loaded)
-
-
-def _quiet_libraries() -> None:
-    """Keep other libraries' progress bars and notices out of the display."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.captureWarnings(capture=True)
-    logging.getLogger("py.warnings").addHandler(logging.NullHandler())
-    warnings.filterwarnings("ignore", module=r"(transformers|torch|flwr_datasets|accelerate)")

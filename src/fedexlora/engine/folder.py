@@ -160,7 +160,7 @@ class RunFolder:
             tensors, header = unpack(path.read_bytes())
             version, last = int(header["version"]), header["record"]
             state = state_from(version, tensors)
-            records = self._read_records(version - 1)
+            records = self.read_records(version - 1)
             if last is not None:
                 records = (*records, RoundRecord.model_validate(last))
         except (ValueError, KeyError) as error:
@@ -183,7 +183,12 @@ class RunFolder:
         lines = "".join(f"{record.model_dump_json()}\n" for record in records)
         replace_bytes(self.path / "rounds.jsonl", lines.encode())
 
-    def _read_records(self, count: int) -> tuple[RoundRecord, ...]:
+    def read_records(self, count: int) -> tuple[RoundRecord, ...]:
+        """The records of the first ``count`` rounds; fewer if there are fewer.
+
+        Raises:
+            ResumeError: if one is damaged.
+        """
         path = self.path / "rounds.jsonl"
         if count <= 0 or not path.exists():
             return ()

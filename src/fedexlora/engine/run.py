@@ -217,6 +217,7 @@ def _header(prepared: Prepared, initial_metrics: Mapping[str, float]) -> dict[st
         "clients": {name: len(rows) for name, rows in prepared.clients.items()},
         "validation_rows": len(prepared.validation),
         "headline": prepared.recipe.task.headline,
+        "model_config": dict(prepared.task.model_config),
         "initial_metrics": dict(initial_metrics),
     }
 

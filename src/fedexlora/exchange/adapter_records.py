@@ -73,3 +73,64 @@ class DeviationRecord(Record):
     deviation: float
     """Over all modules: the norm of all residuals over that of all mean updates."""
     modules: tuple[DeviationModuleRecord, ...]
+
+
+class MergedTensorRecord(Record):
+    """One tensor of the base that the adapter changed."""
+
+    module: str
+    """The layer's path in the model."""
+    parameter: str
+    """Its weight or its bias."""
+    ideal: float
+    """Frobenius norm of the change that the adapter asks for."""
+    error: float
+    """|applied - ideal| / |ideal|: what rounding the sum to the base's dtype loses of it."""
+    dtype: str
+
+
+class MergeReport(Record):
+    """One model made of a base and an adapter."""
+
+    schema_version: int = 1
+    adapter: str
+    """Its folder, as it was named."""
+    base: str
+    """The base model, as it was named."""
+    revision: str | None
+    error: float
+    """|applied - ideal| / |ideal| over all changed tensors."""
+    worst_error: float
+    """The largest error of a changed tensor."""
+    worst_module: str
+    """Where that is."""
+    dtype: str
+    """Of the changed tensors, as in the base; several are listed."""
+    tensors: tuple[MergedTensorRecord, ...]
+    added: tuple[str, ...]
+    """Heads that the base lacks, in its main dtype; not part of the error."""
+    bytes: int
+    """Size of all tensors."""
+
+
+class ExportRecord(Record):
+    """What was made of a finished run."""
+
+    schema_version: int = 1
+    run: str
+    """The name of the run's folder."""
+    base: str
+    """The base model, as the recipe names it."""
+    rounds: int
+    rank: int
+    """The largest rank of a module."""
+    error: float
+    """|exported - global model| / |global model|, of the update: what a lower rank leaves out."""
+    rounding: float
+    """The same for what a merged model's dtype rounds away; 0 for an adapter."""
+    metrics: dict[str, float]
+    """Scores of the run's last round."""
+    exported_metrics: dict[str, float] | None
+    """Scores of what was exported, loaded again; None if it was not evaluated."""
+    pushed_to: str | None
+    """Where it was uploaded to."""

@@ -187,6 +187,20 @@ def attach_lora(
     return model
 
 
+def with_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
+    """An untouched base with a stored adapter, as its users load it."""
+    model: PeftModel = PeftModel.from_pretrained(base, str(folder))
+    return model
+
+
+def load_merged(folder: Path, task_type: str, dtype: Dtype) -> PreTrainedModel:
+    """A merged model from its folder."""
+    model: PreTrainedModel = _HEADS[task_type].from_pretrained(
+        str(folder), dtype=getattr(torch, dtype)
+    )
+    return model
+
+
 def probe_shapes(
     base: PreTrainedModel, options: Mapping[str, Any], task_type: str
 ) -> dict[str, tuple[int, float]]:

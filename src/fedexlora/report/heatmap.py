@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ def draw_deviation(record: DeviationRecord, path: Path) -> None:
         InputError: if the picture cannot be written.
     """
     check_format(path)
-    layers = sorted({m.layer for m in record.modules}, key=_natural)
+    layers = list(dict.fromkeys(m.layer for m in record.modules))
     projections = list(dict.fromkeys(m.projection for m in record.modules))
     figure = Figure(
         figsize=(2.2 + 0.95 * len(projections), 1.9 + 0.3 * len(layers)), layout="constrained"
@@ -75,12 +74,6 @@ def _grid(
         place = layers.index(module.layer), projections.index(module.projection)
         values[place] = 100.0 * module.deviation
     return values
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """An order in which layer 10 comes after layer 9."""
-    parts = re.split(r"(\d+)", name)
-    return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
 
 
 def _wrapped(projection: str) -> str:
