@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.product_sum import ProductSum
+from fedexlora.algebra.product_sum import ProductSum, Term
 
 SHAPES = {"q_proj": (3072, 3072), "k_proj": (1024, 3072), "v_proj": (1024, 3072)} | {
     "o_proj": (3072, 3072)
@@ -60,11 +60,13 @@ def lora_layers(peft):
 def ours(peft) -> dict[str, Factors]:
     found = {}
     for name, layer in lora_layers(peft).items():
-        total = ProductSum(layer.out_features, layer.in_features)
+        terms = []
         for i, weight in enumerate(WEIGHTS):
             a, b = layer.lora_A[f"c{i}"].weight, layer.lora_B[f"c{i}"].weight
-            total.add(Factors(a.detach(), b.detach()), weight * layer.scaling[f"c{i}"])
-        found[name] = total.at_rank(RANK).factors
+            pair = Factors(a.detach(), b.detach())
+            terms.append(Term.of(pair, weight * layer.scaling[f"c{i}"]))
+        total = ProductSum(layer.out_features, layer.in_features, terms)
+        found[name] = total.at_rank(RANK).factors()
     return found
 
 

@@ -9,6 +9,7 @@ time: memory does not grow with the number of adapters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,7 @@ from fedexlora.adapters.output import output
 from fedexlora.adapters.sources import Progress, Sources, open_sources
 from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.product import Truncated
-from fedexlora.algebra.product_sum import ProductSum
+from fedexlora.algebra.product_sum import Cut, ProductSum, Term
 from fedexlora.errors import AdapterError
 from fedexlora.exchange.adapter_records import AdaptedModuleRecord, AggregationRecord
 from fedexlora.exchange.spec import TensorSpec
@@ -162,10 +162,8 @@ def _modules(
         except AdapterError as error:
             faults.append(str(error))
             continue
-        writer.add(name, cut.factors)
-        records.append(
-            AdaptedModuleRecord(module=name, rank=cut.factors.rank, ideal=ideal, error=lost)
-        )
+        writer.add(name, cut.rank, cut.rows)
+        records.append(AdaptedModuleRecord(module=name, rank=cut.rank, ideal=ideal, error=lost))
         if progress:
             progress(done, len(sources.modules))
     if faults:
@@ -175,25 +173,25 @@ def _modules(
 
 def _module(
     sources: Sources, name: str, method: Method, rank: int | None, tolerance: float | None
-) -> tuple[Truncated, float, float]:
+) -> tuple[Cut, float, float]:
     """One module's result, the norm of its ideal update, and the relative error of the result."""
     shape = sources.modules[name].shape
-    ideal = ProductSum(*shape)
-    for adapter, share in sources.having(name):
-        ideal.add(adapter.factors(name), share * adapter.modules[name].scaling)
+    terms = [
+        Term(module.rank, share * module.scaling, partial(adapter.factor, name))
+        for adapter, share in sources.having(name)
+        for module in (adapter.modules[name],)
+    ]
+    ideal = ProductSum(*shape, terms)
     if method.exact and "A" in method.trained:
         cut = _cut(ideal, rank, tolerance)
         # What is left out at the numerical rank is rounding, and no error.
-        return cut, cut.norm, cut.share if rank is not None or tolerance else 0.0
-    mean = ProductSum(*shape)
-    mean.add(_mean_factors(sources, name), 1.0)
-    cut = _cut(mean, rank, tolerance)
-    norm = ideal.norm()
-    ideal.add(cut.factors, -1.0)
-    return cut, norm, ratio(ideal.norm(), norm)
+        return cut, ideal.norm, cut.maps.share if rank is not None or tolerance else 0.0
+    cut = _cut(ProductSum(*shape, [Term.of(_mean_factors(sources, name), 1.0)]), rank, tolerance)
+    lost = ProductSum(*shape, [*terms, Term.of(cut.factors(), -1.0)])
+    return cut, ideal.norm, ratio(lost.norm, ideal.norm)
 
 
-def _cut(total: ProductSum, rank: int | None, tolerance: float | None) -> Truncated:
+def _cut(total: ProductSum, rank: int | None, tolerance: float | None) -> Cut:
     if rank is not None:
         return total.at_rank(rank)
     return total.within(tolerance) if tolerance else total.within()

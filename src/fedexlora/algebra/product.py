@@ -45,45 +45,40 @@ def svd(x: Factors) -> tuple[Tensor, Tensor, Tensor]:
     return q_b @ u, s, vh @ q_a.T
 
 
-def norm(x: Factors, weights: Tensor | None = None) -> float:
+def norm(x: Factors) -> float:
     """Frobenius norm of ``x.B @ x.A`` in float64, accurate even if its columns nearly cancel."""
-    r_b = _triangle(x.B) if weights is None else _triangle(x.B) * weights
-    return float((r_b @ _triangle(x.A.T).T).norm())
+    return float((triangle(x.B) @ triangle(x.A.T).T).norm())
 
 
-def truncate(x: Factors, rank: int, weights: Tensor | None = None) -> Truncated:
+def truncate(x: Factors, rank: int) -> Truncated:
     """The best approximation of rank ``rank`` (Eckart-Young).
 
     Args:
         x: the factored matrix; not written.
         rank: how many singular values to keep, at least 0.
-        weights: float64, one for every column of ``x.B``, which it multiplies; ones by default.
 
     Raises:
         ValueError: if ``rank`` is negative.
     """
     if rank < 0:
         raise ValueError(f"expected a rank of at least 0, found {rank}")
-    return _Core(x, weights).kept(rank)
+    return _truncated(x, Core(triangle(x.B), triangle(x.A.T)).maps(rank))
 
 
-def truncate_share(x: Factors, share: float, weights: Tensor | None = None) -> Truncated:
+def truncate_share(x: Factors, share: float) -> Truncated:
     """The approximation of lowest rank that drops at most ``share`` of the Frobenius norm.
 
     Args:
         x: the factored matrix; not written.
         share: the largest ``|x - result| / |x|``, at least 0 and below 1.
-        weights: as for :func:`truncate`.
 
     Raises:
         ValueError: if ``share`` is out of range.
     """
     if not 0.0 <= share < 1.0:
         raise ValueError(f"expected a share of at least 0 and below 1, found {share}")
-    core = _Core(x, weights)
-    # Sums from the small end, which a large first singular value would otherwise round away.
-    tails = core.s.square().flip(0).cumsum(0).flip(0)
-    return core.kept(int((tails > share**2 * tails[:1]).sum()))
+    core = Core(triangle(x.B), triangle(x.A.T))
+    return _truncated(x, core.maps(core.rank_within(share)))
 
 
 def compact(x: Factors) -> Factors:
@@ -95,47 +90,81 @@ def compact(x: Factors) -> Factors:
     return truncate_share(x, LOSSLESS).factors
 
 
-class _Core:
+class Maps(NamedTuple):
+    """What turns factors ``A (n, d_in)``, ``B (d_out, n)`` into those of a lower rank ``q``."""
+
+    up: Tensor
+    """``(n, q)``, float64: ``B' = B @ up``."""
+    down: Tensor
+    """``(q, n)``, float64: ``A' = down @ A``."""
+    share: float
+    """The dropped share of the Frobenius norm."""
+    norm: float
+    """The norm of the whole."""
+
+
+class Core:
     """The decomposition ``R_B R_A^T = U S V^T`` of a product's core.
 
     Neither ``Q`` is formed: ``Q_B U S = B (R_A^T V)`` and ``S V^T Q_A^T = (U^T R_B) A``, so the
     balanced factors are products of the given ones, and the only large matrices are those and
     the result. With ``e`` the rounding of ``B A`` itself, a direction's product is off by
     ``e^2 / s``; directions of ``s < e``, which are nothing but rounding, are left out.
+
+    Args:
+        r_b: the triangle of ``B``, float64.
+        r_a: the triangle of ``A^T``, float64.
     """
 
-    def __init__(self, x: Factors, weights: Tensor | None = None) -> None:
-        self._x = x
-        self._weights = x.B.new_ones(x.rank, dtype=torch.float64) if weights is None else weights
-        # B diag(w) = Q_B (R_B diag(w)): weighting the triangle rounds no factor.
-        self._r_b, self._r_a = _triangle(x.B) * self._weights, _triangle(x.A.T)
-        self._u, self.s, self._vh = torch.linalg.svd(self._r_b @ self._r_a.T, full_matrices=False)
+    def __init__(self, r_b: Tensor, r_a: Tensor) -> None:
+        self._r_b, self._r_a = r_b, r_a
+        self._u, self._s, self._vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
 
-    def kept(self, rank: int) -> Truncated:
-        """The first ``rank`` directions."""
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of ``B A``."""
+        return float(self._s.norm())
+
+    def rank_within(self, share: float) -> int:
+        """The lowest rank that drops at most ``share`` of the norm."""
+        # Sums from the small end, which a large first singular value would otherwise round away.
+        tails = self._s.square().flip(0).cumsum(0).flip(0)
+        return int((tails > share**2 * tails[:1]).sum())
+
+    def maps(self, rank: int) -> Maps:
+        """What leads to the first ``rank`` directions."""
         rounding = torch.finfo(torch.float64).eps * self._r_b.norm() * self._r_a.norm()
-        rank = min(rank, int((self.s > rounding).sum()))
-        root = self.s[:rank].sqrt()
-        down = (self._u[:, :rank] / root).T @ self._r_b
-        up = self._weights[:, None] * (self._r_a.T @ (self._vh[:rank].T / root))
-        a = _times(self._x.A.T, down.T).T.contiguous()
-        whole, dropped = float(self.s.norm()), float(self.s[rank:].norm())
-        return Truncated(Factors(a, _times(self._x.B, up)), dropped / (whole or 1.0), whole)
+        rank = min(rank, int((self._s > rounding).sum()))
+        root = self._s[:rank].sqrt()
+        return Maps(
+            up=self._r_a.T @ (self._vh[:rank].T / root),
+            down=(self._u[:, :rank] / root).T @ self._r_b,
+            share=float(self._s[rank:].norm()) / (self.norm or 1.0),
+            norm=self.norm,
+        )
 
 
-def _triangle(tall: Tensor) -> Tensor:
-    """``R`` of a QR decomposition in float64, from the triangles of groups of rows."""
+def triangle(tall: Tensor) -> Tensor:
+    """``R`` of a QR decomposition, in float64, from the triangles of groups of rows."""
     found = tall[:0].double()
     for rows in torch.split(tall, max(_CHUNK, tall.shape[1])):
         found = torch.linalg.qr(torch.cat([found, rows.double()]), mode="r").R
     return found
 
 
-def _times(tall: Tensor, small: Tensor) -> Tensor:
-    """``tall @ small`` in float64, rounded to the dtype of ``tall``."""
-    out = tall.new_empty(tall.shape[0], small.shape[1])
-    for rows, target in zip(torch.split(tall, _CHUNK), torch.split(out, _CHUNK), strict=True):
-        target.copy_(rows.double() @ small)
+def _truncated(x: Factors, maps: Maps) -> Truncated:
+    low = Factors(_combined(maps.down, x.A), _combined(maps.up.T, x.B.T).T)
+    return Truncated(low, maps.share, maps.norm)
+
+
+def _combined(small: Tensor, wide: Tensor) -> Tensor:
+    """``small @ wide`` in float64, stored as ``wide`` is and rounded to its dtype."""
+    shape = small.shape[0], wide.shape[1]
+    out = wide.new_empty(shape) if wide.is_contiguous() else wide.new_empty(shape[::-1]).T
+    for columns, target in zip(
+        torch.split(wide, _CHUNK, dim=1), torch.split(out, _CHUNK, dim=1), strict=True
+    ):
+        target.copy_(small @ columns.double())
     return out
 
 

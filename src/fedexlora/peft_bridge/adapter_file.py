@@ -109,9 +109,10 @@ class StoredModule:
         keys = EMBEDDING_KEYS if self.embedding else PRODUCT_KEYS
         return f"{PREFIX}{self.name}.{keys[letter]}"
 
-    def stored(self, letter: str, matrix: Tensor) -> Tensor:
-        """A factor as a matrix, in the shape that the file stores."""
-        return matrix.reshape(matrix.shape[0], -1, *self.shapes[letter][2:])
+    def stored_shape(self, letter: str, rank: int) -> tuple[int, ...]:
+        """The shape that a file stores a factor of any rank in."""
+        a, b = self.shapes["A"], self.shapes["B"]
+        return (rank, *a[1:]) if letter == "A" else (b[0], rank, *b[2:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +133,17 @@ class AdapterFile:
         Raises:
             AdapterError: if a value is not finite.
         """
-        module = self.modules[name]
-        a, b = (self._finite(module.key(letter)).flatten(1) for letter in ("A", "B"))
+        a, b = self.factor(name, "A"), self.factor(name, "B")
         dtype = torch.promote_types(a.dtype, b.dtype)
         return Factors(a.to(dtype), b.to(dtype))
+
+    def factor(self, name: str, letter: str) -> Tensor:
+        """One factor as a matrix, unscaled: ``A (r, d_in)`` or ``B (d_out, r)``.
+
+        Raises:
+            AdapterError: if a value is not finite.
+        """
+        return self._finite(self.modules[name].key(letter)).flatten(1)
 
     def dense_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a head, bias or token table.

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from fedexlora.algebra.factors import Factors
 from fedexlora.exchange.spec import TensorSpec
 from fedexlora.exchange.tensors import TensorWriter
 from fedexlora.peft_bridge.adapter_file import CONFIG, TENSORS, StoredModule
 from fedexlora.peft_bridge.names import PREFIX, shape_settings
+
+LETTERS: tuple[Literal["A"], Literal["B"]] = ("A", "B")
 
 
 class AdapterWriter:
@@ -37,7 +38,7 @@ class AdapterWriter:
     ) -> None:
         self._folder, self._config, self._modules = folder, config, modules
         self._ranks: dict[str, int] = {}
-        keys = [module.key(letter) for module in modules.values() for letter in ("A", "B")]
+        keys = [module.key(letter) for module in modules.values() for letter in LETTERS]
         keys += [f"{PREFIX}{name}" for name in dense]
         self._tensors = TensorWriter(folder / TENSORS, keys)
 
@@ -64,14 +65,24 @@ class AdapterWriter:
         """The largest rank so far."""
         return max(self._ranks.values())
 
-    def add(self, name: str, factors: Factors) -> None:
-        """Write a module's factors; ``B @ A`` is the update itself, ``(d_out, d_in)``."""
+    def add(
+        self, name: str, rank: int, rows: Callable[[Literal["A", "B"]], Iterable[Tensor]]
+    ) -> None:
+        """Write a module's factors, in float32.
+
+        Args:
+            name: the module.
+            rank: of its factors.
+            rows: groups of consecutive rows of ``A (rank, d_in)`` or ``B (d_out, rank)``, whose
+                product is the update itself.
+        """
         module = self._modules[name]
         # PEFT has no adapter of rank 0; a module without any update gets a zero of rank 1.
-        pair = factors.to(torch.float32).padded(max(factors.rank, 1))
-        self._ranks[name] = pair.rank
-        self._tensors.add(module.key("A"), module.stored("A", pair.A))
-        self._tensors.add(module.key("B"), module.stored("B", pair.B))
+        self._ranks[name] = max(rank, 1)
+        for letter in LETTERS:
+            spec = TensorSpec(module.stored_shape(letter, max(rank, 1)), torch.float32)
+            groups = rows(letter) if rank else [torch.zeros(spec.shape)]
+            self._tensors.add_pieces(module.key(letter), spec, groups)
 
     def add_dense(self, name: str, spec: TensorSpec, rows: Iterable[Tensor]) -> None:
         """Write a head or bias from consecutive groups of its rows."""
