@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,13 @@ class _Sum:
     ideal: float = 0.0
     lost: float = 0.0
 
+    def add(self, ideal: Tensor, lost: Tensor) -> None:
+        """Add the change of some rows, float64, and what rounding takes from it."""
+        self.ideal += float(torch.linalg.vector_norm(ideal)) ** 2
+        self.lost += float(torch.linalg.vector_norm(lost)) ** 2
+        if not isfinite(self.lost):
+            raise _not_finite(self.name, self.dtype)
+
     def record(self) -> MergedTensorRecord:
         module, _, parameter = self.name.rpartition(".")
         return MergedTensorRecord(
@@ -153,36 +160,34 @@ class _Merge:
         spec = shard.tensors[name]
         target = ChangedTensor.of(self.adapter, change)
         found = _Sum(parameter, spec.dtype)
-        for start, stop in pieces(spec):
-            old = shard.read_rows(name, start, stop)
-            wanted = target.rows(old, start, stop)
-            rounded = _rounded(parameter, wanted, spec.dtype)
-            found.ideal += float((wanted - old.double()).square().sum())
-            found.lost += float((rounded.double() - wanted).square().sum())
+        for part in pieces(spec):
+            old = _rows(shard, name, part)
+            wanted = target.rows(old, *part)
+            rounded = wanted.to(spec.dtype)
+            found.add(wanted - old.double(), rounded.double() - wanted)
             yield rounded
         self.sums.append(found)
 
     def _added(self, name: str, spec: TensorSpec) -> Iterator[Tensor]:
         for part in pieces(spec):
-            rows = self.adapter.dense_rows(self.plan.added[name], *part)
-            yield _rounded(name, rows, spec.dtype)
+            rows = self.adapter.dense_rows(self.plan.added[name], *part).to(spec.dtype)
+            if not bool(rows.isfinite().all()):
+                raise _not_finite(name, spec.dtype)
+            yield rows
 
 
 def _copied(shard: TensorFile, name: str) -> Iterator[Tensor]:
-    spec = shard.tensors[name]
-    if not spec.shape:
-        yield shard.read(name)
-        return
-    for part in pieces(spec):
-        yield shard.read_rows(name, *part)
+    return (_rows(shard, name, part) for part in pieces(shard.tensors[name]))
 
 
-def _rounded(name: str, wanted: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = wanted.to(dtype)
-    if not bool(rounded.isfinite().all()):
-        short = str(dtype).removeprefix("torch.")
-        raise AdapterError(f"{name}: the merged weight has values that are not finite in {short}")
-    return rounded
+def _rows(shard: TensorFile, name: str, part: tuple[int, int]) -> Tensor:
+    """Some rows of a tensor; one without dimensions has no rows, and is read whole."""
+    return shard.read_rows(name, *part) if shard.tensors[name].shape else shard.read(name)
+
+
+def _not_finite(name: str, dtype: torch.dtype) -> AdapterError:
+    short = str(dtype).removeprefix("torch.")
+    return AdapterError(f"{name}: the merged weight has values that are not finite in {short}")
 
 
 def _report(

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedexlora.cli.options import progress_over, size
+from fedexlora.cli.options import progress_over, quiet_libraries, size
 from fedexlora.exchange.adapter_records import AggregationRecord
 
 
@@ -17,6 +17,7 @@ def print_merged(
     adapter: Path, base: str, out: Path, record: AggregationRecord, *, as_json: bool
 ) -> None:
     """Merge and say what the dtype of the base rounds away."""
+    quiet_libraries()
     from fedexlora.adapters.merge import merge_adapter
 
     with progress_over("merging") as progress:
@@ -28,8 +29,8 @@ def print_merged(
     print_aggregation(record)
     console = Console(highlight=False)
     console.print(
-        f"rounding     [yellow]{merged.error:.2%}[/] of the update is lost in {merged.dtype} "
-        f"weights; worst {merged.worst_error:.2%} in {escape(merged.worst_module)}",
+        f"rounding     [yellow]{merged.error:.1e}[/] of the update is lost in {merged.dtype} "
+        f"weights; worst {merged.worst_error:.1e} in {escape(merged.worst_module)}",
         soft_wrap=True,
     )
     console.print(f"model        [bold]{escape(str(out))}[/]", soft_wrap=True)

@@ -58,7 +58,9 @@ def draw_deviation(record: DeviationRecord, path: Path) -> None:
         fontsize=9,
         loc="left",
     )
-    figure.colorbar(image, ax=axes, label="% of the module's mean update", shrink=0.9)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9)
+    bar.set_label("% of the module's mean update", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     try:
         figure.savefig(path, dpi=160)
     except OSError as error:
