@@ -47,6 +47,13 @@ def test_truncation_balances_the_factors():
     torch.testing.assert_close(low.A @ low.A.T, low.B.T @ low.B, rtol=1e-4, atol=1e-4)
 
 
+def test_results_are_stored_row_by_row():
+    """Bits of later products depend on the layout, and a message or checkpoint is contiguous."""
+    low = compact(random_factors(8))
+    assert low.A.is_contiguous()
+    assert low.B.is_contiguous()
+
+
 def test_truncation_refuses_a_negative_rank():
     with pytest.raises(ValueError, match="at least 0"):
         truncate(random_factors(3), -1)

@@ -153,18 +153,25 @@ def triangle(tall: Tensor) -> Tensor:
 
 
 def _truncated(x: Factors, maps: Maps) -> Truncated:
-    low = Factors(_combined(maps.down, x.A), _combined(maps.up.T, x.B.T).T)
+    low = Factors(from_left(maps.down, x.A), from_right(x.B, maps.up))
     return Truncated(low, maps.share, maps.norm)
 
 
-def _combined(small: Tensor, wide: Tensor) -> Tensor:
-    """``small @ wide`` in float64, stored as ``wide`` is and rounded to its dtype."""
-    shape = small.shape[0], wide.shape[1]
-    out = wide.new_empty(shape) if wide.is_contiguous() else wide.new_empty(shape[::-1]).T
-    for columns, target in zip(
-        torch.split(wide, _CHUNK, dim=1), torch.split(out, _CHUNK, dim=1), strict=True
-    ):
-        target.copy_(small @ columns.double())
+def from_left(small: Tensor, wide: Tensor) -> Tensor:
+    """``small @ wide`` in float64, rounded to the dtype of ``wide``, which is widened in pieces."""
+    out = wide.new_empty(small.shape[0], wide.shape[1])
+    for start in range(0, wide.shape[1], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        out[:, part] = small @ wide[:, part].double()
+    return out
+
+
+def from_right(tall: Tensor, small: Tensor) -> Tensor:
+    """``tall @ small`` in float64, rounded to the dtype of ``tall``, which is widened in pieces."""
+    out = tall.new_empty(tall.shape[0], small.shape[1])
+    for start in range(0, tall.shape[0], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        out[part] = tall[part].double() @ small
     return out
 
 

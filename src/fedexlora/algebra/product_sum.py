@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.product import LOSSLESS, Core, Maps, triangle
+from fedexlora.algebra.product import LOSSLESS, Core, Maps, from_left, from_right, triangle
 
 Side = Literal["A", "B"]
 _ROWS = 64
 """Rows of a result that are made at a time."""
-_COLUMNS = 1024
-"""Columns of a stack that are widened at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +59,7 @@ class Cut:
         small = self.maps.down if side == "A" else self.source.weights[:, None] * self.maps.up
         for start in range(0, self.rank if side == "A" else stack.shape[0], _ROWS):
             part = slice(start, start + _ROWS)
-            if side == "A":
-                yield _product(small[part], stack)
-            else:
-                yield (stack[part].double() @ small).to(stack.dtype)
+            yield from_left(small[part], stack) if side == "A" else from_right(stack[part], small)
 
     def factors(self) -> Factors:
         """Both sides, in memory."""
@@ -154,12 +149,3 @@ def _compacted(shape: tuple[int, int], terms: Sequence[Term]) -> Term:
 
 def _widened(term: Term, side: Side) -> Tensor:
     return term.read(side).double()
-
-
-def _product(small: Tensor, wide: Tensor) -> Tensor:
-    """``small @ wide`` in float64, rounded to the dtype of ``wide``, which is widened in pieces."""
-    out = wide.new_empty(small.shape[0], wide.shape[1])
-    for start in range(0, wide.shape[1], _COLUMNS):
-        part = slice(start, start + _COLUMNS)
-        out[:, part] = small @ wide[:, part].double()
-    return out

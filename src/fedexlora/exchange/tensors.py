@@ -30,7 +30,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 """The dtypes that are read and written, by the names that the format gives them."""
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 """Numbers of a tensor that are held at a time."""
 
 

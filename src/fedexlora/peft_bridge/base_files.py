@@ -23,7 +23,7 @@ _WEIGHT_FILES = frozenset(
 )
 _NOT_COPIED = frozenset({CONFIG, "README.md", "adapter_config.json"})
 """Written anew, about another model, or taken by transformers for a sign of an adapter."""
-_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.py")
+_DOWNLOADED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def open_base(source: str, revision: str | None) -> BaseFiles:
             safetensors files; lists all faults.
     """
     folder = _folder(source, revision)
-    if (_json(folder / CONFIG)).get("quantization_config"):
+    if _json(folder / CONFIG).get("quantization_config"):
         raise AdapterError(
             f"{folder / CONFIG}: the base is quantised (quantization_config)",
             ["quantising the sum again would lose the update; keep it an adapter beside the base"],
@@ -123,12 +123,10 @@ def _shards(folder: Path) -> tuple[list[str], list[str]]:
         return [WEIGHTS], []
     if not (folder / INDEX).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        found = f"found {', '.join(pickles)}, which can run code when loaded: convert it to"
-        return [], [
-            f"expected {WEIGHTS} or {INDEX}; {found} safetensors"
-            if pickles
-            else f"expected {WEIGHTS} or {INDEX}, found neither"
-        ]
+        found = "found neither"
+        if pickles:
+            found = f"found {', '.join(pickles)}, which can run code: convert it to safetensors"
+        return [], [f"expected {WEIGHTS} or {INDEX}, {found}"]
     names = sorted(set(_weight_map(folder).values()))
     faults = [f"{INDEX}: {x!r} is no file's name" for x in names if Path(x).name != x]
     return ([] if faults else names), faults

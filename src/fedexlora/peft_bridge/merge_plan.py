@@ -103,7 +103,7 @@ def _names(
 ) -> dict[str, str]:
     """Names in the result: the file's, and those of a body get its prefix once it has a head."""
     start = f"{skeleton.prefix}."
-    bare = not any(name.startswith(start) for name in specs)
+    bare = skeleton.has_head and not any(name.startswith(start) for name in specs)
     return {name: f"{start}{name}" if added and bare else name for name in specs}
 
 
