@@ -64,6 +64,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.captureWarnings(capture=True)
     logging.getLogger("py.warnings").addHandler(logging.NullHandler())
     warnings.filterwarnings("ignore", module=r"(transformers|torch|flwr_datasets|accelerate)")
