@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from fedexlora import aggregate_adapters, deviation
 from fedexlora.adapters import aggregate as aggregate_module
 from fedexlora.adapters import deviation as deviation_module
+from fedexlora.adapters import merge as merge_module
 from tests.adapters.folders import ideal, load, store_all
 from tests.cli.invoke import fedexlora as run_command
-from tests.models import lora_layers
+from tests.models import base_of, lora_layers
 
 WEIGHTS = [1, 2, 5]
 
@@ -86,10 +87,15 @@ def test_the_table_the_json_and_the_picture(tmp_path):
     assert record["sources"][2]["weight"] == 0.625
 
 
-@pytest.mark.parametrize("module", [aggregate_module, deviation_module], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [aggregate_module, deviation_module, merge_module], ids=lambda m: m.__name__
+)
 def test_the_examples_in_docstrings(tmp_path, monkeypatch, module):
     store_all(tmp_path, "roberta", [{"r": 4}] * 3)
     monkeypatch.chdir(tmp_path)
+    if module is merge_module:
+        base_of("roberta").save_pretrained("base")
+        aggregate_adapters(["site-1", "site-2", "site-3"], "mean")
     failed, tried = doctest.testmod(module)
     assert tried
     assert not failed

@@ -67,6 +67,8 @@ def test_a_merged_model_says_the_same_as_the_adapter(whole, tmp_path, bert):
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert record.exported_metrics["accuracy"] == record.metrics["accuracy"]
     assert 0 < record.rounding < 1e-5
+    for path in (tmp_path / "out").glob("*.json"):
+        assert str(tmp_path) not in path.read_text(), "it names a folder of this machine"
 
 
 def test_the_card_says_what_it_is_and_is_valid(whole, tmp_path):

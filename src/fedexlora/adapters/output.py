@@ -25,11 +25,16 @@ def output(out: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``out`` once the block ends without an error.
 
     Raises:
-        AdapterError: if ``out`` holds something, or cannot be written, as on a full disk.
+        AdapterError: if ``out`` holds something or cannot be written, as on a full disk, or if a
+            file that the block reads cannot be.
     """
     check_new(out)
+    written = out.parent
     try:
-        with new_folder(out) as folder:
-            yield folder
+        with new_folder(out) as written:
+            yield written
     except OSError as error:
-        raise AdapterError(f"--out {out} cannot be written: {error.strerror or error}") from error
+        reason = error.strerror or error
+        if error.filename and written not in Path(error.filename).parents:
+            raise AdapterError(f"{error.filename} cannot be read: {reason}") from error
+        raise AdapterError(f"--out {out} cannot be written: {reason}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedexlora.adapters.aggregate import RECORD, compress_adapter
+from fedexlora.adapters.merge import RECORD as MERGE_RECORD
 from fedexlora.adapters.merge import merge_adapter
 from fedexlora.adapters.output import check_new, output
 from fedexlora.engine.card import model_card
@@ -94,6 +95,7 @@ def _write(
     content: Path,
     progress: Callable[[int, int], None] | None,
 ) -> ExportRecord:
+    """The adapter or model itself, without records that name folders of this machine."""
     source, error = run.folder.adapter, 0.0
     if options.rank is not None or options.tolerance is not None:
         source = content.with_name("adapter")
@@ -105,7 +107,7 @@ def _write(
             progress=progress,
         )
         error = done.error
-        (source / RECORD).unlink()  # it names folders of this machine
+        (source / RECORD).unlink()
     rank = max(module.rank for module in open_adapter(source).modules.values())
     rounding = 0.0
     if options.kind == "merged":
@@ -118,6 +120,7 @@ def _write(
             progress=progress,
         )
         rounding = merged.error
+        (content / MERGE_RECORD).unlink()
     else:
         shutil.copytree(source, content)
     if source != run.folder.adapter:
