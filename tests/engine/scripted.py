@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from fedexlora.engine.observer import Observer
+from fedexlora.engine.participation import Participation
 from fedexlora.engine.round import Federation
+from fedexlora.engine.round import run_round as play_round
 from fedexlora.engine.transport import ClientProgress, Reply
-from fedexlora.exchange.shipment import encode_own, encode_total, receive
+from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.shipment import History, Holdings, receive, receive_own
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import METHODS, Method
@@ -21,28 +24,34 @@ Script = Callable[[int, str, GlobalState], Sequence[Reply]]
 
 
 class Scripted:
-    """Ships as the real transport does; replies come from ``script(round, client, held)``."""
+    """Every client holds a copy of its own; replies come from ``script(round, client, held)``."""
 
-    def __init__(self, model: AdaptedModel, script: Script) -> None:
-        self._model = model
+    def __init__(self, script: Script, clients: Sequence[str] = tuple(WEIGHTS)) -> None:
         self._script = script
-        self.held: GlobalState | None = None
+        self.clients = clients
+        self.held: dict[str, GlobalState] = {}
+        self.delivered: list[tuple[str, int]] = []
+        """Client and bytes of every message."""
+        self.holdings: Holdings | None = None
+        """What the server knows; kept here from one round to the next."""
 
-    @property
-    def clients(self) -> Sequence[str]:
-        return tuple(WEIGHTS)
+    def deliver(self, client: str, message: bytes, own: bytes | None) -> None:
+        self.delivered.append((client, len(message) + len(own or b"")))
+        state = receive(self.held.pop(client, None), message)
+        self.held[client] = state if own is None else receive_own(state, client, own)
 
-    def restore(self, state: GlobalState) -> None:
-        self._model.apply(state)
-        self.held = state
+    def train(
+        self, round_: int, clients: Sequence[str], progress: ClientProgress
+    ) -> Iterator[Reply]:
+        for client in clients:
+            yield from self._script(round_, client, self.held[client])
 
-    def ship(self, message: bytes, own: Mapping[str, bytes]) -> Mapping[str, int]:
-        self.restore(receive(self.held, message, own))
-        return {client: len(message) + len(own.get(client, b"")) for client in self.clients}
 
-    def train(self, round_: int, progress: ClientProgress) -> Iterator[Reply]:
-        for client in self.clients:
-            yield from self._script(round_, client, self.held)
+def run_round(parts: Federation, before: GlobalState) -> tuple[GlobalState, RoundRecord]:
+    """One round; what clients hold is kept in the transport."""
+    held = parts.transport.holdings or Holdings({}, History(4, {}, parts.method.trained))
+    state, parts.transport.holdings, record = play_round(parts, before, held)
+    return state, record
 
 
 def random_update(model: AdaptedModel, round_: int, client: str, **changes: object) -> ClientUpdate:
@@ -56,7 +65,7 @@ def random_update(model: AdaptedModel, round_: int, client: str, **changes: obje
         "client": client,
         "round": round_,
         "version": round_ - 1,
-        "num_examples": WEIGHTS[client],
+        "num_examples": WEIGHTS.get(client, 1),
         "loss": 1.0,
         "base": model.base_fingerprint,
         "tensors": tensors,
@@ -76,17 +85,18 @@ def federation(
     def random_script(round_: int, client: str, held: GlobalState) -> list[Reply]:
         return replies(random_update(model, round_, client))
 
-    transport = Scripted(model, script or random_script)
+    transport = Scripted(script or random_script)
     state = model.initial_state(changes.get("specs", {}))
-    transport.ship(encode_total(state), encode_own(state))
+    model.apply(state)
     parts = {
         "method": METHODS[method] if isinstance(method, str) else method,
         "model": model,
         "specs": {},
         "seed": 0,
         "transport": transport,
+        "participation": Participation(),
         "evaluate": lambda: {"loss": 0.0},
-        "keep": lambda update, held: None,
+        "keep": lambda update, weight, held: None,
         "observer": Observer(),
     }
     return Federation(**(parts | changes)), state

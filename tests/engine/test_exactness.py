@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedexlora.engine.round import run_round
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.peft_bridge.model import AdaptedModel
-from tests.engine.scripted import WEIGHTS, federation
+from tests.engine.scripted import WEIGHTS, federation, run_round
 from tests.exactness.oracle import half_ulp
 from tests.models import CASES, adapted, lora_layers
 
@@ -60,7 +59,7 @@ def play(case: str, method: str, rounds: int):
     model = AdaptedModel(adapted(case))
     seen: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(rounds)]
 
-    def keep(update: ClientUpdate, held) -> None:
+    def keep(update: ClientUpdate, weight, held) -> None:
         seen[update.round - 1][update.client] = dict(update.tensors)
 
     parts, state = federation(model, method, keep=keep)

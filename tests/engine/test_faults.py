@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedexlora.engine.round import run_round
 from fedexlora.engine.transport import Reply
 from fedexlora.errors import BridgeError, ExactnessError, NoUpdatesError
 from fedexlora.peft_bridge.model import AdaptedModel
-from tests.engine.scripted import WEIGHTS, federation, random_update, replies
+from tests.engine.scripted import WEIGHTS, federation, random_update, replies, run_round
 from tests.models import adapted, lora_layers
 
 
@@ -141,24 +140,27 @@ def test_bytes_in_the_record_are_the_lengths_of_the_messages():
         return found
 
     parts, state = federation(model, "fedex", script)
-    shipped = []
-    ship = parts.transport.ship
-    parts.transport.ship = lambda message, own: shipped.append(len(message)) or ship(message, own)
-    _, record = run_round(parts, state, already_sent=17)
+    state, first = run_round(parts, state)
+    parts.transport.delivered.clear()
+    sent.clear()
+    _, record = run_round(parts, state)
     assert record.bytes.up == sum(sent)
-    assert record.bytes.down == 3 * shipped[0] + 17
+    assert record.bytes.down == sum(size for _, size in parts.transport.delivered)
+    assert [c.downloaded_bytes for c in record.clients] == [
+        size for _, size in parts.transport.delivered
+    ]
+    assert [c.since for c in first.clients] == [None] * 3
+    assert [c.since for c in record.clients] == [0] * 3
 
 
 def test_a_download_is_at_most_k_times_the_factors_or_dense():
     model = AdaptedModel(adapted("gpt2-patterns"))
     parts, state = federation(model, "fedex")
-    shipped = []
-    ship = parts.transport.ship
-    parts.transport.ship = lambda message, own: shipped.append(len(message)) or ship(message, own)
-    run_round(parts, state)
+    state, _ = run_round(parts, state)
+    _, record = run_round(parts, state)
     numbers = sum(
         m.rank * (m.d_in + m.d_out) + min(2 * m.rank * (m.d_in + m.d_out), m.d_in * m.d_out)
         for m in model.spec.modules.values()
     )
     header = 200 * 4 * len(model.modules)
-    assert shipped[0] <= 4 * numbers + header
+    assert all(c.downloaded_bytes <= 4 * numbers + header for c in record.clients)

@@ -8,11 +8,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from fedexlora.algebra.lowrank import LowRank
-from fedexlora.engine.round import run_round
 from fedexlora.errors import BridgeError
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.peft_bridge.model import REMAINDER, AdaptedModel
-from tests.engine.scripted import WEIGHTS, federation
+from tests.engine.scripted import WEIGHTS, federation, run_round
 from tests.exactness.oracle import Oracle, errors, untouched_weights
 from tests.models import LAYERS, adapted, base_of, logits, lora_layers
 
@@ -29,7 +28,7 @@ def play(case: str, placement: str, rounds: int):
     model = AdaptedModel(peft, placement=placement)
     started, sent = {}, {}
 
-    def keep(update, held) -> None:
+    def keep(update, weight, held) -> None:
         started[update.client], sent[update.client] = named(held.adapter), update.tensors
 
     parts, state = federation(model, "fedex", keep=keep)

@@ -18,7 +18,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-import fedexlora.engine.folder as folder_module
 from fedexlora.data.tokenizer import prepare_tokenizer
 from fedexlora.engine.folder import RunFolder
 from fedexlora.engine.observer import Observer
@@ -53,8 +52,9 @@ def same_run(one: Path, other: Path) -> None:
 
 def test_a_run_leaves_what_the_design_says(document, whole):
     names = {path.name for path in whole.iterdir()}
-    assert names == {"recipe.toml", "run.json", "rounds.jsonl", "checkpoints", "adapter", "updates"}
-    assert len(list((whole / "checkpoints").iterdir())) == folder_module.KEPT_CHECKPOINTS
+    wanted = {"recipe.toml", "run.json", "rounds.jsonl", "checkpoints", "adapter", "updates"}
+    assert names == wanted | {".lock"}
+    assert len(list((whole / "checkpoints").iterdir())) == 4  # versions 0 to 3; history is 4
     header = json.loads((whole / "run.json").read_text())
     assert sum(header["clients"].values()) == 36
     assert set(header["clients"]) == {"site-north", "site-south", "site-west"}
@@ -238,13 +238,61 @@ def test_a_run_is_not_continued_on_other_data(document, whole, tmp_path, data_fo
         run(recipe(document | {"data": {"source": str(moved)}}), out, resume=True)
 
 
-def test_a_damaged_checkpoint_is_named(document, whole, tmp_path):
-    out = tmp_path / "run"
+class Told(Observer):
+    def __init__(self) -> None:
+        self.faults = []
+
+    def passed_over(self, fault: str) -> None:
+        self.faults.append(fault)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(document, whole, tmp_path):
+    out, told = tmp_path / "run", Told()
     shutil.copytree(whole, out)
     path = out / "checkpoints" / "round-0003.safetensors"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ResumeError, match=r"round-0003.safetensors is damaged"):
+    run(recipe(document), out, resume=True, keep_updates=True, observer=told)
+    assert len(told.faults) == 1
+    assert "round-0003.safetensors is damaged" in told.faults[0]
+    same_run(whole, out)
+
+
+def test_without_any_whole_checkpoint_nothing_is_continued(document, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for path in (out / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ResumeError, match="no checkpoint can be read") as caught:
         run(recipe(document), out, resume=True)
+    assert len(caught.value.faults) == 4
+
+
+def test_two_processes_cannot_run_in_one_folder(document, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = files(out)
+    with RunFolder(out).locked(), pytest.raises(ResumeError, match="another process is running"):
+        run(recipe(document), out, resume=True)
+    assert files(out) == before
+
+
+SAMPLED = {"clients_per_round": 2, "rounds": 6, "history": 1}
+
+
+@pytest.mark.parametrize("changes", [{}, {"next_adapter": "keep"}, {"method": "ffa"}])
+def test_a_sampled_run_resumes_to_the_same_bits_and_traffic(document, tmp_path, changes):
+    parsed = recipe(document, **SAMPLED, **changes)
+    run(parsed, tmp_path / "one")
+    for round_, moment in [(2, "aggregate"), (3, "end"), (5, "evaluate")]:
+        with pytest.raises(KeyboardInterrupt):
+            run(parsed, tmp_path / "other", resume=True, observer=StopAt(round_, moment))
+    run(parsed, tmp_path / "other", resume=True)
+    same_run(tmp_path / "one", tmp_path / "other")
+    found = RunFolder(tmp_path / "one").load().records
+    assert all(len(record.clients) == 2 and record.registered == 3 for record in found)
+    assert all(record.certificate.held for record in found)
+    since = {(c.since, record.round) for record in found for c in record.clients}
+    assert {held for held, _ in since} > {None}, "somebody came back after a pause"
 
 
 @pytest.mark.parametrize(
@@ -270,15 +318,17 @@ def test_bad_input_writes_nothing(document, tmp_path, change, error, message):
 
 
 def test_ffa_uploads_half_and_downloads_no_remainder(document, tmp_path):
-    found = {
-        method: run(recipe(document, rounds=1, method=method), tmp_path / method).records[0]
+    """The first round brings version 0 to everybody, the second what the first one left."""
+    runs = {
+        method: run(recipe(document, rounds=2, method=method), tmp_path / method).records
         for method in ("fedex", "fedit", "ffa")
     }
+    found = {method: records[1] for method, records in runs.items()}
     assert found["ffa"].bytes.up < found["fedit"].bytes.up == found["fedex"].bytes.up
     assert found["ffa"].bytes.down < found["fedit"].bytes.down < found["fedex"].bytes.down
     assert found["ffa"].certificate.held
     assert found["ffa"].deviation == 0.0
-    assert found["fedit"].deviation == found["fedex"].deviation > 0.0
+    assert runs["fedit"][0].deviation == runs["fedex"][0].deviation > 0.0
     weights = load_file(tmp_path / "ffa" / "adapter" / "adapter_model.safetensors")
     start = RunFolder(tmp_path / "ffa").load().state
     for name, factors in start.adapter.items():

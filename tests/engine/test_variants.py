@@ -149,9 +149,9 @@ def test_a_checkpoint_that_was_edited_is_refused_by_name(document, tmp_path):
     parsed = parse_recipe(changed(document, {"federation": {"rounds": 1}}), "first")
     out = tmp_path / "run"
     run(parsed, out)
-    path = out / "checkpoints" / "round-0001.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for path in (out / "checkpoints").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ResumeError, match=r"round-0001.safetensors is damaged: .*checksum"):
         run(parsed, out, resume=True)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import RunError, UpdateError
-from fedexlora.exchange.shipment import Step, encode_own, encode_step, encode_total, receive
+from fedexlora.exchange.shipment import History, Step, encode_own, receive, receive_own
 from fedexlora.exchange.spec import AdapterSpec, ModuleSpec, TensorSpec
 from fedexlora.exchange.state import GlobalState, state_from, state_tensors
 from fedexlora.exchange.update import ClientUpdate, check_update, decode_update
@@ -152,41 +154,119 @@ def step(held: GlobalState, trained: tuple[str, ...] = ("A", "B")) -> Step:
     return Step(after, pieces, trained, {"layer.q": 0.0})
 
 
+def history(*steps: Step, window: int = 4, trained: tuple[str, ...] = ("A", "B")) -> History:
+    found = History(window, {}, trained)
+    for taken in steps:
+        found = found.after(taken)
+    return found
+
+
 @pytest.mark.parametrize("trained", [("A", "B"), ("B",)])
 def test_a_receiver_of_the_total_and_of_the_piece_hold_the_same_bits_as_the_server(trained):
-    server = state()
-    client = receive(None, encode_total(server))
+    server, kept = state(), history(trained=trained)
+    client = receive(None, kept.encode(server, None))
     assert same(client, server)
     for _ in range(3):  # the total turns dense on the way
         taken = step(server, trained)
-        server = taken.state
-        client = receive(client, encode_step(taken), encode_own(server))
-        assert same(client, server)
+        server, before, kept = taken.state, server.version, kept.after(taken)
+        client = receive(client, kept.encode(server, before))
+        assert same(client, server.common())
+        assert same(receive_own(client, "b", encode_own(server, "b")), server)
     assert isinstance(server.total["layer.q"].value, torch.Tensor)
-    assert same(receive(None, encode_total(server), encode_own(server)), server)
-    assert receive(None, encode_total(server)).own == {}
+    assert same(receive(None, kept.encode(server, None)), server.common())
+    assert encode_own(server, "a") is None
     assert same(state_from(server.version, state_tensors(server)), server)
+
+
+def steps(count: int, held: GlobalState) -> list[Step]:
+    found = []
+    for _ in range(count):
+        found.append(step(held))
+        held = found[-1].state
+    return found
+
+
+@pytest.mark.parametrize("missed", [1, 2, 3])
+def test_a_receiver_that_missed_rounds_lands_on_the_same_bits(missed):
+    wide = wide_state()
+    taken = wide_steps(3, wide)
+    server = taken[-1].state
+    held = [wide, *(x.state for x in taken)][-1 - missed]
+    kept = history(*taken)
+    message = kept.encode(server, held.version)
+    assert unpack(message)[1]["since"] == held.version
+    assert same(receive(held, message), server)
+    assert len(message) < len(kept.encode(server, None))
+
+
+def wide_state() -> GlobalState:
+    """A total that is far larger than a round's piece."""
+    shape = torch.randn(20, 64), torch.randn(48, 20)
+    adapter = {"layer.q": Factors(torch.randn(2, 64), torch.randn(48, 2))}
+    total = {"layer.q": LowRank(Factors(*shape).to(torch.float64))}
+    return GlobalState(0, adapter, total, {})
+
+
+def wide_steps(count: int, held: GlobalState) -> list[Step]:
+    found = []
+    for _ in range(count):
+        pieces = {"layer.q": LowRank(Factors(torch.randn(2, 64), torch.randn(48, 2)))}
+        adapter = {"layer.q": Factors(torch.randn(2, 64), torch.randn(48, 2))}
+        held = held.advance(adapter, pieces, {}, {})
+        found.append(Step(held, pieces, ("A", "B"), {"layer.q": 0.0}))
+    return found
+
+
+def test_what_is_older_than_the_window_gets_the_total():
+    taken = wide_steps(5, wide_state())
+    kept = history(*taken, window=3)
+    assert sorted(kept.pieces) == [3, 4, 5]
+    server = taken[-1].state
+    assert unpack(kept.encode(server, 2))[1]["since"] == 2
+    assert unpack(kept.encode(server, 1))[1]["since"] is None
+
+
+def test_the_total_is_sent_where_it_is_smaller():
+    taken = steps(4, state())
+    kept, server = history(*taken), taken[-1].state
+    pieces_of_four = kept.encode(server, 2)
+    assert len(pieces_of_four) <= len(kept.encode(server, None))
 
 
 def test_a_frozen_factor_travels_once():
     held = state()
-    size = len(encode_step(step(held))) - len(encode_step(step(held, ("B",))))
-    assert size >= 2 * 5 * 4
+    sizes = []
+    for trained in (("A", "B"), ("B",)):
+        taken = step(held, trained)
+        kept = history(taken, trained=trained)
+        names = unpack(kept.encode(taken.state, 2))[0]
+        sizes.append(sum(name.startswith("A/") for name in names))
+    assert sizes == [1, 0]
 
 
 def test_a_piece_is_never_applied_twice_or_over_a_gap():
-    first = step(state(2))
-    second = step(first.state)
-    reached = receive(state(2), encode_step(first))
-    with pytest.raises(RunError, match="from version 2 to 3, but the receiver holds version 3"):
-        receive(reached, encode_step(first))
-    with pytest.raises(RunError, match="from version 3 to 4, but the receiver holds version 2"):
-        receive(state(2), encode_step(second))
+    start = wide_state()
+    first, second = wide_steps(2, start)
+    one = history(first).encode(first.state, 0)
+    two = history(first, second).encode(second.state, 1)
+    reached = receive(start, one)
+    with pytest.raises(RunError, match="from version 0 to 1, but the receiver holds version 1"):
+        receive(reached, one)
+    with pytest.raises(RunError, match="from version 1 to 2, but the receiver holds version 0"):
+        receive(start, two)
     with pytest.raises(RunError, match="holds nothing"):
-        receive(None, encode_step(first))
+        receive(None, one)
 
 
-@pytest.mark.parametrize("message", [b"", b"abc", encode_total(state())[:-3]])
+def test_a_receiver_whose_version_is_another_model_is_found_out():
+    start = wide_state()
+    (taken,) = wide_steps(1, start)
+    other = replace(start, total={"layer.q": start.total["layer.q"].scaled(1.0 + 2.0**-50)})
+    with pytest.raises(RunError, match="came out as another model than the server's"):
+        receive(other, history(taken).encode(taken.state, 0))
+
+
+@pytest.mark.parametrize("message", [b"", b"abc", history().encode(state(), None)[:-3]])
 def test_a_damaged_message_of_the_server_is_refused(message):
     with pytest.raises(RunError, match="damaged"):
         receive(state(), message)
@@ -194,10 +274,11 @@ def test_a_damaged_message_of_the_server_is_refused(message):
 
 def test_an_adapter_of_another_client_or_version_is_refused():
     first = step(state(2)).state
+    message = encode_own(first, "b")
     with pytest.raises(RunError, match="damaged.*expected the adapter of 'c' in version 3"):
-        receive(None, encode_total(first), {"c": encode_own(first)["b"]})
+        receive_own(first.common(), "c", message)
     with pytest.raises(RunError, match="damaged.*expected the adapter of 'b' in version 4"):
-        receive(None, encode_total(step(first).state), encode_own(first))
+        receive_own(step(first).state.common(), "b", message)
 
 
 @pytest.mark.parametrize("where", ["tensor", "header"])

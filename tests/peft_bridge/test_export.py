@@ -9,10 +9,9 @@ import torch
 from peft import PeftModel
 
 from fedexlora.algebra.lowrank import LowRank
-from fedexlora.engine.round import run_round
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.peft_bridge.model import AdaptedModel
-from tests.engine.scripted import federation
+from tests.engine.scripted import federation, run_round
 from tests.models import CASES, adapted, base_of, logits, lora_layers
 
 

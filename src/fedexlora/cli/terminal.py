@@ -61,6 +61,10 @@ class Terminal(Observer):
         """Show what is being prepared."""
         self._progress.update(self._work, description=what, total=None, completed=0)
 
+    def passed_over(self, fault: str) -> None:
+        """Say which checkpoint could not be read."""
+        self.console.print(f"[yellow]passed over[/] {escape(fault)}", soft_wrap=True)
+
     def started(self, info: RunInfo) -> None:
         """Say who takes part, and where the rounds start."""
         self._info = info
@@ -99,8 +103,10 @@ class Terminal(Observer):
         if self._info is None:
             return
         headline, certificate = self._info.headline, record.certificate
+        asked = len(record.clients) + len(record.left_out)
+        sampled = f"{len(record.clients)} clients  " if asked < record.registered else ""
         self.console.print(
-            f"round {record.round:>3} of {self._info.rounds:<4}  "
+            f"round {record.round:>3} of {self._info.rounds:<4}  {sampled}"
             f"{headline} {record.metrics[headline]:.4f}  "
             f"averaging loses {record.deviation:6.2%}  "
             f"error {certificate.error:.0e}  "

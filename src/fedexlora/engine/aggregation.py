@@ -35,7 +35,7 @@ FreshFactors = Callable[[AdapterSpec], Adapter]
 
 
 class RoundSums:
-    """Sums over the clients of one round, weighted by their numbers of training examples.
+    """Weighted sums over the clients of one round.
 
     Two sums are kept for every module: the moments that the method aggregates, and the plain sum
     of products in float64 that its result is held against. Heads are summed in float64.
@@ -64,14 +64,14 @@ class RoundSums:
         self._sent: dict[str, Adapter] = {}
         self.weight = 0.0
 
-    def add(self, update: ClientUpdate, *, remember: bool = False) -> None:
+    def add(self, update: ClientUpdate, weight: float, *, remember: bool = False) -> None:
         """Add one checked update.
 
         Args:
             update: the update.
+            weight: what it counts; only ratios matter.
             remember: keep its factors, for a method whose clients continue from them.
         """
-        weight = float(update.num_examples)
         self.weight += weight
         start = self._state.own.get(update.client, self._state.adapter)
         sent = {name: update.factors(name, held) for name, held in start.items()}

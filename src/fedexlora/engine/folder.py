@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from fedexlora.engine.recipe import Recipe
 from fedexlora.errors import ResumeError
 from fedexlora.exchange.files import replace_bytes
 from fedexlora.exchange.records import RoundRecord
-from fedexlora.exchange.state import GlobalState, state_from, state_tensors
+from fedexlora.exchange.shipment import History, Holdings
+from fedexlora.exchange.state import (
+    GlobalState,
+    lowrank_from,
+    lowrank_tensors,
+    state_from,
+    state_tensors,
+)
 from fedexlora.exchange.wire import pack, unpack
 
-KEPT_CHECKPOINTS = 2
+LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +42,12 @@ class Progress:
     state: GlobalState
     records: tuple[RoundRecord, ...]
     """One for every finished round."""
+    holdings: Holdings
+    """What clients hold."""
+    earlier: Mapping[int, GlobalState] = field(default_factory=dict)
+    """The versions before, of the last rounds; read from disk and never written again."""
+    damaged: tuple[str, ...] = ()
+    """Newer checkpoints that could not be read, and why."""
 
 
 class RunFolder:
@@ -130,48 +145,94 @@ class RunFolder:
             raise ResumeError(f"{path} is damaged: {error}") from error
         return dict(header)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out of the folder until the block ends.
+
+        Raises:
+            ResumeError: if another process runs in it, or it cannot be made.
+        """
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise ResumeError(f"--out {self.path}: another process is running in it") from error
+        except OSError as error:
+            raise ResumeError(f"--out {self.path}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def save(self, progress: Progress) -> None:
         """Make a version durable, then its record; a kill in between loses neither.
 
         The checkpoint carries the record of its round, so that a record which did not reach
-        ``rounds.jsonl`` is restored from there.
+        ``rounds.jsonl`` is restored from there, and the piece of remainder that led to it.
         """
-        version = progress.state.version
+        version, history = progress.state.version, progress.holdings.history
         last = progress.records[-1].model_dump(mode="json") if progress.records else None
-        content = pack(state_tensors(progress.state), {"version": version, "record": last})
-        replace_bytes(self._checkpoint(version), content)
+        header = {"version": version, "record": last, "held": dict(progress.holdings.versions)}
+        tensors = state_tensors(progress.state)
+        tensors |= lowrank_tensors(f"piece{version}", history.pieces.get(version, {}))
+        replace_bytes(self._checkpoint(version), pack(tensors, header))
         self._write_records(progress.records)
-        for path in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+        for path in self._checkpoints()[: -max(2, history.window + 1)]:
             path.unlink()
 
-    def load(self) -> Progress | None:
+    def load(self, history: History | None = None) -> Progress | None:
         """The last version that was made durable, or None if there is none.
 
-        Records after it, of a round that was not finished, are dropped.
+        A checkpoint that is damaged is passed over for the one before. Records after the version
+        that is loaded are dropped: their rounds are run again.
+
+        Args:
+            history: an empty one, which comes back with the pieces of the last rounds; without
+                it none are read.
 
         Raises:
-            ResumeError: if the checkpoint is damaged or rounds are missing from ``rounds.jsonl``.
+            ResumeError: if no checkpoint is whole, or rounds are missing from ``rounds.jsonl``.
         """
-        paths = self._checkpoints()
-        if not paths:
-            return None
-        path = paths[-1]
-        try:
-            tensors, header = unpack(path.read_bytes())
-            version, last = int(header["version"]), header["record"]
-            state = state_from(version, tensors)
-            records = self.read_records(version - 1)
-            if last is not None:
-                records = (*records, RoundRecord.model_validate(last))
-        except (ValueError, KeyError) as error:
-            raise ResumeError(f"checkpoint {path} is damaged: {error}") from error
+        history = history or History(0, {}, ())
+        damaged: list[str] = []
+        for path in reversed(self._checkpoints()):
+            try:
+                found = self._load(path, history)
+            except (ValueError, KeyError, OSError) as error:
+                damaged.append(f"checkpoint {path} is damaged: {error}")
+                continue
+            self._write_records(found.records)
+            return replace(found, damaged=tuple(damaged))
+        if damaged:
+            raise ResumeError(f"{self.path}: no checkpoint can be read", damaged)
+        return None
+
+    def _load(self, path: Path, history: History) -> Progress:
+        tensors, header = unpack(path.read_bytes())
+        version, last = int(header["version"]), header["record"]
+        state = state_from(version, tensors)
+        records = self.read_records(version - 1)
+        if last is not None:
+            records = (*records, RoundRecord.model_validate(last))
         if [record.round for record in records] != list(range(1, version + 1)):
             raise ResumeError(
                 f"{self.path / 'rounds.jsonl'}: expected rounds 1 to {version}, "
                 f"found {[record.round for record in records]}"
             )
-        self._write_records(records)
-        return Progress(state, records)
+        held = {str(client): int(v) for client, v in header["held"].items()}
+        shapes = {name: matrix.shape for name, matrix in state.total.items()}
+        pieces = {version: lowrank_from(f"piece{version}", tensors, shapes)} if version else {}
+        earlier: dict[int, GlobalState] = {}
+        for before in range(version - 1, max(-1, version - 1 - history.window), -1):
+            try:
+                tensors, _ = unpack(self._checkpoint(before).read_bytes())
+                earlier[before] = state_from(before, tensors)
+                pieces[before] = lowrank_from(f"piece{before}", tensors, shapes)
+            except (ValueError, OSError):
+                break  # clients of that version, and older ones, get the total
+        kept = {v: piece for v, piece in pieces.items() if v > max(0, version - history.window)}
+        return Progress(state, records, Holdings(held, replace(history, pieces=kept)), earlier)
 
     def _checkpoint(self, version: int) -> Path:
         return self.path / "checkpoints" / f"round-{version:04d}.safetensors"
@@ -200,5 +261,5 @@ class RunFolder:
 
 
 def _counts(path: Path) -> bool:
-    """Whether a file says that a folder is in use: not what a kill left of an unfinished write."""
-    return not (path.name.startswith(".") and path.name.endswith(".tmp"))
+    """Whether a file says that a folder is taken: not a lock, nor what a kill left of a write."""
+    return path.name != LOCK and not (path.name.startswith(".") and path.name.endswith(".tmp"))

@@ -35,6 +35,9 @@ class Observer:
     def preparing(self, what: str) -> None:
         """Something that takes a while before the first round."""
 
+    def passed_over(self, fault: str) -> None:
+        """A damaged checkpoint was passed over for the one before."""
+
     def started(self, info: RunInfo) -> None:
         """The rounds are about to begin."""
 

@@ -13,6 +13,7 @@ import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedexlora.data.config import DataConfig, PartitionConfig, TaskConfig
+from fedexlora.engine.participation import Participation
 from fedexlora.errors import RecipeError
 from fedexlora.methods import METHODS, Method
 from fedexlora.methods.options import option_faults, with_options
@@ -52,6 +53,20 @@ class FederationTable(_Table):
     """Keep this share of every round's remainder, by its squared norm, with the error stated."""
     placement: Literal["auto", "fold", "side"] = "auto"
     """Where the remainder lives: in the frozen weight, or beside it. ``auto`` is exact."""
+    clients_per_round: int | None = Field(default=None, ge=1)
+    """How many clients take part in a round, drawn by seed and round; all if not given."""
+    fraction: float | None = Field(default=None, gt=0.0, le=1.0)
+    """The same as a share of all clients, rounded up."""
+    min_updates: int = Field(default=1, ge=1)
+    """A round with fewer usable updates stops the run, which can be resumed."""
+    deadline: float | None = Field(default=None, gt=0.0)
+    """Seconds after which a client's update is left out of its round; none if not given."""
+    weighting: Literal["examples", "uniform", "capped"] = "examples"
+    """A client's weight: its number of training rows, 1, or that number up to ``weight_cap``."""
+    weight_cap: int | None = Field(default=None, ge=1)
+    """The most training rows that count, for ``capped``."""
+    history: int = Field(default=4, ge=0)
+    """How many rounds a client may have missed and still get no more than their pieces."""
     rounds: int = Field(default=10, ge=1)
     """Number of federated rounds."""
     seed: int = Field(default=0, ge=0)
@@ -94,6 +109,19 @@ class Recipe(_Table):
         table = self.federation
         return with_options(
             METHODS[table.method], table.next_adapter, table.remainder_rank, table.remainder_energy
+        )
+
+    @property
+    def participation(self) -> Participation:
+        """Who takes part in a round, and how much each one counts."""
+        table = self.federation
+        return Participation(
+            table.clients_per_round,
+            table.fraction,
+            table.min_updates,
+            table.deadline,
+            table.weighting,
+            table.weight_cap,
         )
 
     def to_toml(self) -> str:
@@ -153,6 +181,8 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
             faults += check(document[table])
     faults += _method_faults(document.get("federation", {}))
     if recipe is not None:
+        faults += _participation_faults(recipe.federation)
+    if recipe is not None:
         for client, own in recipe.clients.items():
             faults += _client_faults(f'clients."{client}"', own, recipe)
             faults += lora_faults({**recipe.lora, **own.lora}, f'clients."{client}".lora')
@@ -172,6 +202,20 @@ def _method_faults(table: object) -> list[str]:
         return [f"federation.method: expected one of {known}; found {name!r}"]
     chosen, rank, energy = (table.get(key) for key in _CHOICES)
     return option_faults(METHODS[name], str(chosen or "mean"), rank, energy)
+
+
+def _participation_faults(table: FederationTable) -> list[str]:
+    faults = []
+    if table.clients_per_round is not None and table.fraction is not None:
+        faults.append("federation.fraction: give it or clients_per_round, not both")
+    if table.clients_per_round is not None and table.min_updates > table.clients_per_round:
+        faults.append(
+            f"federation.min_updates: {table.min_updates} cannot come from "
+            f"{table.clients_per_round} clients_per_round"
+        )
+    if (table.weighting == "capped") != (table.weight_cap is not None):
+        faults.append("federation.weight_cap: needed by weighting = 'capped', and by no other")
+    return faults
 
 
 def _client_faults(key: str, table: ClientTable, recipe: Recipe) -> list[str]:

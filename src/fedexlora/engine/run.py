@@ -23,11 +23,11 @@ from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.prepare import Prepared, prepare
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.round import Federation, run_round
-from fedexlora.engine.transport import InProcessTransport, Transport
+from fedexlora.engine.transport import InProcessTransport
 from fedexlora.errors import BridgeError, ResumeError
 from fedexlora.exchange.files import new_folder
 from fedexlora.exchange.records import RoundRecord
-from fedexlora.exchange.shipment import encode_own, encode_total
+from fedexlora.exchange.shipment import History, Holdings
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.peft_bridge.export import save_factors, save_global
@@ -77,17 +77,20 @@ def run(
             "--keep-updates: factors on a base that their initialisation changed are no adapters",
             ["leave it out, or set lora.init_lora_weights = true"],
         )
-    header = folder.read_header() if continued else None
-    _check_header(folder, header, prepared)
-    progress = folder.load() if continued else None
-    _check_rounds(progress, recipe)
-    folder.start(recipe)
-    if header is None:
-        observer.preparing("scoring the model before round 1")
-        header = _header(prepared, prepared.evaluate(observer))
-        folder.write_header(header)
-    with _settled_heap():
-        records = _rounds(prepared, folder, progress, header, keep_updates, observer)
+    with folder.locked():
+        header = folder.read_header() if continued else None
+        _check_header(folder, header, prepared)
+        progress = folder.load(_empty_history(recipe)) if continued else None
+        _check_rounds(progress, recipe)
+        folder.start(recipe)
+        for fault in progress.damaged if progress else ():
+            observer.passed_over(fault)
+        if header is None:
+            observer.preparing("scoring the model before round 1")
+            header = _header(prepared, prepared.evaluate(observer))
+            folder.write_header(header)
+        with _settled_heap():
+            records = _rounds(prepared, folder, progress, header, keep_updates, observer)
     metrics, precision = header["initial_metrics"], header["precision"]
     return RunResult(out, folder.adapter, metrics, precision, records)
 
@@ -102,37 +105,59 @@ def _rounds(
 ) -> tuple[RoundRecord, ...]:
     """Run what is left of the rounds and write the adapter."""
     recipe, model = prepared.recipe, prepared.model
-    transport = InProcessTransport(
-        model,
-        prepared.clients,
-        prepared.task.collator(prepared.tokenizer),
-        recipe.training,
-        recipe.federation.seed,
-        prepared.specs,
-    )
-    initial = model.initial_state(prepared.specs, recipe.federation.seed)
-    state, records, sent = _enter(transport, folder, progress, initial)
+    if progress is None:
+        initial = model.initial_state(prepared.specs, recipe.federation.seed)
+        progress = Progress(initial, (), Holdings({}, _empty_history(recipe)))
+        folder.save(progress)
+    state, records, holdings = progress.state, progress.records, progress.holdings
+    model.apply(state)
     observer.started(_info(prepared, header, records))
-    federation = Federation(
-        method=recipe.method,
-        model=model,
-        specs=prepared.specs,
-        seed=recipe.federation.seed,
-        transport=transport,
-        evaluate=partial(prepared.evaluate, observer),
-        keep=partial(_keep, folder, prepared) if keep_updates else _forget,
-        observer=observer,
-    )
+    federation = _federation(prepared, folder, progress, keep_updates, observer)
     while state.version < recipe.federation.rounds:
         shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
-        state, record = run_round(federation, state, sent)
-        sent = 0
+        state, holdings, record = run_round(federation, state, holdings)
         records = (*records, record)
-        folder.save(Progress(state, records))
+        folder.save(Progress(state, records, holdings))
         observer.finished_round(record)
     with new_folder(folder.adapter) as path:
         save_global(model, state, path)
     return records
+
+
+def _federation(
+    prepared: Prepared,
+    folder: RunFolder,
+    progress: Progress,
+    keep_updates: bool,
+    observer: Observer,
+) -> Federation:
+    recipe, table = prepared.recipe, prepared.recipe.federation
+    transport = InProcessTransport(
+        prepared.model,
+        prepared.clients,
+        prepared.task.collator(prepared.tokenizer),
+        recipe.training,
+        table.seed,
+        prepared.specs,
+        held=progress.holdings.versions,
+        versions={**progress.earlier, progress.state.version: progress.state},
+        window=table.history,
+    )
+    return Federation(
+        method=recipe.method,
+        model=prepared.model,
+        specs=prepared.specs,
+        seed=table.seed,
+        transport=transport,
+        participation=recipe.participation,
+        evaluate=partial(prepared.evaluate, observer),
+        keep=partial(_keep, folder, prepared) if keep_updates else _forget,
+        observer=observer,
+    )
+
+
+def _empty_history(recipe: Recipe) -> History:
+    return History(recipe.federation.history, {}, recipe.method.trained)
 
 
 @contextmanager
@@ -149,30 +174,24 @@ def _settled_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _enter(
-    transport: Transport, folder: RunFolder, progress: Progress | None, initial: GlobalState
-) -> tuple[GlobalState, tuple[RoundRecord, ...], int]:
-    """Bring all clients to the version to go on from; also the bytes that this took."""
-    if progress is None or progress.state.version == 0:
-        folder.save(Progress(initial, ()))
-        sent = transport.ship(encode_total(initial), encode_own(initial))
-        return initial, (), sum(sent.values())
-    transport.restore(progress.state)
-    return progress.state, progress.records, 0
-
-
-def _keep(folder: RunFolder, prepared: Prepared, update: ClientUpdate, held: GlobalState) -> None:
+def _keep(
+    folder: RunFolder,
+    prepared: Prepared,
+    update: ClientUpdate,
+    weight: float,
+    held: GlobalState,
+) -> None:
     """Store one client's update so that anyone can recompute the aggregate without our code."""
     start = held.own.get(update.client, held.adapter)
     factors = {name: update.factors(name, pair) for name, pair in start.items()}
     dense = {name: update.tensors[f"dense/{name}"] for name in held.dense}
     with new_folder(folder.round_updates(update.round) / update.client) as path:
         save_factors(prepared.model, factors, dense, path, prepared.specs.get(update.client))
-        said = {"client": update.client, "round": update.round, "weight": update.num_examples}
+        said = {"client": update.client, "round": update.round, "weight": weight}
         (path / "client.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
 
 
-def _forget(update: ClientUpdate, held: GlobalState) -> None:
+def _forget(update: ClientUpdate, weight: float, held: GlobalState) -> None:
     """Keep nothing of an update."""
 
 

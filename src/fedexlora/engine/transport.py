@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from fedexlora.engine.local import Collator, train_locally
 from fedexlora.engine.seeds import derive_seed
-from fedexlora.exchange.shipment import receive
+from fedexlora.exchange.shipment import receive, receive_own
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
@@ -43,21 +43,32 @@ class Transport(Protocol):
     def clients(self) -> Sequence[str]:
         """The clients of the federation, in the order in which sums are taken."""
 
-    def restore(self, state: GlobalState) -> None:
-        """Bring every client to a version that it held before the run was interrupted."""
+    def deliver(self, client: str, message: bytes, own: bytes | None) -> None:
+        """Bring a client to a version.
 
-    def ship(self, message: bytes, own: Mapping[str, bytes]) -> Mapping[str, int]:
-        """Send every client a message, and some one more of their own; the bytes, by client."""
+        Args:
+            client: the client.
+            message: from :meth:`fedexlora.exchange.shipment.History.encode`.
+            own: from :func:`fedexlora.exchange.shipment.encode_own`.
 
-    def train(self, round_: int, progress: ClientProgress) -> Iterator[Reply]:
-        """Have every client train from the version it holds; replies in client order."""
+        Raises:
+            RunError: if the client cannot make that version of what it holds; it then holds
+                nothing, and takes a total.
+        """
+
+    def train(
+        self, round_: int, clients: Sequence[str], progress: ClientProgress
+    ) -> Iterator[Reply]:
+        """Have clients train from the version they hold; replies as they come."""
 
 
 class InProcessTransport:
     """All clients in this process, one after the other, around one resident model.
 
-    Messages are encoded and decoded as over a network. The clients' copies of the global model are
-    equal, so that one copy serves them all: what a client has of its own is its rows.
+    Messages are encoded and decoded as over a network. Clients that hold the same version hold the
+    same bits, so that one copy of each version serves them all: what a client has of its own is
+    its rows. As many versions are kept as the server has pieces for; a client of an older one gets
+    the total, as it would over a network.
 
     Args:
         model: the resident model.
@@ -66,6 +77,9 @@ class InProcessTransport:
         options: fields of ``TrainingArguments``.
         seed: the federation's.
         specs: the adapters of the clients that have another one than the model, by client.
+        held: versions by client, from before an interruption.
+        versions: those versions.
+        window: how many versions are kept.
     """
 
     def __init__(
@@ -76,6 +90,10 @@ class InProcessTransport:
         options: Mapping[str, Any],
         seed: int,
         specs: Mapping[str, AdapterSpec],
+        *,
+        held: Mapping[str, int] | None = None,
+        versions: Mapping[int, GlobalState] | None = None,
+        window: int = 1,
     ) -> None:
         self._model = model
         self._rows = clients
@@ -83,32 +101,41 @@ class InProcessTransport:
         self._options = options
         self._seed = seed
         self._specs = specs
-        self._held: GlobalState | None = None
+        self._held = dict(held or {})
+        self._versions = {v: state.common() for v, state in (versions or {}).items()}
+        self._own: dict[str, GlobalState] = {}
+        self._window = window
+        self._decoded: list[tuple[bytes, GlobalState]] = []
+        self._applied: int | None = None
 
     @property
     def clients(self) -> Sequence[str]:
         """The clients in the order of the partition."""
         return tuple(self._rows)
 
-    def restore(self, state: GlobalState) -> None:
-        """Hold ``state``, as before the interruption."""
-        self._hold(state)
+    def deliver(self, client: str, message: bytes, own: bytes | None) -> None:
+        """Decode the message once for all clients that get the same one."""
+        held = self._versions.get(self._held.pop(client, -1))
+        state = next((state for known, state in self._decoded if known is message), None)
+        if state is None:
+            state = receive(held, message)
+            self._decoded.append((message, state))
+        self._own[client] = receive_own(state, client, own) if own is not None else state
+        self._versions[state.version] = state
+        self._held[client] = state.version
+        oldest = state.version - self._window
+        self._versions = {v: x for v, x in self._versions.items() if v >= oldest}
 
-    def ship(self, message: bytes, own: Mapping[str, bytes]) -> Mapping[str, int]:
-        """Decode the message once, for the copy that all clients share."""
-        self._hold(receive(self._held, message, own))
-        return {client: len(message) + len(own.get(client, b"")) for client in self.clients}
-
-    def train(self, round_: int, progress: ClientProgress) -> Iterator[Reply]:
-        """Train one client after the other, each from its own adapter of the shared version."""
-        for client in self.clients:
+    def train(
+        self, round_: int, clients: Sequence[str], progress: ClientProgress
+    ) -> Iterator[Reply]:
+        """Train one client after the other, each from its own adapter of its version."""
+        for client in clients:
             started = time.perf_counter()
             message, failure = self._attempt(client, round_, progress)
             yield Reply(client, message, failure, time.perf_counter() - started)
-
-    def _hold(self, state: GlobalState) -> None:
-        self._model.apply(state)
-        self._held = state
+        self._own.clear()
+        self._decoded.clear()
 
     def _attempt(
         self, client: str, round_: int, progress: ClientProgress
@@ -120,9 +147,10 @@ class InProcessTransport:
             return None, f"{type(error).__name__}: {error}"
 
     def _train_one(self, client: str, round_: int, progress: ClientProgress) -> bytes:
-        held = self._held
-        if held is None:
-            raise RuntimeError("train was called before a version was shipped")
+        held = self._own[client]
+        if self._applied != held.version:
+            self._model.apply(held)
+            self._applied = held.version
         self._model.enter(held, client, self._specs.get(client))
         loss = train_locally(
             self._model.peft_model,

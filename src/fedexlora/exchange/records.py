@@ -24,6 +24,10 @@ class ClientRecord(Record):
     """Its share of the mean, 0 to 1."""
     loss: float
     """Mean training loss of the round."""
+    since: int | None
+    """The version that it held before the round; None for nothing."""
+    downloaded_bytes: int
+    """What brought it from there to the version that it trained from."""
     uploaded_bytes: int
     seconds: float
     """Local training."""
@@ -34,6 +38,9 @@ class LeftOutRecord(Record):
 
     client: str
     reasons: tuple[str, ...]
+    since: int | None
+    """The version that it held before the round; None for nothing."""
+    downloaded_bytes: int
     uploaded_bytes: int
 
 
@@ -99,6 +106,8 @@ class RoundRecord(Record):
     schema_version: int = 1
     round: int
     """From 1."""
+    registered: int
+    """How many clients there are; those that were asked are in ``clients`` and ``left_out``."""
     method: str
     clients: tuple[ClientRecord, ...]
     left_out: tuple[LeftOutRecord, ...]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
+from fedexlora.exchange.wire import digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,10 @@ class GlobalState:
         """
         total = {name: held.accumulate(pieces[name]) for name, held in self.total.items()}
         return GlobalState(self.version + 1, dict(adapter), total, dict(dense), dict(own))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what all clients hold alike: equal if and only if the bits are."""
+        return digest(state_tensors(self.common()), str(self.version))
 
     def common(self) -> GlobalState:
         """What all clients hold alike: this version without the clients' own adapters."""

@@ -29,7 +29,7 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header, sort_keys=True)
-    metadata = {_KEY: text, _CHECKSUM: _checksum(ready, text)}
+    metadata = {_KEY: text, _CHECKSUM: digest(ready, text)}
     return bytes(safetensors.torch.save(ready, metadata))
 
 
@@ -47,7 +47,7 @@ def unpack(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     metadata = json.loads(message[8 : 8 + size]).get("__metadata__", {})
     if _KEY not in metadata:
         raise ValueError(f"the message has no {_KEY!r} header")
-    if metadata.get(_CHECKSUM) != _checksum(tensors, metadata[_KEY]):
+    if metadata.get(_CHECKSUM) != digest(tensors, metadata[_KEY]):
         raise ValueError("its content does not have the checksum that it was written with")
     header = json.loads(metadata[_KEY])
     if not isinstance(header, dict):
@@ -57,10 +57,16 @@ def unpack(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {name: tensor.clone() for name, tensor in tensors.items()}, header
 
 
-def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 over names, dtypes, shapes and bits of tensors, in the order of their names.
+
+    Args:
+        tensors: by name; their device and memory layout do not matter.
+        text: goes first.
+    """
+    found = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

@@ -1,0 +1,55 @@
+"""Who takes part in a round, and how much each one counts."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fedexlora.engine.seeds import derive_seed
+
+Weighting = Literal["examples", "uniform", "capped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Participation:
+    """The rules of a run; those of a federation in which all clients take part, by default."""
+
+    clients_per_round: int | None = None
+    fraction: float | None = None
+    min_updates: int = 1
+    deadline: float | None = None
+    """Seconds; None for none."""
+    weighting: Weighting = "examples"
+    weight_cap: int | None = None
+
+    def sample(self, clients: Sequence[str], seed: int, round_: int) -> tuple[str, ...]:
+        """The clients of one round: a function of seed and round alone, in the given order.
+
+        Args:
+            clients: all that are registered.
+            seed: the federation's.
+            round_: from 1.
+        """
+        count = self.clients_per_round or len(clients)
+        if self.fraction is not None:
+            # 0.07 of 100 is a little more than 7 in floating point.
+            count = math.ceil(round(self.fraction * len(clients), 9))
+        if count >= len(clients):
+            return tuple(clients)
+        generator = random.Random(derive_seed(seed, round_, "\0participants"))
+        return tuple(clients[i] for i in sorted(generator.sample(range(len(clients)), count)))
+
+    def weight(self, num_examples: int) -> float:
+        """What a client's update counts, before weights are divided by their sum."""
+        if self.weighting == "uniform":
+            return 1.0
+        return float(min(num_examples, self.weight_cap or num_examples))
+
+    def late(self, seconds: float) -> str | None:
+        """Why an update that took so long does not count, or None."""
+        if self.deadline is None or seconds <= self.deadline:
+            return None
+        return f"late: {seconds:.1f} s, the round's deadline is {self.deadline:g} s"

@@ -1,0 +1,216 @@
+"""Who takes part, how much each one counts, and that whoever comes back holds the same model."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from fedexlora.engine.participation import Participation
+from fedexlora.engine.transport import Reply
+from fedexlora.errors import NoUpdatesError, RecipeError
+from fedexlora.peft_bridge.model import AdaptedModel
+from tests.engine.scripted import Scripted, federation, random_update, replies, run_round
+from tests.models import adapted, lora_layers
+
+CLIENTS = tuple(f"client-{i:02d}" for i in range(50))
+
+
+def test_everybody_takes_part_unless_it_is_said_otherwise():
+    assert Participation().sample(CLIENTS, 0, 1) == CLIENTS
+
+
+@pytest.mark.parametrize("rules", [{"clients_per_round": 5}, {"fraction": 0.09}])
+def test_samples_depend_on_seed_and_round_alone(rules):
+    rule = Participation(**rules)
+    samples = [rule.sample(CLIENTS, 3, round_) for round_ in range(1, 401)]
+    assert samples == [rule.sample(CLIENTS, 3, round_) for round_ in range(1, 401)]
+    assert samples[0] != rule.sample(CLIENTS, 4, 1)
+    assert all(len(set(s)) == 5 and list(s) == sorted(s) for s in samples)
+    counts = Counter(client for sample in samples for client in sample)
+    assert len(counts) == 50
+    assert 15 < min(counts.values()) < max(counts.values()) < 75  # 40 each on average
+
+
+def test_a_fraction_is_rounded_up_but_not_by_rounding():
+    hundred = [str(i) for i in range(100)]
+    assert len(Participation(fraction=0.07).sample(hundred, 0, 1)) == 7
+    assert len(Participation(fraction=0.071).sample(hundred, 0, 1)) == 8
+    assert len(Participation(fraction=1.0).sample(hundred, 0, 1)) == 100
+
+
+def test_weights():
+    assert Participation().weight(7) == 7.0
+    assert Participation(weighting="uniform").weight(7) == 1.0
+    capped = Participation(weighting="capped", weight_cap=5)
+    assert [capped.weight(n) for n in (3, 5, 900)] == [3.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "shares"),
+    [({"weighting": "uniform"}, [1, 1, 1]), ({"weighting": "capped", "weight_cap": 2}, [1, 2, 2])],
+)
+def test_the_weights_are_those_of_the_aggregate(changes, shares):
+    model = AdaptedModel(adapted("roberta"))
+    parts, state = federation(model, "fedex", participation=Participation(**changes))
+    _, record = run_round(parts, state)
+    total = sum(shares)
+    assert [c.weight for c in record.clients] == [share / total for share in shares]
+    sent = [random_update(model, 1, c).tensors for c in parts.transport.clients]
+    for name, layer in lora_layers(model.peft_model):
+        ideal = layer.scaling["default"] * sum(
+            share / total * u[f"B/{name}"].double() @ u[f"A/{name}"].double()
+            for share, u in zip(shares, sent, strict=True)
+        )
+        assert float((model.applied(name).dense() - ideal).norm()) <= 2e-6 * float(ideal.norm())
+
+
+def test_late_updates_are_left_out_and_named():
+    model = AdaptedModel(adapted("roberta"))
+
+    def script(round_, client, held):
+        update = random_update(model, round_, client)
+        return [Reply(client, update.encode(), "", 9.0 if client == "site-b" else 1.0)]
+
+    parts, state = federation(model, "fedex", script, participation=Participation(deadline=5.0))
+    _, record = run_round(parts, state)
+    assert [c.client for c in record.clients] == ["site-a", "site-c"]
+    assert record.left_out[0].reasons == ("late: 9.0 s, the round's deadline is 5 s",)
+
+
+def test_too_few_updates_stop_the_round():
+    model = AdaptedModel(adapted("roberta"))
+
+    def script(round_, client, held):
+        if client == "site-b":
+            return [Reply(client, None, "went away", 0.0)]
+        return replies(random_update(model, round_, client))
+
+    parts, state = federation(model, "fedex", script, participation=Participation(min_updates=3))
+    with pytest.raises(NoUpdatesError, match="2 usable updates, federation.min_updates is 3"):
+        run_round(parts, state)
+
+
+def test_who_was_not_asked_does_not_count():
+    model = AdaptedModel(adapted("roberta"))
+
+    def script(round_, client, held):
+        others = [random_update(model, round_, c) for c in ("site-a", "site-b", "site-c")]
+        return replies(*others)
+
+    rule = Participation(clients_per_round=1)
+    parts, state = federation(model, "fedex", script, participation=rule)
+    _, record = run_round(parts, state)
+    assert len(record.clients) == 1
+    reasons = [c.reasons[0] for c in record.left_out]
+    assert reasons == ["it was not asked to take part in this round"] * 2
+
+
+WAYS = ("raises", "silent", "twice", "nan", "truncated", "old version", "wiped", "another model")
+
+
+@pytest.mark.exactness
+def test_thirty_rounds_of_fifty_clients_that_come_go_and_fail():
+    """The global model is the float64 ideal of the good updates, and everybody trains on it."""
+    model = AdaptedModel(adapted("llama-rslora"))
+    layers = dict(lora_layers(model.peft_model))
+    scaling = {name: layer.scaling["default"] for name, layer in layers.items()}
+    untouched = {n: layer.get_base_layer().weight.double().clone() for n, layer in layers.items()}
+    frozen, oracle = dict(untouched), dict(untouched)
+    counts = {client: 1 + i % 9 for i, client in enumerate(CLIENTS)}
+    fate = random.Random(8)
+    events: Counter[str] = Counter()
+    good: list = []
+    now = {}
+
+    def script(round_, client, held):
+        assert held.fingerprint() == now["fingerprint"], "it trains on another model"
+        way = fate.choice(WAYS) if fate.random() < 0.2 else "good"
+        events[way] += 1
+        generator = torch.Generator().manual_seed(1000 * round_ + int(client[-2:]))
+        tensors = {
+            name: start + 0.02 * torch.randn(start.shape, generator=generator)
+            for module, pair in held.adapter.items()
+            for name, start in ((f"A/{module}", pair.A), (f"B/{module}", pair.B))
+        }
+        changes = {"num_examples": counts[client], "tensors": tensors}
+        update = random_update(model, round_, client, **changes)
+        if way == "wiped":
+            transport.held.pop(client)
+        if way == "another model":
+            one = next(iter(held.total))
+            slipped = held.total[one].plus([torch.full(held.total[one].shape, 1e-9)])
+            transport.held[client] = type(held)(
+                held.version, held.adapter, {**held.total, one: slipped}, held.dense
+            )
+        if way == "raises":
+            return [Reply(client, None, "OutOfMemoryError", 0.0)]
+        if way == "silent":
+            return []
+        if way == "nan":
+            first = next(iter(tensors))
+            update.tensors[first][0, 0] = float("nan")
+            return replies(update)
+        if way == "truncated":
+            return [Reply(client, update.encode()[:-7], "", 0.0)]
+        if way == "old version":
+            return replies(random_update(model, round_, client, **changes, version=0))
+        good.append((counts[client], tensors))
+        return replies(update, update) if way == "twice" else replies(update)
+
+    rule = Participation(clients_per_round=5)
+    transport = Scripted(script, CLIENTS)
+    parts, state = federation(model, "fedex", transport=transport, participation=rule)
+    downloads = {}
+    for round_ in range(1, 31):
+        good.clear()
+        now["fingerprint"] = state.fingerprint()
+        state, record = run_round(parts, state)
+        assert record.certificate.held
+        assert record.bytes.down == sum(size for _, size in transport.delivered)
+        downloads[round_] = {c.client: c for c in (*record.clients, *record.left_out)}
+        transport.delivered.clear()
+        total = sum(weight for weight, _ in good)
+        for name in oracle:
+            oracle[name] = frozen[name] + scaling[name] * sum(
+                weight / total * (t[f"B/{name}"].double() @ t[f"A/{name}"].double())
+                for weight, t in good
+            )
+            # What the next adapter adds again is not in the frozen weight.
+            pair = state.adapter[name].to(torch.float64)
+            frozen[name] = oracle[name] - scaling[name] * pair.product()
+    for name in layers:
+        ideal = oracle[name] - untouched[name]
+        assert (
+            float((model.applied(name).dense() - ideal).norm()) <= 1e-6 * float(ideal.norm()) + 1e-6
+        )
+    assert events["good"] > 100
+    assert sum(events[way] > 0 for way in WAYS) == len(WAYS)
+    sizes = [d.downloaded_bytes for d in downloads[26].values() if d.since is None]
+    dense = sum(8 * m.d_in * m.d_out for m in model.spec.modules.values())
+    factors = sum(4 * m.rank * (m.d_in + m.d_out) for m in model.spec.modules.values())
+    header = 400 * 4 * len(model.modules)
+    assert all(size <= dense + factors + header for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("federation_table", "message"),
+    [
+        ({"clients_per_round": 2, "fraction": 0.5}, "federation.fraction: give it or"),
+        (
+            {"clients_per_round": 2, "min_updates": 3},
+            "min_updates: 3 cannot come from 2",
+        ),
+        ({"weighting": "capped"}, "federation.weight_cap: needed by weighting"),
+        ({"weight_cap": 3}, "federation.weight_cap: needed by weighting"),
+        ({"fraction": 1.5}, "federation.fraction"),
+    ],
+)
+def test_rules_that_cannot_be_are_refused(document, federation_table, message):
+    from fedexlora.engine.recipe import parse_recipe
+
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(document | {"federation": federation_table}, "test")
+    assert message in str(caught.value)
