@@ -27,6 +27,7 @@ from fedexlora.exchange.tensors import pieces
 from fedexlora.methods import METHODS, Method
 from fedexlora.peft_bridge.adapter_file import TENSORS, AdapterFile
 from fedexlora.peft_bridge.adapter_writer import AdapterWriter
+from fedexlora.peft_bridge.names import bias_owner
 
 RECORD = "aggregation.json"
 
@@ -154,7 +155,7 @@ def _modules(
     writer: AdapterWriter,
     progress: Progress | None,
 ) -> list[AdaptedModuleRecord]:
-    """Sum, cut and write every module; values that are not finite are named all at once."""
+    """Sum, cut and write every module; the first value of each that is not finite is named."""
     records, faults = [], []
     for done, name in enumerate(sources.modules, 1):
         try:
@@ -224,7 +225,7 @@ def _dense_specs(sources: Sources) -> dict[str, TensorSpec]:
 def _same(sources: Sources, name: str) -> bool:
     spec = sources.dense[name]
     first, *others = sources.adapters
-    if first.bias_owner(name) or any(x.dense.get(name) != spec for x in sources.adapters):
+    if bias_owner(name) or any(x.dense.get(name) != spec for x in sources.adapters):
         return False
     return all(
         torch.equal(first.dense_rows(name, *part), other.dense_rows(name, *part))
@@ -247,7 +248,7 @@ def _dense_mean(sources: Sources, name: str, spec: TensorSpec) -> Iterator[Tenso
 
 
 def _scale(adapter: AdapterFile, name: str) -> float:
-    owner = adapter.bias_owner(name)
+    owner = bias_owner(name)
     return adapter.modules[owner].scaling if owner else 1.0
 
 

@@ -12,7 +12,7 @@ from fedexlora.errors import AdapterError
 from fedexlora.exchange.adapter_records import SourceRecord
 from fedexlora.exchange.spec import TensorSpec
 from fedexlora.peft_bridge.adapter_file import AdapterFile, StoredModule, open_adapter
-from fedexlora.peft_bridge.names import FACTOR_BIAS
+from fedexlora.peft_bridge.names import FACTOR_BIAS, bias_owner
 
 Progress = Callable[[int, int], None]
 """Called with modules done and modules in all."""
@@ -146,7 +146,7 @@ def _module_faults(
 def _dense_faults(adapter: AdapterFile, dense: Mapping[str, TensorSpec]) -> Iterator[str]:
     for name, spec in dense.items():
         found = adapter.dense.get(name)
-        owner = adapter.bias_owner(name)
+        owner = bias_owner(name)
         if found is None and (owner is None or owner in adapter.modules):
             yield f"{adapter.folder}: {name} is missing, which others train"
         elif found is not None and found.shape != spec.shape:

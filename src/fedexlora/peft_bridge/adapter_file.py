@@ -156,11 +156,6 @@ class AdapterFile:
             return self._finite(key)
         return self._checked(key, self.file.read_rows(key, start, stop))
 
-    def bias_owner(self, name: str) -> str | None:
-        """The module whose scaling multiplies a dense tensor, as biases of factors are; or None."""
-        owner = name.removesuffix(f".{FACTOR_BIAS}")
-        return owner if owner != name else None
-
     def _finite(self, key: str) -> Tensor:
         return self._checked(key, self.file.read(key))
 

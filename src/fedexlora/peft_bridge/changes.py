@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.peft_bridge.adapter_file import AdapterFile, StoredModule
-from fedexlora.peft_bridge.names import FACTOR_BIAS
+from fedexlora.peft_bridge.names import FACTOR_BIAS, bias_owner
 from fedexlora.peft_bridge.skeleton import Skeleton
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
@@ -143,7 +143,7 @@ class ChangedTensor:
         if change.module and self.factors:
             part = self._product(start, stop).reshape(total.shape)
             total = total.add(part, alpha=adapter.modules[change.module].scaling)
-        if change.bias and (owner := adapter.bias_owner(change.bias)):
+        if change.bias and (owner := bias_owner(change.bias)):
             bias = adapter.dense_rows(change.bias, start, stop).double()
             total = total.add(bias, alpha=adapter.modules[owner].scaling)
         return total

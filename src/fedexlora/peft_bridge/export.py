@@ -18,7 +18,7 @@ from fedexlora.errors import BridgeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
-from fedexlora.peft_bridge.names import FACTOR_BIAS, PREFIX, shape_settings
+from fedexlora.peft_bridge.names import PREFIX, bias_owner, shape_settings
 
 
 def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> None:
@@ -46,7 +46,7 @@ def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> None:
         # A bias of the factors is multiplied by the scaling, which is 1 here.
         name: tensor * model.spec.modules[owner].scaling if owner else tensor
         for name, tensor in state.dense.items()
-        for owner in (_owner(name),)
+        for owner in (bias_owner(name),)
     }
     _write(model, _config(model, whole, ones), whole, dense, folder)
 
@@ -81,12 +81,6 @@ def save_factors(
     else:
         config = _config(model, factors, {n: m.scaling for n, m in spec.modules.items()})
     _write(model, config, factors, dense, folder)
-
-
-def _owner(name: str) -> str:
-    """The module that a trained bias of its factors belongs to; empty for other parameters."""
-    suffix = f".{FACTOR_BIAS}"
-    return name.removesuffix(suffix) if name.endswith(suffix) else ""
 
 
 def _since_original(model: AdaptedModel, name: str, adapter: Factors) -> Factors:

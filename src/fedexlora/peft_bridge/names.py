@@ -47,6 +47,12 @@ def rank_and_scaling(config: Mapping[str, Any], name: str) -> tuple[int, float]:
     return rank, alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def bias_owner(name: str) -> str | None:
+    """The module whose scaling multiplies a dense tensor, as biases of factors are; or None."""
+    owner = name.removesuffix(f".{FACTOR_BIAS}")
+    return owner if owner != name else None
+
+
 def targets(config: Mapping[str, Any], name: str) -> bool:
     """Whether ``target_modules`` covers a module, so that PEFT loads its factors."""
     wanted = config.get("target_modules")
