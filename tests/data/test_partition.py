@@ -32,7 +32,8 @@ PARTITIONS = {
 
 
 def split(partition, train=TRAIN, seed=0, column="label"):
-    return split_clients(train, partition, default_column=column, seed=seed)
+    shares = split_clients(train, partition, default_column=column, seed=seed)
+    return {name: train.select(rows) for name, rows in shares.items()}
 
 
 def rows(shares):

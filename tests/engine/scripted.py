@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from fedexlora.engine.participation import Participation
 from fedexlora.engine.round import Federation
 from fedexlora.engine.round import run_round as play_round
 from fedexlora.engine.transport import ClientProgress, Reply
+from fedexlora.errors import RunError
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.exchange.shipment import History, Holdings, receive, receive_own
 from fedexlora.exchange.state import GlobalState
@@ -30,21 +32,36 @@ class Scripted:
         self._script = script
         self.clients = clients
         self.held: dict[str, GlobalState] = {}
+        self.waiting: dict[str, int] = {}
+        self.asked: deque[tuple[str, str]] = deque()
+        """Client, and why it missed the version; empty if it did not."""
         self.delivered: list[tuple[str, int]] = []
         """Client and bytes of every message."""
         self.holdings: Holdings | None = None
         """What the server knows; kept here from one round to the next."""
 
-    def deliver(self, client: str, message: bytes, own: bytes | None) -> None:
+    def ask(self, round_: int, client: str, message: bytes, own: bytes | None) -> None:
         self.delivered.append((client, len(message) + len(own or b"")))
-        state = receive(self.held.pop(client, None), message)
-        self.held[client] = state if own is None else receive_own(state, client, own)
+        try:
+            state = receive(self.held.pop(client, None), message)
+            state = state if own is None else receive_own(state, client, own)
+        except RunError as error:
+            self.asked.append((client, str(error)))
+        else:
+            self.held[client] = state
+            self.asked.append((client, ""))
 
-    def train(
-        self, round_: int, clients: Sequence[str], progress: ClientProgress
+    def replies(
+        self, round_: int, deadline: float | None, progress: ClientProgress
     ) -> Iterator[Reply]:
-        for client in clients:
-            yield from self._script(round_, client, self.held[client])
+        while self.asked:
+            client, missed = self.asked.popleft()
+            if missed:
+                yield Reply(client, round_, missed=missed)
+                if self.asked and self.asked[-1][0] == client:
+                    self.asked.rotate(1)
+            else:
+                yield from self._script(round_, client, self.held[client])
 
 
 def run_round(parts: Federation, before: GlobalState) -> tuple[GlobalState, RoundRecord]:
@@ -74,7 +91,7 @@ def random_update(model: AdaptedModel, round_: int, client: str, **changes: obje
 
 
 def replies(*updates: ClientUpdate) -> list[Reply]:
-    return [Reply(update.client, update.encode(), "", 0.0) for update in updates]
+    return [Reply(update.client, update.round, update.encode()) for update in updates]
 
 
 def federation(

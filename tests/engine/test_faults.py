@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fedexlora.engine.folder import Progress, RunFolder
 from fedexlora.engine.transport import Reply
-from fedexlora.errors import BridgeError, ExactnessError, NoUpdatesError
+from fedexlora.errors import BridgeError, ExactnessError, NoUpdatesError, RunError
 from fedexlora.peft_bridge.model import AdaptedModel
-from tests.engine.scripted import WEIGHTS, federation, random_update, replies, run_round
+from tests.engine.scripted import WEIGHTS, Scripted, federation, random_update, replies, run_round
 from tests.models import adapted, lora_layers
 
 
@@ -41,14 +44,20 @@ def at_rank(update, rank: int):
     }
 
 
+def flipped(message: bytes) -> bytes:
+    """One bit of the last tensor."""
+    return message[:-1] + bytes([message[-1] ^ 1])
+
+
 FAULTS = {
-    "raises": (lambda u: [Reply(u.client, None, "OutOfMemoryError: 3 GB", 0.1)], "OutOfMemory"),
+    "raises": (lambda u: [Reply(u.client, 1, failure="OutOfMemoryError: 3 GB")], "OutOfMemory"),
     "nan": (lambda u: spoiled(u, float("nan")), "values are not finite"),
     "inf": (lambda u: spoiled(u, float("inf")), "values are not finite"),
+    "overflow": (lambda u: spoiled(u, 1e30), "expected values of at most 1e+15, found 1e+30"),
     "loss": (lambda u: replies(changed(u, loss=float("nan"))), "loss: expected a finite number"),
     "zero weight": (lambda u: replies(changed(u, num_examples=0)), "num_examples: expected at"),
     "negative weight": (lambda u: replies(changed(u, num_examples=-2)), "num_examples"),
-    "truncated": (lambda u: [Reply(u.client, u.encode()[:-9], "", 0.1)], "not a safetensors"),
+    "truncated": (lambda u: [Reply(u.client, 1, u.encode()[:-9])], "not a safetensors"),
     "stale": (lambda u: replies(changed(u, version=7)), "version: expected 0, found 7"),
     "other base": (lambda u: replies(changed(u, base="other")), "base: expected '"),
     "other rank": (
@@ -59,7 +68,26 @@ FAULTS = {
         lambda u: replies(changed(u, tensors={f"{n}x": t for n, t in u.tensors.items()})),
         "unexpected",
     ),
-    "silent": (lambda u: [], None),
+    "damaged on the way": (lambda u: [Reply(u.client, 1, flipped(u.encode()))], "checksum"),
+    "no message at all": (lambda u: [Reply(u.client, 1, b"")], "not a safetensors"),
+    "impersonates another": (
+        lambda u: [Reply(u.client, 1, changed(u, client="site-a").encode())],
+        "client: expected 'site-b', found 'site-a'",
+    ),
+    "another round": (
+        lambda u: [Reply(u.client, 1, changed(u, round=7).encode())],
+        "round: expected 1, found 7",
+    ),
+    "weight of everybody": (
+        lambda u: replies(changed(u, num_examples=10**400)),
+        "num_examples: expected at most 9007199254740992, found 1000",
+    ),
+    "text that cannot be written": (
+        lambda u: [Reply(u.client, 1, failure="no file \udcff\u2028 here")],
+        "no file \\udcff",
+    ),
+    "dies between training and sending": (lambda u: u.encode() and [], "it did not answer"),
+    "silent": (lambda u: [], "it did not answer"),
 }
 
 
@@ -71,14 +99,21 @@ def test_the_rest_is_aggregated_exactly_and_the_record_names_the_client(fault):
     _, record = run_round(parts, state)
     assert [c.client for c in record.clients] == ["site-a", "site-c"]
     assert [c.weight for c in record.clients] == [1 / 6, 5 / 6]
-    assert [c.client for c in record.left_out] == (["site-b"] if reason else [])
-    if reason:
-        assert reason in "".join(record.left_out[0].reasons)
+    assert [c.client for c in record.left_out] == ["site-b"]
+    assert reason in "".join(record.left_out[0].reasons)
     assert record.certificate.held
-    good = [random_update(model, 1, c).tensors for c in ("site-a", "site-c")]
+    applies_the_mean_of(model, 1, "site-a", "site-c")
+
+
+def applies_the_mean_of(model: AdaptedModel, round_: int, *clients: str) -> None:
+    """In the first round the ideal is the mean product of these clients alone, in float64."""
+    shares = [WEIGHTS[client] for client in clients]
+    good = [random_update(model, round_, client).tensors for client in clients]
     for name, layer in lora_layers(model.peft_model):
-        products = [u[f"B/{name}"].double() @ u[f"A/{name}"].double() for u in good]
-        ideal = layer.scaling["default"] * (products[0] + 5 * products[1]) / 6
+        ideal = layer.scaling["default"] * sum(
+            share / sum(shares) * (u[f"B/{name}"].double() @ u[f"A/{name}"].double())
+            for share, u in zip(shares, good, strict=True)
+        )
         assert float((model.applied(name).dense() - ideal).norm()) <= 2e-6 * float(ideal.norm())
 
 
@@ -91,11 +126,148 @@ def test_a_second_update_of_a_client_does_not_count():
     assert record.certificate.held
 
 
+def test_the_largest_values_that_are_accepted_are_aggregated_exactly():
+    model = AdaptedModel(adapted("roberta"))
+
+    def largest(update):
+        tensors = {n: torch.full_like(t, 1e15) for n, t in update.tensors.items()}
+        return replies(changed(update, tensors=tensors))
+
+    parts, state = federation(model, "fedex", with_fault(model, largest))
+    _, record = run_round(parts, state)
+    assert len(record.clients) == 3
+    assert record.certificate.held
+
+
+def test_a_good_update_counts_though_a_damaged_one_came_before():
+    model = AdaptedModel(adapted("roberta"))
+
+    def again(update):
+        return [Reply(update.client, 1, update.encode()[:-9]), *replies(update)]
+
+    parts, state = federation(model, "fedex", with_fault(model, again))
+    _, record = run_round(parts, state)
+    assert [c.client for c in record.clients] == list(WEIGHTS)
+    assert [c.client for c in record.left_out] == ["site-b"]
+    applies_the_mean_of(model, 1, *WEIGHTS)
+
+
+def test_a_client_cannot_speak_for_another_one():
+    """It sends another one's update as its own; that one's counts once."""
+    model = AdaptedModel(adapted("roberta"))
+
+    def stolen(update):
+        return [Reply("site-b", 1, random_update(model, 1, "site-c").encode())]
+
+    parts, state = federation(model, "fedex", with_fault(model, stolen))
+    _, record = run_round(parts, state)
+    assert [c.client for c in record.clients] == ["site-a", "site-c"]
+    assert record.left_out[0].reasons == ("client: expected 'site-b', found 'site-c'",)
+    applies_the_mean_of(model, 1, "site-a", "site-c")
+
+
+class Unreachable(Scripted):
+    """One client takes no message in the rounds that are named; it may send all the same."""
+
+    def __init__(self, script, rounds, error: Exception, *, sends: bool = False) -> None:
+        super().__init__(script)
+        self._rounds, self._error, self._sends = rounds, error, sends
+
+    def ask(self, round_, client, message, own):
+        if client == "site-b" and round_ in self._rounds:
+            self.held.pop(client, None)
+            raise self._error
+        super().ask(round_, client, message, own)
+
+    def replies(self, round_, deadline, progress):
+        yield from super().replies(round_, deadline, progress)
+        if self._sends and round_ in self._rounds:
+            yield from self._script(round_, "site-b", None)
+
+
+@pytest.mark.parametrize("sends", [False, True])
+@pytest.mark.parametrize(
+    "error", [RunError("it holds another model"), ConnectionResetError("reset"), TimeoutError()]
+)
+def test_a_client_that_cannot_be_brought_to_the_version_is_left_out(error, sends):
+    model = AdaptedModel(adapted("roberta"))
+
+    def script(round_, client, held):
+        return replies(random_update(model, round_, client))
+
+    transport = Unreachable(script, {1}, error, sends=sends)
+    parts, state = federation(model, "fedex", transport=transport)
+    state, first = run_round(parts, state)
+    assert [c.client for c in first.clients] == ["site-a", "site-c"]
+    wanted = [(str(error) or "TimeoutError",)]
+    wanted += [("it was not brought to the round's version",)] if sends else []
+    assert [c.reasons for c in first.left_out] == wanted
+    assert first.left_out[0].downloaded_bytes > 0
+    applies_the_mean_of(model, 1, "site-a", "site-c")
+    _, second = run_round(parts, state)
+    assert [c.since for c in second.clients] == [0, None, 0], "it gets the total"
+    assert second.certificate.held
+
+
+@pytest.mark.parametrize("fate", ["wiped", "old", "slipped"])
+def test_a_client_that_comes_back_with_another_state_trains_on_the_right_one(fate):
+    model = AdaptedModel(adapted("roberta"))
+    started = []
+
+    def script(round_, client, held):
+        started.append(held.fingerprint())
+        return replies(random_update(model, round_, client))
+
+    parts, state = federation(model, "fedex", script)
+    old = state
+    for _ in range(2):
+        state, _ = run_round(parts, state)
+    transport = parts.transport
+    held = transport.held["site-b"]
+    if fate == "slipped":
+        name = next(iter(held.total))
+        total = {**held.total, name: held.total[name].scaled(1.0 + 2.0**-40)}
+        transport.held["site-b"] = replace(held, total=total)
+    elif fate == "old":
+        transport.held["site-b"] = old
+    else:
+        del transport.held["site-b"]
+    started.clear()
+    transport.delivered.clear()
+    _, record = run_round(parts, state)
+    assert set(started) == {state.fingerprint()}
+    assert [c.client for c in record.clients] == list(WEIGHTS)
+    sizes = [size for client, size in transport.delivered if client == "site-b"]
+    assert len(sizes) == 2, "the piece, which does not fit, and then the total"
+    assert record.clients[1].downloaded_bytes == sum(sizes)
+    assert not record.left_out
+    assert record.certificate.held
+
+
+def test_what_a_client_names_its_tensors_cannot_spoil_the_record(tmp_path):
+    """Characters that end a line for some readers, in a record that is one line."""
+    model = AdaptedModel(adapted("roberta"))
+    names = ["a\u2028b", "\x85", "\0\n", '"', "\x1b[31m"]
+
+    def fault(update):
+        strange = {name: torch.ones(1) for name in names}
+        return replies(changed(update, tensors=dict(update.tensors) | strange))
+
+    parts, state = federation(model, "fedex", with_fault(model, fault))
+    state, record = run_round(parts, state)
+    assert set(record.left_out[0].reasons) == {f"{name}: unexpected" for name in names}
+    folder = RunFolder(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    folder.save(Progress(state, (record,), parts.transport.holdings))
+    assert folder.load().records == (record,)
+    assert folder.read_records(1) == (record,)
+
+
 def test_without_any_update_the_round_stops_and_names_everyone():
     model = AdaptedModel(adapted("roberta"))
 
     def script(round_, client, held):
-        return [Reply(client, None, "went away", 0.0)]
+        return [Reply(client, round_, failure="went away")]
 
     parts, state = federation(model, "fedex", script)
     with pytest.raises(NoUpdatesError, match="round 1") as caught:

@@ -11,6 +11,8 @@ import torch
 from fedexlora.engine.participation import Participation
 from fedexlora.engine.transport import Reply
 from fedexlora.errors import NoUpdatesError, RecipeError
+from fedexlora.methods import METHODS
+from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.model import AdaptedModel
 from tests.engine.scripted import Scripted, federation, random_update, replies, run_round
 from tests.models import adapted, lora_layers
@@ -46,6 +48,7 @@ def test_weights():
     assert Participation(weighting="uniform").weight(7) == 1.0
     capped = Participation(weighting="capped", weight_cap=5)
     assert [capped.weight(n) for n in (3, 5, 900)] == [3.0, 5.0, 5.0]
+    assert [capped.weight(900, staleness=n) for n in (0, 3)] == [5.0, 2.5]
 
 
 @pytest.mark.parametrize(
@@ -67,17 +70,105 @@ def test_the_weights_are_those_of_the_aggregate(changes, shares):
         assert float((model.applied(name).dense() - ideal).norm()) <= 2e-6 * float(ideal.norm())
 
 
-def test_late_updates_are_left_out_and_named():
-    model = AdaptedModel(adapted("roberta"))
+def late_script(model, late: dict[int, str]):
+    """In each round of ``late``, that client's update comes in the next round, not in its own."""
+    stash = []
 
     def script(round_, client, held):
-        update = random_update(model, round_, client)
-        return [Reply(client, update.encode(), "", 9.0 if client == "site-b" else 1.0)]
+        found = replies(random_update(model, round_, client))
+        if late.get(round_) == client:
+            stash.extend(found)
+            found = [Reply(client, round_, failure="late: 9.0 s, the round's deadline is 5 s")]
+        elif stash and stash[0].round < round_:
+            return [stash.pop(), *found]
+        return found
 
-    parts, state = federation(model, "fedex", script, participation=Participation(deadline=5.0))
+    return script
+
+
+def test_late_updates_are_refused_by_their_round():
+    model = AdaptedModel(adapted("roberta"))
+    parts, state = federation(model, "fedex", late_script(model, {1: "site-b"}))
+    state, first = run_round(parts, state)
+    assert [c.client for c in first.clients] == ["site-a", "site-c"]
+    assert first.left_out[0].reasons == ("late: 9.0 s, the round's deadline is 5 s",)
+    parts.transport.waiting = {"site-b": 1}
     _, record = run_round(parts, state)
     assert [c.client for c in record.clients] == ["site-a", "site-c"]
-    assert record.left_out[0].reasons == ("late: 9.0 s, the round's deadline is 5 s",)
+    assert [c.reasons for c in record.left_out] == [
+        ("it still works for round 1",),
+        ("late: an update of round 1 in round 2",),
+    ]
+
+
+@pytest.mark.parametrize("next_adapter", ["mean", "svd", "reinit"])
+@pytest.mark.parametrize("variant", ["llama-rslora", "roberta-biases"])
+def test_an_accepted_late_update_puts_its_change_on_the_model_of_now(variant, next_adapter):
+    model = AdaptedModel(adapted(variant))
+    rule = Participation(stale="accept")
+    script = late_script(model, {2: "site-b"})
+    method = with_options(METHODS["fedex"], next_adapter, None, None)
+    parts, state = federation(model, method, script, participation=rule)
+    state, _ = run_round(parts, state)
+    started = state  # what the late update was trained from
+    state, _ = run_round(parts, state)
+    before = {name: model.applied(name).dense() for name in model.modules}
+    parts.transport.waiting = {"site-b": 2}
+    after, record = run_round(parts, state)
+    assert record.certificate.held
+    assert [(c.client, c.staleness) for c in record.clients] == [
+        ("site-b", 1),
+        ("site-a", 0),
+        ("site-c", 0),
+    ]
+    weights = {"site-a": 1.0, "site-b": 2 / 2**0.5, "site-c": 5.0}
+    total = sum(weights.values())
+    shares = {c.client: c.weight for c in record.clients}
+    assert shares == pytest.approx({c: w / total for c, w in weights.items()})
+    from_ = {"site-a": state, "site-b": started, "site-c": state}
+    sent = {c: random_update(model, 2 if c == "site-b" else 3, c).tensors for c in weights}
+    for name, layer in lora_layers(model.peft_model):
+        change = sum(
+            weights[c]
+            / total
+            * (
+                sent[c][f"B/{name}"].double() @ sent[c][f"A/{name}"].double()
+                - from_[c].adapter[name].to(torch.float64).product()
+            )
+            for c in weights
+        )
+        ideal = before[name] + layer.scaling["default"] * change
+        assert float((model.applied(name).dense() - ideal).norm()) <= 2e-6 * float(ideal.norm())
+    for name, tensor in after.dense.items():
+        ideal = state.dense[name].double() + sum(
+            weights[c] / total * (sent[c][f"dense/{name}"].double() - from_[c].dense[name].double())
+            for c in weights
+        )
+        assert float((tensor - ideal).norm()) <= 1e-6 * float(ideal.norm())
+
+
+def test_a_late_update_that_was_not_waited_for_or_is_too_old_does_not_count():
+    model = AdaptedModel(adapted("roberta"))
+    old = random_update(model, 1, "site-b")
+
+    def script(round_, client, held):
+        found = replies(random_update(model, round_, client))
+        return [*replies(old), *found] if round_ > 1 and client == "site-a" else found
+
+    rule = Participation(stale="accept")
+    parts, state = federation(model, "fedex", script, participation=rule)
+    state, _ = run_round(parts, state)
+    state, record = run_round(parts, state)
+    assert len(record.clients) == 3
+    assert record.left_out[0].reasons == (
+        "late: an update of round 1 in round 2, which was not waited for",
+    )
+    for _ in range(4):
+        parts.transport.waiting = {"site-b": 1}
+        state, record = run_round(parts, state)
+    assert record.round == 6
+    reasons = [reason for c in record.left_out for reason in c.reasons]
+    assert "late: an update of round 1 in round 6; at most 4 rounds (federation.history)" in reasons
 
 
 def test_too_few_updates_stop_the_round():
@@ -85,7 +176,7 @@ def test_too_few_updates_stop_the_round():
 
     def script(round_, client, held):
         if client == "site-b":
-            return [Reply(client, None, "went away", 0.0)]
+            return [Reply(client, round_, failure="went away")]
         return replies(random_update(model, round_, client))
 
     parts, state = federation(model, "fedex", script, participation=Participation(min_updates=3))
@@ -146,7 +237,7 @@ def test_thirty_rounds_of_fifty_clients_that_come_go_and_fail():
                 held.version, held.adapter, {**held.total, one: slipped}, held.dense
             )
         if way == "raises":
-            return [Reply(client, None, "OutOfMemoryError", 0.0)]
+            return [Reply(client, round_, failure="OutOfMemoryError")]
         if way == "silent":
             return []
         if way == "nan":
@@ -154,7 +245,7 @@ def test_thirty_rounds_of_fifty_clients_that_come_go_and_fail():
             update.tensors[first][0, 0] = float("nan")
             return replies(update)
         if way == "truncated":
-            return [Reply(client, update.encode()[:-7], "", 0.0)]
+            return [Reply(client, round_, update.encode()[:-7])]
         if way == "old version":
             return replies(random_update(model, round_, client, **changes, version=0))
         good.append((counts[client], tensors))
@@ -206,6 +297,8 @@ def test_thirty_rounds_of_fifty_clients_that_come_go_and_fail():
         ({"weighting": "capped"}, "federation.weight_cap: needed by weighting"),
         ({"weight_cap": 3}, "federation.weight_cap: needed by weighting"),
         ({"fraction": 1.5}, "federation.fraction"),
+        ({"stale": "accept", "method": "fedit"}, "federation.stale: fedit averages factors"),
+        ({"stale": "accept", "history": 0}, "federation.history: 0 keeps no version"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(document, federation_table, message):

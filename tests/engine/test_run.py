@@ -74,7 +74,7 @@ def test_a_run_leaves_what_the_design_says(document, whole):
 
 def test_the_adapter_on_the_untouched_base_scores_what_the_last_record_says(document, whole):
     parsed = recipe(document)
-    prepared = prepare(parsed, Observer())
+    prepared, _ = prepare(parsed, Observer())
     base = AutoModelForSequenceClassification.from_pretrained(
         parsed.model.source, num_labels=2, dtype=torch.float32
     )

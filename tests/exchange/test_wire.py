@@ -250,12 +250,25 @@ def test_a_piece_is_never_applied_twice_or_over_a_gap():
     one = history(first).encode(first.state, 0)
     two = history(first, second).encode(second.state, 1)
     reached = receive(start, one)
-    with pytest.raises(RunError, match="from version 0 to 1, but the receiver holds version 1"):
-        receive(reached, one)
+    again = receive(reached, one)
+    assert again.fingerprint() == first.state.fingerprint()
+    last = receive(reached, two)
+    with pytest.raises(RunError, match="from version 0 to 1, but the receiver holds version 2"):
+        receive(last, one)
     with pytest.raises(RunError, match="from version 1 to 2, but the receiver holds version 0"):
         receive(start, two)
     with pytest.raises(RunError, match="holds nothing"):
         receive(None, one)
+
+
+def test_a_receiver_that_is_further_than_the_server_knows_adds_only_what_it_lacks():
+    start = wide_state()
+    taken = wide_steps(3, start)
+    kept, server = history(*taken), taken[-1].state
+    message = kept.encode(server, 0)
+    assert unpack(message)[1]["since"] == 0
+    for further in (start, taken[0].state, taken[1].state, server):
+        assert receive(further, message).fingerprint() == server.fingerprint()
 
 
 def test_a_receiver_whose_version_is_another_model_is_found_out():

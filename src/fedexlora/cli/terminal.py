@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedexlora.engine.conduct import RunResult
 from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.recipe import Recipe
-from fedexlora.engine.run import RunResult
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.methods import METHODS, Method
 

@@ -55,6 +55,25 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     return Splits(train, validation, fingerprint(train, validation))
 
 
+def load_train(config: DataConfig, seed: int) -> Dataset:
+    """The training rows alone, as in :func:`load_splits`.
+
+    Raises:
+        DataError: if they cannot be read or there are none.
+    """
+    return _subset(read_split(config, config.train), config.max_train_rows, [seed, _TRAIN])
+
+
+def load_validation(config: DataConfig, seed: int) -> Dataset:
+    """The validation rows alone, as in :func:`load_splits`.
+
+    Raises:
+        DataError: if they cannot be read or there are none.
+    """
+    rows = read_split(config, config.validation)
+    return _subset(rows, config.max_validation_rows, [seed, _VALIDATION])
+
+
 def fingerprint(*splits: Dataset) -> str:
     """Sha256 (hex) over the rows' columns and values; file names and formats do not enter.
 

@@ -31,7 +31,7 @@ _NAMES_SHOWN = 5
 
 def split_clients(
     train: Dataset, partition: PartitionConfig, *, default_column: str | None, seed: int
-) -> dict[str, Dataset]:
+) -> dict[str, list[int]]:
     """Give every training row to exactly one client.
 
     Args:
@@ -42,8 +42,8 @@ def split_clients(
         seed: decides the division; not negative. A division by column does not depend on it.
 
     Returns:
-        Each client's rows, at least one, by its name. Names are sorted, unique, and safe in a file
-        system: ``client-00`` and so on, or a slug of the column's value.
+        The numbers of each client's rows, at least one, by its name. Names are sorted, unique, and
+        safe in a file system: ``client-00`` and so on, or a slug of the column's value.
 
     Raises:
         DataError: if a column is missing or cannot be divided by, or a client would have no rows
@@ -51,12 +51,11 @@ def split_clients(
     """
     match partition:
         case IidPartition():
-            shares = _iid(len(train), partition, seed)
+            return _iid(len(train), partition, seed)
         case DirichletPartition():
-            shares = _dirichlet(train, partition, default_column, seed)
+            return _dirichlet(train, partition, default_column, seed)
         case ByColumnPartition():
-            shares = _by_column(train, partition)
-    return {name: train.select(rows) for name, rows in shares.items()}
+            return _by_column(train, partition)
 
 
 # Every partitioner below divides a table in memory with the number of each row (and the value that

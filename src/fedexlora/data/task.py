@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedexlora.data.batches import Collator, Progress
 from fedexlora.data.causal_lm import prepare_causal_lm
-from fedexlora.data.classification import prepare_classification
+from fedexlora.data.classification import Classification, prepare_classification
 from fedexlora.data.config import CausalLMTask, ClassificationTask, RegressionTask, TaskConfig
 from fedexlora.data.load import Splits
 from fedexlora.data.regression import prepare_regression
@@ -19,6 +19,10 @@ from fedexlora.data.regression import prepare_regression
 
 class Task(Protocol):
     """One kind of task on one data set."""
+
+    @property
+    def config(self) -> Any:  # noqa: ANN401 - each kind has its own
+        """The task's configuration."""
 
     @property
     def peft_task_type(self) -> str:
@@ -83,3 +87,16 @@ def prepare_task(config: TaskConfig, splits: Splits) -> Task:
             return prepare_regression(config, splits)
         case CausalLMTask():
             return prepare_causal_lm(config, splits)
+
+
+def stated(task: Task) -> TaskConfig:
+    """A task's configuration, with what it learned from the rows written out.
+
+    Whoever prepares the task from that and other rows numbers the labels alike.
+    """
+    config: TaskConfig = task.config
+    if not isinstance(task, Classification) or task.config.labels is not None:
+        return config
+    values = tuple(task.classes)
+    plain = task.labels == tuple(map(str, values))
+    return task.config.model_copy(update={"labels": values if plain else task.labels})

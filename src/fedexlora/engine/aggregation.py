@@ -3,11 +3,13 @@
 Clients may have adapters of their own rank and scaling. Everything is summed in the scaling of the
 model's common adapter, so that the ideal of a round is, by module and before that scaling,
 
-    total + sum_i p_i (B A - c_i B_i0 A_i0)  +  sum_i p_i c_i B_i A_i
+    total + sum_i p_i (B A - c_i B_i0 A_i0)  +  sum_i p_i c_i B_i A_i  [+  p_0 B A]
 
 where ``(A_i0, B_i0)`` is what client ``i`` started from, ``c_i`` its scaling over the common one,
 and the middle term, what clients hold beside the weight for their own adapters, is zero for all
-that start from the common adapter ``(A, B)``.
+that start from the common adapter ``(A, B)``. A late update of an earlier version is the same
+case: it started from that version's adapter, and its change is put on the model of now. ``p_0`` is
+the share that stays with the version of the round when changes count in part.
 """
 
 from __future__ import annotations
@@ -64,34 +66,57 @@ class RoundSums:
         self._sent: dict[str, Adapter] = {}
         self.weight = 0.0
 
-    def add(self, update: ClientUpdate, weight: float, *, remember: bool = False) -> None:
+    def add(
+        self,
+        update: ClientUpdate,
+        weight: float,
+        start: GlobalState | None = None,
+        *,
+        remember: bool = False,
+    ) -> None:
         """Add one checked update.
 
         Args:
             update: the update.
             weight: what it counts; only ratios matter.
+            start: what it was trained from, if that is not the version of this round.
             remember: keep its factors, for a method whose clients continue from them.
         """
         self.weight += weight
-        start = self._state.own.get(update.client, self._state.adapter)
-        sent = {name: update.factors(name, held) for name, held in start.items()}
+        start = start or self._state
+        held = start.adapter_of(update.client)
+        sent = {name: update.factors(name, pair) for name, pair in held.items()}
         if remember:
             self._sent[update.client] = sent
         for name, raw in sent.items():
             scale = self._scale(update.client, name)
             factors = self._common(raw, scale).padded(self._rank[name])
-            before = self._moments.get(name)
-            self._moments[name] = (
-                before.add(factors, weight) if before else Moments.of(factors, weight)
-            )
+            self._add_factors(name, factors, weight)
             product = raw.to(torch.float64).scaled(weight * scale)
             self._products[name] = self._products[name].plus([product])
-            if update.client in self._state.own:
+            if held is not self._state.adapter:
                 common = self._state.adapter[name].to(torch.float64).scaled(weight)
-                minus = start[name].to(torch.float64).scaled(-weight * scale)
+                minus = held[name].to(torch.float64).scaled(-weight * scale)
                 self._offsets[name] = self._offsets[name].plus([common, minus])
         for name, total in self._dense.items():
-            total.add_(update.tensors[f"dense/{name}"].double(), alpha=weight)
+            rebased = update.tensors[f"dense/{name}"].double()
+            if start is not self._state:
+                rebased += self._state.dense[name].double() - start.dense[name].double()
+            total.add_(rebased, alpha=weight)
+
+    def stay(self, weight: float) -> None:
+        """Add the version that the round started from, as a client that changed nothing.
+
+        Args:
+            weight: what it counts; only ratios matter.
+        """
+        self.weight += weight
+        for name, held in self._state.adapter.items():
+            self._add_factors(name, held.padded(self._rank[name]), weight)
+            product = held.to(torch.float64).scaled(weight)
+            self._products[name] = self._products[name].plus([product])
+        for name, total in self._dense.items():
+            total.add_(self._state.dense[name].double(), alpha=weight)
 
     def aggregate(self, method: Method, fresh: FreshFactors) -> Step:
         """The next version by ``method``, and the piece of remainder that leads to it."""
@@ -126,6 +151,10 @@ class RoundSums:
     def deviations(self) -> Mapping[str, Deviation]:
         """What averaging the factors loses, by module."""
         return {name: deviation(moments) for name, moments in self._moments.items()}
+
+    def _add_factors(self, name: str, factors: Factors, weight: float) -> None:
+        before = self._moments.get(name)
+        self._moments[name] = before.add(factors, weight) if before else Moments.of(factors, weight)
 
     def _scale(self, client: str, module: str) -> float:
         """The client's scaling over the common one."""

@@ -97,7 +97,7 @@ def enforce(certificate: Certificate, round_: int) -> None:
     faults = [
         f"{m.module}: error {m.error:.2e} of the update, allowed {m.allowed:.2e}"
         for m in certificate.modules
-        if m.error > m.allowed
+        if not m.error <= m.allowed  # NaN is neither
     ]
     faults += [
         f"client {own.client}: error {own.error:.2e} of the update, as it applies it"

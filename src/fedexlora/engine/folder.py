@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
+from safetensors import SafetensorError
 
+from fedexlora.algebra.lowrank import LowRank
 from fedexlora.engine.recipe import Recipe
-from fedexlora.errors import ResumeError
+from fedexlora.errors import ResumeError, RunError
 from fedexlora.exchange.files import replace_bytes
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.exchange.shipment import History, Holdings
@@ -27,10 +28,12 @@ from fedexlora.exchange.state import (
     GlobalState,
     lowrank_from,
     lowrank_tensors,
+    refuse_others,
     state_from,
     state_tensors,
+    unpack_state,
 )
-from fedexlora.exchange.wire import pack, unpack
+from fedexlora.exchange.wire import json_object, number, pack, short
 
 LOCK = ".lock"
 
@@ -127,8 +130,14 @@ class RunFolder:
             raise ResumeError(f"--out {self.path}: {error.strerror}") from error
 
     def write_header(self, header: dict[str, Any]) -> None:
-        """Write ``run.json``."""
-        replace_bytes(self.path / "run.json", json.dumps(header, indent=2).encode())
+        """Write ``run.json``.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        path = self.path / "run.json"
+        with writing(path):
+            replace_bytes(path, json.dumps(header, indent=2).encode())
 
     def read_header(self) -> dict[str, Any] | None:
         """``run.json``, or None before it was written.
@@ -140,10 +149,9 @@ class RunFolder:
         if not path.exists():
             return None
         try:
-            header = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            return json_object(path.read_bytes())
+        except (ValueError, OSError) as error:
             raise ResumeError(f"{path} is damaged: {error}") from error
-        return dict(header)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -170,16 +178,32 @@ class RunFolder:
 
         The checkpoint carries the record of its round, so that a record which did not reach
         ``rounds.jsonl`` is restored from there, and the piece of remainder that led to it.
+
+        Raises:
+            RunError: if a file cannot be written, as on a full disk; what was durable before is.
         """
         version, history = progress.state.version, progress.holdings.history
         last = progress.records[-1].model_dump(mode="json") if progress.records else None
         header = {"version": version, "record": last, "held": dict(progress.holdings.versions)}
         tensors = state_tensors(progress.state)
         tensors |= lowrank_tensors(f"piece{version}", history.pieces.get(version, {}))
-        replace_bytes(self._checkpoint(version), pack(tensors, header))
+        path = self._checkpoint(version)
+        with writing(path):
+            replace_bytes(path, pack(tensors, header))
         self._write_records(progress.records)
-        for path in self._checkpoints()[: -max(2, history.window + 1)]:
-            path.unlink()
+        self.prune(version, history.window)
+
+    def prune(self, version: int, window: int) -> None:
+        """Remove the checkpoints that clients which hold a version of the window do not need.
+
+        Raises:
+            RunError: if one cannot be removed.
+        """
+        oldest = self._checkpoint(max(0, version - max(1, window)))
+        for path in self._checkpoints():
+            if _age(path) < _age(oldest):
+                with writing(path):
+                    path.unlink()
 
     def load(self, history: History | None = None) -> Progress | None:
         """The last version that was made durable, or None if there is none.
@@ -209,40 +233,55 @@ class RunFolder:
         return None
 
     def _load(self, path: Path, history: History) -> Progress:
-        tensors, header = unpack(path.read_bytes())
-        version, last = int(header["version"]), header["record"]
-        state = state_from(version, tensors)
-        records = self.read_records(version - 1)
-        if last is not None:
-            records = (*records, RoundRecord.model_validate(last))
-        if [record.round for record in records] != list(range(1, version + 1)):
+        state, piece, header = self._read(path)
+        version, last = state.version, header["record"]
+        held = {client: number(header["held"], client) for client in header["held"]}
+        if (last is None) != (version == 0) or any(v >= version for v in held.values()):
+            raise ValueError(f"its header is not one of version {version}")
+        latest = () if last is None else (RoundRecord.model_validate(last),)
+        records = (*self.read_records(version - 1), *latest)
+        found = [record.round for record in records]
+        if len(found) != version or found != list(range(1, version + 1)):
             raise ResumeError(
-                f"{self.path / 'rounds.jsonl'}: expected rounds 1 to {version}, "
-                f"found {[record.round for record in records]}"
+                f"{self.path / 'rounds.jsonl'}: expected rounds 1 to {version}, found {found}"
             )
-        held = {str(client): int(v) for client, v in header["held"].items()}
-        shapes = {name: matrix.shape for name, matrix in state.total.items()}
-        pieces = {version: lowrank_from(f"piece{version}", tensors, shapes)} if version else {}
+        pieces = {version: piece}
         earlier: dict[int, GlobalState] = {}
         for before in range(version - 1, max(-1, version - 1 - history.window), -1):
             try:
-                tensors, _ = unpack(self._checkpoint(before).read_bytes())
-                earlier[before] = state_from(before, tensors)
-                pieces[before] = lowrank_from(f"piece{before}", tensors, shapes)
-            except (ValueError, OSError):
+                earlier[before], pieces[before], _ = self._read(self._checkpoint(before))
+            except (ValueError, KeyError, OSError):
                 break  # clients of that version, and older ones, get the total
         kept = {v: piece for v, piece in pieces.items() if v > max(0, version - history.window)}
-        return Progress(state, records, Holdings(held, replace(history, pieces=kept)), earlier)
+        starts = {v: held.start() for v, held in {**earlier, version: state}.items()}
+        history = replace(history, pieces=kept, starts=starts)
+        return Progress(state, records, Holdings(held, history), earlier)
+
+    def _read(self, path: Path) -> tuple[GlobalState, dict[str, LowRank], dict[str, Any]]:
+        """A version, the piece that led to it, and the header of its checkpoint."""
+        tensors, header = unpack_state(path.read_bytes())
+        version = number(header, "version")
+        if path != self._checkpoint(version):
+            raise ValueError(f"it is one of version {version}")
+        if not isinstance(header["held"], dict):
+            raise ValueError(f"header 'held': expected an object, found {short(header['held'])}")
+        state = state_from(version, tensors)
+        shapes = {name: matrix.shape for name, matrix in state.total.items()}
+        piece = lowrank_from(f"piece{version}", tensors, shapes)
+        refuse_others(tensors, {*state_tensors(state), *lowrank_tensors(f"piece{version}", piece)})
+        return state, piece, header
 
     def _checkpoint(self, version: int) -> Path:
         return self.path / "checkpoints" / f"round-{version:04d}.safetensors"
 
     def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("round-*.safetensors"))
+        return sorted((self.path / "checkpoints").glob("round-*.safetensors"), key=_age)
 
     def _write_records(self, records: Sequence[RoundRecord]) -> None:
         lines = "".join(f"{record.model_dump_json()}\n" for record in records)
-        replace_bytes(self.path / "rounds.jsonl", lines.encode())
+        path = self.path / "rounds.jsonl"
+        with writing(path):
+            replace_bytes(path, lines.encode())
 
     def read_records(self, count: int) -> tuple[RoundRecord, ...]:
         """The records of the first ``count`` rounds; fewer if there are fewer.
@@ -253,11 +292,34 @@ class RunFolder:
         path = self.path / "rounds.jsonl"
         if count <= 0 or not path.exists():
             return ()
-        lines = path.read_text(encoding="utf-8").splitlines()[:count]
         try:
-            return tuple(RoundRecord.model_validate_json(line) for line in lines)
-        except ValidationError as error:
+            # Not splitlines: JSON may hold other characters that end a line.
+            lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")[:count]
+            return tuple(RoundRecord.model_validate_json(line) for line in lines if line)
+        except (ValueError, OSError) as error:
             raise ResumeError(f"{path} is damaged: {error}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file or folder that cannot be written, as on a full disk.
+
+    Raises:
+        RunError: if the block fails for that reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"{path} cannot be written: {reason}",
+            ["--resume goes on after the last finished round"],
+        ) from error
+
+
+def _age(checkpoint: Path) -> tuple[int, str]:
+    """Orders checkpoints by their version, also from 10000 on."""
+    return len(checkpoint.name), checkpoint.name
 
 
 def _counts(path: Path) -> bool:

@@ -18,6 +18,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from fedexlora.algebra.lowrank import LowRank
+from fedexlora.engine.seeds import derive_seed
+from fedexlora.exchange.spec import AdapterSpec
+from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.update import ClientUpdate
+from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.peft_bridge.options import option_faults
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -124,3 +130,70 @@ class _Report(TrainerCallback):  # type: ignore[misc] # transformers is untyped 
     ) -> None:
         del args, control
         self._progress(state.global_step, state.max_steps)
+
+
+class LocalTrainer:
+    """One resident model that trains any of the clients that are given to it.
+
+    Args:
+        model: the model; it is left as some client's.
+        clients: tokenised rows by client.
+        collator: rows to a padded batch.
+        options: fields of ``TrainingArguments``.
+        seed: the federation's.
+        specs: the adapters of the clients that have another one than the model, by client.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        clients: Mapping[str, Dataset],
+        collator: Collator,
+        options: Mapping[str, Any],
+        seed: int,
+        specs: Mapping[str, AdapterSpec],
+    ) -> None:
+        self.model = model
+        self.clients = clients
+        self._collator = collator
+        self._options = options
+        self._seed = seed
+        self._specs = specs
+        self._applied: Mapping[str, LowRank] | None = None
+
+    def update(
+        self,
+        client: str,
+        held: GlobalState,
+        round_: int,
+        progress: Callable[[str, int, int], None],
+    ) -> bytes:
+        """Train one client from the version that it holds, and encode what it learned.
+
+        Args:
+            client: the client.
+            held: the version, with the client's own adapter if it has one.
+            round_: the round, from 1.
+            progress: told of the client, steps done and steps in all.
+        """
+        if self._applied is not held.total:
+            self.model.apply(held)
+            self._applied = held.total
+        self.model.enter(held, client, self._specs.get(client))
+        loss = train_locally(
+            self.model.peft_model,
+            self.clients[client],
+            self._collator,
+            self._options,
+            seed=derive_seed(self._seed, round_, client),
+            progress=lambda done, steps: progress(client, done, steps),
+        )
+        return ClientUpdate(
+            client=client,
+            round=round_,
+            version=held.version,
+            num_examples=len(self.clients[client]),
+            loss=loss,
+            base=self.model.base_fingerprint,
+            tensors=self.model.update_tensors(),
+        ).encode()

@@ -11,6 +11,7 @@ from typing import Literal
 from fedexlora.engine.seeds import derive_seed
 
 Weighting = Literal["examples", "uniform", "capped"]
+Stale = Literal["refuse", "accept"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class Participation:
     """Seconds; None for none."""
     weighting: Weighting = "examples"
     weight_cap: int | None = None
+    stale: Stale = "refuse"
+    """What becomes of an update that comes in a later round than it was trained in."""
 
     def sample(self, clients: Sequence[str], seed: int, round_: int) -> tuple[str, ...]:
         """The clients of one round: a function of seed and round alone, in the given order.
@@ -42,14 +45,22 @@ class Participation:
         generator = random.Random(derive_seed(seed, round_, "\0participants"))
         return tuple(clients[i] for i in sorted(generator.sample(range(len(clients)), count)))
 
-    def weight(self, num_examples: int) -> float:
-        """What a client's update counts, before weights are divided by their sum."""
-        if self.weighting == "uniform":
-            return 1.0
-        return float(min(num_examples, self.weight_cap or num_examples))
+    def weight(self, num_examples: int, staleness: int = 0) -> float:
+        """What a client's update counts, before weights are divided by their sum.
 
-    def late(self, seconds: float) -> str | None:
-        """Why an update that took so long does not count, or None."""
-        if self.deadline is None or seconds <= self.deadline:
-            return None
-        return f"late: {seconds:.1f} s, the round's deadline is {self.deadline:g} s"
+        Args:
+            num_examples: the client's training rows.
+            staleness: rounds between the version that it was trained from and that of now. The
+                weight falls with ``(1 + staleness) ** -0.5`` (FedAsync's polynomial rule,
+                arXiv:1903.03934, Sec. 5.2, with a = 1/2).
+        """
+        most = self.weight_cap or num_examples
+        weight = 1.0 if self.weighting == "uniform" else float(min(num_examples, most))
+        return weight / math.sqrt(1 + staleness)
+
+
+def late(seconds: float, deadline: float | None) -> str:
+    """Why an update that took so long does not count in its round; empty if it does."""
+    if deadline is None or seconds <= deadline:
+        return ""
+    return f"late: {seconds:.1f} s, the round's deadline is {deadline:g} s"

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 from transformers.modeling_utils import PreTrainedModel
 
-from fedexlora.data.load import load_splits
+from fedexlora.data.load import Splits, fingerprint, load_splits, load_train, load_validation
 from fedexlora.data.partition import split_clients
 from fedexlora.data.task import Task, prepare_task
 from fedexlora.data.tokenizer import prepare_tokenizer
-from fedexlora.engine.local import training_device
+from fedexlora.engine.local import LocalTrainer, training_device
 from fedexlora.engine.observer import Observer
-from fedexlora.engine.recipe import Recipe
+from fedexlora.engine.recipe import ClientTable, Recipe
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.peft_bridge.inspect import check_new_weights
@@ -26,17 +26,16 @@ from fedexlora.peft_bridge.model import AdaptedModel
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Everything that a recipe names, loaded and checked; nothing has been written yet."""
+    """What the server's side of a recipe names, loaded and checked; nothing is written yet."""
 
     recipe: Recipe
     task: Task
     tokenizer: Any
     model: AdaptedModel
-    clients: Mapping[str, Dataset]
-    """Tokenised training rows by client."""
     specs: Mapping[str, AdapterSpec]
     """The adapters of the clients that have another one than the model, by client."""
     validation: Dataset
+    """Tokenised."""
     data_fingerprint: str
 
     def evaluate(self, observer: Observer) -> dict[str, float]:
@@ -50,8 +49,8 @@ class Prepared:
         )
 
 
-def prepare(recipe: Recipe, observer: Observer) -> Prepared:
-    """Load and check everything that a recipe names.
+def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]:
+    """Load and check everything that a recipe names: the server's side, and all clients.
 
     Raises:
         DataError: if data, columns or partitions are wrong.
@@ -59,15 +58,108 @@ def prepare(recipe: Recipe, observer: Observer) -> Prepared:
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
     seed = recipe.federation.seed
-    source, revision = resolve_source(recipe.model.source), recipe.model.revision
     observer.preparing("reading the data")
     splits = load_splits(recipe.data, seed)
     task = prepare_task(recipe.task, splits)
-    rows = split_clients(
-        splits.train, recipe.partition, default_column=task.partition_column, seed=seed
-    )
-    _check_clients(recipe, rows)
+    shares = _shares(recipe, task, splits.train)
+    check_clients(recipe, list(shares))
+    tokenizer, model, specs = _load_model(recipe, task, recipe.clients, observer)
+    observer.preparing("tokenising the data")
+    rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
+    clients = {name: rows.select(share) for name, share in shares.items()}
+    validation = task.tokenize(splits.validation, tokenizer)
+    prepared = Prepared(recipe, task, tokenizer, model, specs, validation, splits.fingerprint)
+    collator = task.collator(tokenizer)
+    return prepared, LocalTrainer(model, clients, collator, recipe.training, seed, specs)
+
+
+def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
+    """Load and check the server's side alone: the model and the validation rows.
+
+    Raises:
+        DataError: if the validation rows are missing or do not fit the task.
+        BridgeError: if the model cannot be loaded or not be aggregated exactly.
+    """
+    observer.preparing("reading the data")
+    rows = load_validation(recipe.data, recipe.federation.seed)
+    task = prepare_task(recipe.task, Splits(rows, rows, ""))
+    tokenizer, model, specs = _load_model(recipe, task, recipe.clients, observer)
+    observer.preparing("tokenising the data")
+    validation = task.tokenize(rows, tokenizer)
+    return Prepared(recipe, task, tokenizer, model, specs, validation, fingerprint(rows))
+
+
+def prepare_client(
+    recipe: Recipe, client: str, share: str | None, observer: Observer
+) -> LocalTrainer:
+    """Load and check one client's side: the model and its own training rows.
+
+    Args:
+        recipe: with the client's own data, and the labels of the task if it has any.
+        client: its name.
+        share: whose rows of the recipe's partition these are; None for all training rows.
+        observer: told of progress.
+
+    Raises:
+        DataError: if the training rows are missing or do not fit the task.
+        RecipeError: if the partition has no such share.
+        BridgeError: if the model cannot be loaded or not be aggregated exactly.
+    """
+    seed = recipe.federation.seed
+    observer.preparing("reading the data")
+    rows = load_train(recipe.data, seed)
+    task = prepare_task(recipe.task, Splits(rows, rows, ""))
+    if share is not None:
+        shares = _shares(recipe, task, rows)
+        if share not in shares:
+            raise RecipeError(
+                f"the partition has no share {share!r}", [f"expected one of {', '.join(shares)}"]
+            )
+        rows = rows.select(shares[share])
+    own = {name: table for name, table in recipe.clients.items() if name == client}
+    tokenizer, model, specs = _load_model(recipe, task, own, observer)
+    observer.preparing("tokenising the data")
+    tokenised = {client: task.tokenize(rows, tokenizer)}
+    collator = task.collator(tokenizer)
+    return LocalTrainer(model, tokenised, collator, recipe.training, seed, specs)
+
+
+def client_rows(recipe: Recipe) -> dict[str, int]:
+    """The clients of a recipe and their training rows.
+
+    Raises:
+        DataError: if data, columns or partitions are wrong.
+    """
+    splits = load_splits(recipe.data, recipe.federation.seed)
+    task = prepare_task(recipe.task, splits)
+    return {name: len(share) for name, share in _shares(recipe, task, splits.train).items()}
+
+
+def check_clients(recipe: Recipe, clients: Sequence[str]) -> None:
+    """Refuse a recipe that says something of a client that there is not.
+
+    Raises:
+        RecipeError: naming every such client.
+    """
+    if unknown := [client for client in recipe.clients if client not in clients]:
+        raise RecipeError(
+            "the recipe names clients that there are not",
+            [f'clients."{client}": expected one of {", ".join(clients)}' for client in unknown],
+        )
+
+
+def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
+    column, seed = task.partition_column, recipe.federation.seed
+    return split_clients(rows, recipe.partition, default_column=column, seed=seed)
+
+
+def _load_model(
+    recipe: Recipe, task: Task, own: Mapping[str, ClientTable], observer: Observer
+) -> tuple[Any, AdaptedModel, dict[str, AdapterSpec]]:
+    """The tokenizer, the model with its adapter, and the specs of clients that have another one."""
     observer.preparing("loading the model")
+    seed = recipe.federation.seed
+    source, revision = resolve_source(recipe.model.source), recipe.model.revision
     tokenizer = prepare_tokenizer(source, revision)
     config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
     base, new = load_base(
@@ -80,34 +172,23 @@ def prepare(recipe: Recipe, observer: Observer) -> Prepared:
         quantization=recipe.model.quantization,
         unquantised=recipe.lora.get("modules_to_save") or (),
     )
-    shapes = _client_shapes(recipe, base, task.peft_task_type)
+    shapes = _client_shapes(recipe, own, base, task.peft_task_type)
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
     if recipe.model.quantization is None:
         peft_model.to(training_device(recipe.training))
     model = AdaptedModel(peft_model, recipe.method.trained, recipe.federation.placement)
     specs = {client: model.spec.reshaped(shape) for client, shape in shapes.items()}
     check_new_weights(new, model.spec.dense)
-    observer.preparing("tokenising the data")
-    clients = {name: task.tokenize(part, tokenizer) for name, part in rows.items()}
-    validation = task.tokenize(splits.validation, tokenizer)
-    return Prepared(recipe, task, tokenizer, model, clients, specs, validation, splits.fingerprint)
-
-
-def _check_clients(recipe: Recipe, rows: Mapping[str, Dataset]) -> None:
-    if unknown := [client for client in recipe.clients if client not in rows]:
-        raise RecipeError(
-            "the recipe names clients that the data does not give",
-            [f'clients."{client}": expected one of {", ".join(rows)}' for client in unknown],
-        )
+    return tokenizer, model, specs
 
 
 def _client_shapes(
-    recipe: Recipe, base: PreTrainedModel, task_type: str
+    recipe: Recipe, own: Mapping[str, ClientTable], base: PreTrainedModel, task_type: str
 ) -> dict[str, dict[str, tuple[int, float]]]:
     """Rank and scaling by client and module, for the clients that have their own."""
     probed: dict[str, dict[str, tuple[int, float]]] = {}
     found: dict[str, dict[str, tuple[int, float]]] = {}
-    for client, table in recipe.clients.items():
+    for client, table in own.items():
         key = json.dumps(table.lora, sort_keys=True)
         if key not in probed:
             probed[key] = probe_shapes(base, {**recipe.lora, **table.lora}, task_type)

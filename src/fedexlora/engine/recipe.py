@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedexlora.data.config import DataConfig, PartitionConfig, TaskConfig
 from fedexlora.engine.participation import Participation
+from fedexlora.engine.screening import Screening
 from fedexlora.errors import RecipeError
 from fedexlora.methods import METHODS, Method
 from fedexlora.methods.options import option_faults, with_options
@@ -61,10 +62,20 @@ class FederationTable(_Table):
     """A round with fewer usable updates stops the run, which can be resumed."""
     deadline: float | None = Field(default=None, gt=0.0)
     """Seconds after which a client's update is left out of its round; none if not given."""
+    stale: Literal["refuse", "accept"] = "refuse"
+    """Whether an update that comes in a later round counts there, by the square root of its age
+    less."""
     weighting: Literal["examples", "uniform", "capped"] = "examples"
     """A client's weight: its number of training rows, 1, or that number up to ``weight_cap``."""
     weight_cap: int | None = Field(default=None, ge=1)
     """The most training rows that count, for ``capped``."""
+    robust: Literal["clip", "multi_krum", "trimmed_mean", "geometric_median"] | None = None
+    """What is done against bad updates before they are summed; nothing if not given."""
+    clip_norm: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """The longest change of the global model, for ``clip``; the round's median if not given."""
+    bad_share: float | None = Field(default=None, gt=0.0, lt=0.5)
+    """The share of a round's updates that may be bad, rounded up, for ``multi_krum`` and
+    ``trimmed_mean``."""
     history: int = Field(default=4, ge=0)
     """How many rounds a client may have missed and still get no more than their pieces."""
     rounds: int = Field(default=10, ge=1)
@@ -122,7 +133,16 @@ class Recipe(_Table):
             table.deadline,
             table.weighting,
             table.weight_cap,
+            table.stale,
         )
+
+    @property
+    def screening(self) -> Screening | None:
+        """The rule against bad updates, if there is one."""
+        table = self.federation
+        if table.robust is None:
+            return None
+        return Screening(table.robust, table.clip_norm, table.bad_share)
 
     def to_toml(self) -> str:
         """The resolved recipe: every value, defaults included."""
@@ -181,7 +201,7 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
             faults += check(document[table])
     faults += _method_faults(document.get("federation", {}))
     if recipe is not None:
-        faults += _participation_faults(recipe.federation)
+        faults += _participation_faults(recipe.federation) + _screening_faults(recipe)
     if recipe is not None:
         for client, own in recipe.clients.items():
             faults += _client_faults(f'clients."{client}"', own, recipe)
@@ -213,8 +233,40 @@ def _participation_faults(table: FederationTable) -> list[str]:
             f"federation.min_updates: {table.min_updates} cannot come from "
             f"{table.clients_per_round} clients_per_round"
         )
+    if table.stale == "accept":
+        if table.method != "fedex":
+            faults.append(f"federation.stale: {table.method} averages factors; use fedex")
+        if table.history == 0:
+            faults.append("federation.history: 0 keeps no version that a late update can be of")
     if (table.weighting == "capped") != (table.weight_cap is not None):
         faults.append("federation.weight_cap: needed by weighting = 'capped', and by no other")
+    return faults
+
+
+def _screening_faults(recipe: Recipe) -> list[str]:
+    table, faults = recipe.federation, []
+    rejects = table.robust in ("multi_krum", "trimmed_mean")
+    if table.clip_norm is not None and table.robust != "clip":
+        faults.append("federation.clip_norm: only with robust = 'clip'")
+    if rejects != (table.bad_share is not None):
+        faults.append(
+            "federation.bad_share: needed by robust = 'multi_krum' or 'trimmed_mean', "
+            "and by no other"
+        )
+    if table.robust in ("clip", "geometric_median") and table.next_adapter == "keep":
+        faults.append(
+            f"federation.robust: {table.robust} rejects nobody, and with next_adapter = 'keep' "
+            f"clients would continue from updates of any size; use multi_krum or trimmed_mean"
+        )
+    screening, most = recipe.screening, table.clients_per_round
+    if not faults and screening is not None and most is not None:
+        if short := screening.shortfall(most):
+            faults.append(f"federation.clients_per_round: {short}")
+        elif most - screening.bad(most) < table.min_updates:
+            faults.append(
+                f"federation.min_updates: {table.min_updates} cannot be left of {most} "
+                f"clients_per_round after {screening.bad(most)} are rejected"
+            )
     return faults
 
 

@@ -21,7 +21,7 @@ def rescore(recipe: Recipe, folder: Path, *, merged: bool) -> dict[str, float]:
     Raises:
         InputError: if the recipe's data or model is not there any more.
     """
-    prepared = prepare(recipe, Observer())
+    prepared, _ = prepare(recipe, Observer())
     if merged:
         model = load_merged(folder, prepared.task.peft_task_type, recipe.model.dtype)
     else:

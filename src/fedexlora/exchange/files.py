@@ -10,10 +10,18 @@ from pathlib import Path
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Replace a file in one step: readers see the old or the new content, even after a crash."""
+    """Replace a file in one step: readers see the old or the new content, even after a crash.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; nothing is left beside it.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    _write(temporary, content)
-    temporary.replace(path)
+    try:
+        _write(temporary, content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

@@ -12,7 +12,13 @@ from pydantic import BaseModel, ConfigDict
 class Record(BaseModel):
     """Base of all records: immutable, and strict about what it holds."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        # JSON has no NaN; as null, the score of a model that diverged could not be read again.
+        ser_json_inf_nan="strings",
+    )
 
 
 class ClientRecord(Record):
@@ -24,6 +30,13 @@ class ClientRecord(Record):
     """Its share of the mean, 0 to 1."""
     loss: float
     """Mean training loss of the round."""
+    kept: float
+    """The share of its change that counts; below 1 if it was clipped."""
+    norm: float | None
+    """Length of its change of the global model, all modules and heads; None without a rule against
+    bad updates."""
+    staleness: int
+    """Rounds between the version that it was trained from and that of this round; 0 if in time."""
     since: int | None
     """The version that it held before the round; None for nothing."""
     downloaded_bytes: int
@@ -111,6 +124,9 @@ class RoundRecord(Record):
     method: str
     clients: tuple[ClientRecord, ...]
     left_out: tuple[LeftOutRecord, ...]
+    stay: float
+    """The share of the mean that stays with the version that the round started from: what clipped
+    clients lose."""
     bytes: BytesRecord
     deviation: float
     """|R| / |M| over all modules, scaled: what FedIT would have lost in this round."""

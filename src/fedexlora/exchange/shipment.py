@@ -9,23 +9,29 @@ an adapter of its own gets that in a second message.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import RunError
 from fedexlora.exchange.state import (
     GlobalState,
     adapter_tensors,
+    factors_of,
     lowrank_from,
     lowrank_tensors,
+    refuse_others,
     state_from,
     state_tensors,
+    unpack_state,
 )
-from fedexlora.exchange.wire import pack, unpack
+from fedexlora.exchange.wire import number, pack
+
+_PIECE = re.compile(r"piece([0-9]+)[./]")
+"""How the name of a tensor of a piece begins, with the version that the piece leads to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +58,19 @@ class History:
     """By the version that they lead to."""
     trained: tuple[str, ...]
     """The factors that change from version to version."""
+    starts: Mapping[int, GlobalState] = field(default_factory=dict)
+    """What clients began to train from in those versions, without remainders."""
 
     def after(self, step: Step) -> History:
         """This history and one more step."""
-        version = step.state.version
-        kept = {v: p for v, p in self.pieces.items() if v > version - self.window}
-        return replace(self, pieces={**kept, version: step.pieces})
+        version, oldest = step.state.version, step.state.version - self.window
+        pieces = {v: p for v, p in self.pieces.items() if v > oldest}
+        starts = {v: s for v, s in self.starts.items() if v >= oldest}
+        return replace(
+            self,
+            pieces={**pieces, version: step.pieces},
+            starts={**starts, version: step.state.start()},
+        )
 
     def reaches(self, held: int | None, version: int) -> bool:
         """Whether a receiver of a version can be brought to another one by pieces."""
@@ -67,16 +80,18 @@ class History:
 
     def encode(self, state: GlobalState, held: int | None) -> bytes:
         """A version for a receiver that holds ``held``; the smaller of its two forms."""
-        total = pack(state_tensors(state.common()), _header(state, None))
+        fingerprint, whole = state.fingerprint(), state_tensors(state.common())
         if not self.reaches(held, state.version) or held is None:
-            return total
+            return pack(whole, _header(state, None, fingerprint))
         tensors: dict[str, Tensor] = {}
         for version in range(held + 1, state.version + 1):
             tensors |= lowrank_tensors(f"piece{version}", self.pieces[version])
         tensors |= adapter_tensors(state.adapter, self.trained)
         tensors |= {f"dense/{name}": tensor for name, tensor in state.dense.items()}
-        steps = pack(tensors, _header(state, held))
-        return min(steps, total, key=len)
+        steps = pack(tensors, _header(state, held, fingerprint))
+        if sum(tensor.nbytes for tensor in whole.values()) >= len(steps):
+            return steps  # as a message the total is larger still: it need not be made
+        return min(steps, pack(whole, _header(state, None, fingerprint)), key=len)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +109,7 @@ class Holdings:
         Args:
             step: what the round led to.
             landed: the clients that came to the version that the round started from.
-            lost: the clients that hold nothing now.
+            lost: the clients that held nothing, unless they landed afterwards.
         """
         gone = set(lost)
         kept = {client: v for client, v in self.versions.items() if client not in gone}
@@ -102,8 +117,8 @@ class Holdings:
         return Holdings(kept | now, self.history.after(step))
 
 
-def _header(state: GlobalState, since: int | None) -> dict[str, object]:
-    return {"version": state.version, "since": since, "fingerprint": state.fingerprint()}
+def _header(state: GlobalState, since: int | None, fingerprint: str) -> dict[str, object]:
+    return {"version": state.version, "since": since, "fingerprint": fingerprint}
 
 
 def encode_own(state: GlobalState, client: str) -> bytes | None:
@@ -124,22 +139,26 @@ def receive(held: GlobalState | None, message: bytes) -> GlobalState:
     Raises:
         RunError: if the message is damaged, leads from another version than the one held (a piece
             applied twice, or over a gap, would leave the receiver with another model), or leads
-            to other bits than the server holds.
+            to other bits than the server holds. A receiver that is further than the server knows,
+            because its last reply was lost, adds only the pieces that it lacks.
     """
     try:
-        tensors, header = unpack(message)
-        version, since = int(header["version"]), header["since"]
+        tensors, header = unpack_state(message)
+        version = number(header, "version")
+        since = None if header["since"] is None else number(header, "since")
         if since is None:
             state = state_from(version, tensors)
-        elif held is None or held.version != since:
+            refuse_others(tensors, state_tensors(state.common()))
+        elif held is None or not since <= held.version <= version:
             raise RunError(
                 f"a message leads from version {since} to {version}, but the receiver holds "
                 f"{'nothing' if held is None else f'version {held.version}'}"
             )
         else:
-            state = _stepped(held.common(), tensors, version)
+            state = _stepped(held.common(), tensors, since, version)
         wanted = header["fingerprint"]
-    except (ValueError, KeyError) as error:
+    # RuntimeError: a decomposition of finite numbers that overflow.
+    except (ValueError, KeyError, RuntimeError) as error:
         raise RunError(f"a message of the server is damaged: {error}") from error
     if state.fingerprint() != wanted:
         raise RunError(
@@ -156,22 +175,40 @@ def receive_own(state: GlobalState, client: str, message: bytes) -> GlobalState:
         RunError: if the message is damaged, of another client or another version.
     """
     try:
-        tensors, header = unpack(message)
-        if (header["client"], header["version"]) != (client, state.version):
+        tensors, header = unpack_state(message)
+        if (header["client"], number(header, "version")) != (client, state.version):
             raise ValueError(f"expected the adapter of {client!r} in version {state.version}")
-        adapter = {n: Factors(tensors[f"A/{n}"], tensors[f"B/{n}"]) for n in state.adapter}
+        adapter = {
+            name: factors_of(name, tensors[f"A/{name}"], tensors[f"B/{name}"], common)
+            for name, common in state.adapter.items()
+        }
+        refuse_others(tensors, adapter_tensors(adapter))
     except (ValueError, KeyError) as error:
         raise RunError(f"a message of the server is damaged: {error}") from error
     return replace(state, own={client: adapter})
 
 
-def _stepped(held: GlobalState, tensors: Mapping[str, Tensor], version: int) -> GlobalState:
-    adapter = {
-        name: Factors(tensors.get(f"A/{name}", old.A), tensors.get(f"B/{name}", old.B))
-        for name, old in held.adapter.items()
-    }
+def _stepped(
+    held: GlobalState, tensors: Mapping[str, Tensor], since: int, version: int
+) -> GlobalState:
+    """A version from one that is at least ``since``: pieces that it has already are passed over."""
+    if version <= since:
+        raise ValueError(f"it leads from version {since} back to {version}")
+    adapter = {}
+    for name, old in held.adapter.items():
+        a, b = tensors.get(f"A/{name}", old.A), tensors.get(f"B/{name}", old.B)
+        adapter[name] = factors_of(name, a, b, old)
     shapes = {name: matrix.shape for name, matrix in held.total.items()}
     dense = {name: tensors[f"dense/{name}"] for name in held.dense}
-    for reached in range(held.version + 1, version + 1):
-        held = held.advance(adapter, lowrank_from(f"piece{reached}", tensors, shapes), dense, {})
-    return held
+    known = {*adapter_tensors(adapter), *(f"dense/{name}" for name in dense)}
+    # Zero pieces are not sent, and a version may be any number: only what is there is walked over.
+    for reached in sorted({int(found[1]) for found in map(_PIECE.match, tensors) if found}):
+        if not since < reached <= version:
+            continue
+        pieces = lowrank_from(f"piece{reached}", tensors, shapes)
+        known |= lowrank_tensors(f"piece{reached}", pieces).keys()
+        if reached <= held.version:
+            continue
+        held = replace(held, version=reached - 1).advance(adapter, pieces, dense, {})
+    refuse_others(tensors, known)
+    return replace(held, version=version, adapter=adapter, dense=dense)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
-from fedexlora.exchange.wire import digest
+from fedexlora.exchange.spec import TensorSpec
+from fedexlora.exchange.wire import digest, short, unpack
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What factors, remainders, heads and biases are held in."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: the fingerprint is kept
 class GlobalState:
     """Version ``t`` of the global model: ``base + scaling * (total + B A)`` in every module.
 
@@ -49,7 +55,19 @@ class GlobalState:
 
     def fingerprint(self) -> str:
         """SHA-256 of what all clients hold alike: equal if and only if the bits are."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return digest(state_tensors(self.common()), str(self.version))
+
+    def adapter_of(self, client: str) -> Mapping[str, Factors]:
+        """The factors that a client continues from, by module."""
+        return self.own.get(client, self.adapter)
+
+    def start(self) -> GlobalState:
+        """What clients began to train from: this version without the remainder."""
+        return replace(self, total={})
 
     def common(self) -> GlobalState:
         """What all clients hold alike: this version without the clients' own adapters."""
@@ -113,6 +131,45 @@ def state_tensors(state: GlobalState) -> dict[str, Tensor]:
     return tensors | {f"dense/{name}": tensor for name, tensor in state.dense.items()}
 
 
+def factors_of(name: str, a: Tensor, b: Tensor, like: Factors) -> Factors:
+    """Factors of the module that ``like`` is of; their rank may be another.
+
+    Raises:
+        ValueError: if they are of another shape.
+    """
+    found = Factors(a, b)
+    if found.shape != like.shape:
+        raise ValueError(f"factors of {name}: expected {like.shape}, found {found.shape}")
+    return found
+
+
+def unpack_state(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a message that holds a version, or what leads to one.
+
+    Raises:
+        ValueError: if the message is damaged, or no model can be made of its numbers.
+    """
+    tensors, header = unpack(message)
+    faults = [
+        f"{name}: {TensorSpec.of(tensor)}, expected finite floating-point numbers"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in _DTYPES or not tensor.reshape(-1).isfinite().all()
+    ]
+    if faults:
+        raise ValueError("; ".join(faults))
+    return tensors, header
+
+
+def refuse_others(tensors: Mapping[str, Tensor], known: Collection[str]) -> None:
+    """Refuse a message of which something would be left over.
+
+    Raises:
+        ValueError: naming the tensors that are not among ``known``.
+    """
+    if others := sorted(tensors.keys() - set(known)):
+        raise ValueError(f"unexpected tensors: {short(others)}")
+
+
 def state_from(version: int, tensors: Mapping[str, Tensor]) -> GlobalState:
     """What :func:`state_tensors` wrote.
 
@@ -124,6 +181,8 @@ def state_from(version: int, tensors: Mapping[str, Tensor]) -> GlobalState:
         raise ValueError(f"factor B is missing for {missing}")
     adapter = {name: Factors(tensors[f"A/{name}"], tensors[f"B/{name}"]) for name in modules}
     total = lowrank_from("total", tensors, {name: f.shape for name, f in adapter.items()})
+    if narrow := [name for name, matrix in total.items() if matrix.value.dtype != torch.float64]:
+        raise ValueError(f"the total is not float64 for {narrow}")
     dense = {n.removeprefix("dense/"): t for n, t in tensors.items() if n.startswith("dense/")}
     own: dict[str, dict[str, Factors]] = {}
     for key in (key for key in tensors if key.startswith("own.A/")):
@@ -131,5 +190,5 @@ def state_from(version: int, tensors: Mapping[str, Tensor]) -> GlobalState:
         other = tensors.get(f"own.B/{name}/{client}")
         if other is None or name not in adapter:
             raise ValueError(f"{key}: factor B is missing, or there is no such module")
-        own.setdefault(client, {})[name] = Factors(tensors[key], other)
+        own.setdefault(client, {})[name] = factors_of(name, tensors[key], other, adapter[name])
     return GlobalState(version, adapter, total, dense, own)

@@ -12,7 +12,10 @@ from torch import Tensor
 from fedexlora.algebra.factors import Factors
 from fedexlora.errors import UpdateError
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
-from fedexlora.exchange.wire import pack, unpack
+from fedexlora.exchange.wire import LARGEST, pack, short, unpack
+
+_LARGEST_VALUE = 1e15
+"""Beyond, the product of two finite factors may overflow float32, and with it everybody's model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +73,13 @@ def decode_update(message: bytes, round_: int, client: str) -> ClientUpdate:
         "base": str,
     }
     faults = [
-        f"header {key!r}: expected {kind.__name__}, found {header.get(key)!r}"
+        f"header {key!r}: expected {kind.__name__}, found {short(header.get(key))}"
         for key, kind in fields.items()
         if type(header.get(key)) is not kind
     ]
     if faults or len(header) != len(fields):
-        raise UpdateError(round_, client, faults or [f"header: unexpected keys in {set(header)}"])
+        unexpected = f"header: unexpected {short(sorted(header.keys() - fields.keys()))}"
+        raise UpdateError(round_, client, faults or [unexpected])
     values: dict[str, Any] = header
     return ClientUpdate(**values, tensors=tensors)
 
@@ -101,17 +105,18 @@ def check_update(
 
     Raises:
         UpdateError: naming every fault: tensors that are missing, unexpected, of another shape or
-            dtype or not finite; another client, round, version or base model; no examples; a loss
-            that is not finite.
+            dtype, not finite or too large; another client, round, version or base model; no
+            examples, or more than can be counted; a loss that is not finite.
     """
     said = (("client", client), ("round", round_), ("version", version), ("base", base))
     faults = [
-        f"{field}: expected {expected!r}, found {getattr(update, field)!r}"
+        f"{field}: expected {expected!r}, found {short(getattr(update, field))}"
         for field, expected in said
         if getattr(update, field) != expected
     ]
-    if update.num_examples <= 0:
-        faults.append(f"num_examples: expected at least 1, found {update.num_examples}")
+    if not 1 <= update.num_examples <= LARGEST:
+        bound = "at least 1" if update.num_examples < 1 else f"at most {LARGEST}"
+        faults.append(f"num_examples: expected {bound}, found {short(update.num_examples)}")
     if not isfinite(update.loss):
         faults.append(f"loss: expected a finite number, found {update.loss}")
     expected_tensors = spec.tensors()
@@ -127,5 +132,9 @@ def _tensor_faults(name: str, expected: TensorSpec, found: Tensor | None) -> lis
         return [f"{name}: missing, expected {expected}"]
     if TensorSpec.of(found) != expected:
         return [f"{name}: expected {expected}, found {TensorSpec.of(found)}"]
-    bad = int((~found.isfinite()).sum())
-    return [f"{name}: {bad} of {found.numel()} values are not finite"] if bad else []
+    if bad := int((~found.isfinite()).sum()):
+        return [f"{name}: {bad} of {found.numel()} values are not finite"]
+    largest = float(found.abs().max()) if found.numel() else 0.0
+    if largest > _LARGEST_VALUE:
+        return [f"{name}: expected values of at most {_LARGEST_VALUE:g}, found {largest:g}"]
+    return []
