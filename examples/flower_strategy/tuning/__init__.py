@@ -1,0 +1,1 @@
+"""Federated LoRA fine-tuning of a sentence classifier, as a Flower app."""

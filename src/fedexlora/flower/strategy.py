@@ -1,0 +1,215 @@
+"""FedEx-LoRA in the place of Flower's ``FedAvg``: exact aggregation within Flower's own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import hypot
+from typing import NoReturn
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy import FedAvg
+
+from fedexlora.algebra.deviation import ratio
+from fedexlora.algebra.lowrank import difference_norm
+from fedexlora.engine.aggregation import RoundSums
+from fedexlora.engine.certificate import TOLERANCE
+from fedexlora.errors import UpdateError
+from fedexlora.exchange.shipment import Step
+from fedexlora.exchange.spec import AdapterSpec
+from fedexlora.exchange.update import ClientUpdate, check_update, decode_update
+from fedexlora.flower.arrays import UPDATE, Shared, pack_shared, read_bytes, unpack_shared
+from fedexlora.flower.replies import (
+    NodeReply,
+    leave_out,
+    logger,
+    usable_replies,
+    with_like_metrics,
+)
+from fedexlora.methods.fedex import FEDEX
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A round that waits for replies."""
+
+    sent: Shared
+    asked: tuple[int, ...]
+
+
+class FedExLoRA(FedAvg):
+    """Federated LoRA whose aggregate is exactly the mean of the clients' models.
+
+    The next adapter is the mean of the clients' factors, and what the product of the means lacks
+    of the mean of the products travels with it, in factors, to be put into or beside the frozen
+    weight (FedEx-LoRA, arXiv:2410.09432, eq. 9-16, weighted by ``weighted_by_key``). The server
+    needs no base model. In a server app::
+
+        strategy = FedExLoRA(fraction_train=0.5, min_available_nodes=4)
+        result = strategy.start(grid, initial_arrays=initial_arrays(model), num_rounds=3)
+        save_adapter(model, result.arrays, "adapter")
+
+    and in the client app, around training of its own::
+
+        load_arrays(model, msg.content["arrays"])
+        arrays = update_arrays(model, msg, num_examples=len(rows), loss=loss)
+
+    The arguments are those of ``FedAvg``. A node that fails, that does not answer, whose adapter
+    has other modules, shapes, dtypes, ranks or scalings, whose base model is another, or whose
+    update is damaged, not finite or of another round is left out of the round and named in the
+    log with every fault; the round goes on with the others, and if none is left the global model
+    stays as it is. Where Flower's default key ``num-examples`` is used, the number must be the one
+    that the update was made with.
+
+    What it cannot do, because Flower's loop does not:
+
+    - Resume. ``start`` begins at round 1. Arrays that an ``evaluate_fn`` stored can be handed over
+      as ``initial_arrays``, and the model goes on from there, but rounds are counted anew.
+    - Stream. Replies are held in memory until the last one has come, or the timeout is over.
+    - Send only what a client lacks. Every message holds the whole remainder of all rounds so far.
+    - Be made private by Flower's differential privacy or SecAgg+. They clip, mask or add noise to
+      arrays of numbers, which factors behind a checksum are not: the clients' modifiers and the
+      strategies around this one refuse such arrays, or what they made of them is found damaged.
+    - Have clients with ranks of their own, or use another method than FedEx-LoRA.
+
+    All but the private ones are what ``fedexlora run`` is for.
+    """
+
+    _open: _Open | None = None
+
+    def summary(self) -> None:
+        """Log the strategy's configuration."""
+        logger.info("\t├──> FedEx-LoRA:")
+        logger.info("\t│\t├── Next adapter: weighted mean of the factors")
+        logger.info("\t│\t└── Remainder: kept exactly; a round is off by at most %g", TOLERANCE)
+        super().summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Messages to a sample of nodes, as of ``FedAvg``.
+
+        Args:
+            server_round: from 1.
+            arrays: the global model, from :func:`~fedexlora.flower.initial_arrays` at first.
+            config: for the clients; the round is added.
+            grid: how nodes are reached.
+
+        Raises:
+            RunError: if the arrays hold no version of a global model.
+        """
+        sent = unpack_shared(arrays)
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        self._open = _Open(sent, tuple(m.metadata.dst_node_id for m in messages))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The next version of the global model, and the clients' metrics as of ``FedAvg``.
+
+        Args:
+            server_round: from 1.
+            replies: of the nodes, in any order.
+
+        Returns:
+            ``(None, None)`` if no node delivered a usable update.
+
+        Raises:
+            AggregationError: if no round was configured, or the next version is not the ideal one.
+        """
+        step = "aggregate_train"
+        if self._open is None:
+            raise AggregationError("configure_train was not called before aggregate_train")
+        opened, self._open = self._open, None
+        sent = opened.sent
+        sums, counted = RoundSums(sent.state, sent.spec, {}), []
+        for reply in usable_replies(replies, self.weighted_by_key, opened.asked, step):
+            try:
+                sums.add(self._update(reply, server_round, sent), reply.weight)
+            except UpdateError as error:
+                leave_out(step, reply.node, error.faults)
+            else:
+                counted.append(reply)
+        logger.info("%s: %d of %d nodes count", step, len(counted), len(opened.asked))
+        if not counted:
+            return None, None
+        after = sums.aggregate(FEDEX, _no_fresh)
+        _certify(sums, after, sent.spec)
+        metrics = self.train_metrics_aggr_fn(with_like_metrics(counted, step), self.weighted_by_key)
+        return pack_shared(replace(sent, state=after.state)), metrics
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """The clients' metrics, as of ``FedAvg``, over the nodes whose reply is usable."""
+        del server_round
+        step = "aggregate_evaluate"
+        usable = usable_replies(replies, self.weighted_by_key, (), step)
+        logger.info("%s: %d nodes count", step, len(usable))
+        if not usable:
+            return None
+        return self.evaluate_metrics_aggr_fn(with_like_metrics(usable, step), self.weighted_by_key)
+
+    def _update(self, reply: NodeReply, server_round: int, sent: Shared) -> ClientUpdate:
+        """A reply's checked update.
+
+        Raises:
+            UpdateError: naming every fault.
+        """
+        client, records = str(reply.node), list(reply.content.array_records.values())
+        try:
+            if len(records) != 1:
+                raise ValueError(f"expected one ArrayRecord, found {len(records)}")
+            message = read_bytes(records[0], UPDATE)
+        except ValueError as error:
+            raise UpdateError(server_round, client, [str(error)]) from error
+        update = decode_update(message, server_round, client)
+        check_update(
+            update,
+            sent.spec,
+            client=client,
+            round_=server_round,
+            version=sent.state.version,
+            base=sent.base,
+        )
+        if self.weighted_by_key == "num-examples" and reply.weight != update.num_examples:
+            said = f"expected the update's {update.num_examples}, found {reply.weight:g}"
+            raise UpdateError(server_round, client, [f"metric 'num-examples': {said}"])
+        return update
+
+
+def _certify(sums: RoundSums, after: Step, spec: AdapterSpec) -> None:
+    """Hold the next version against the naive float64 sum of what was received, and log it.
+
+    Raises:
+        AggregationError: if it is off by more than ``TOLERANCE`` of the update.
+    """
+    deviations = sums.deviations()
+    error = norm = lost = mean = 0.0
+    for name, module in spec.modules.items():
+        ideal = sums.ideal(name)
+        held = after.state.total[name].plus([after.state.adapter[name]])
+        error = hypot(error, module.scaling * difference_norm(held, ideal))
+        norm = hypot(norm, module.scaling * ideal.squared_norm() ** 0.5)
+        lost = hypot(lost, module.scaling * deviations[name].residual)
+        mean = hypot(mean, module.scaling * deviations[name].ideal)
+    relative = ratio(error, norm)
+    logger.info(
+        "aggregate_train: version %d is off the ideal by %.1e of the update; "
+        "averaging the factors would lose %.1f %%",
+        after.state.version,
+        relative,
+        100 * ratio(lost, mean),
+    )
+    if relative > TOLERANCE:
+        raise AggregationError(
+            f"version {after.state.version} is off the ideal by {relative:.1e} of the update, "
+            f"allowed is {TOLERANCE:g}"
+        )
+
+
+def _no_fresh(spec: AdapterSpec) -> NoReturn:
+    raise AssertionError(f"FedEx-LoRA draws no new factors, of {len(spec.modules)} modules")
