@@ -47,5 +47,5 @@ $(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.quickstart
-	$(PIP_INSTALL) --editable '.[quickstart,quantization,dev]'
+	$(PIP_INSTALL) --editable '.[quickstart,quantization,flower,simulation,dev]'
 	@touch $@

@@ -24,9 +24,10 @@ ALLOWED = {
     "data": BELOW_EXCHANGE | {"exchange"},
     "adapters": BELOW_EXCHANGE | {"exchange", "methods", "peft_bridge"},
     "engine": BELOW_EXCHANGE | {"exchange", "methods", "peft_bridge", "data", "adapters"},
+    "flower": BELOW_EXCHANGE | {"exchange", "methods", "peft_bridge", "data", "engine"},
     "cli": BELOW_EXCHANGE
     | {"exchange", "methods", "peft_bridge", "data", "engine"}
-    | {"adapters", "report"},
+    | {"adapters", "report", "flower"},
     "report": BELOW_EXCHANGE | {"exchange"},
 }
 HOMES = {
@@ -40,7 +41,15 @@ HOMES = {
     "matplotlib": {"report"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "flwr": set(),
+    "flwr": {"flower"},
+}
+PUBLIC_FLWR = {
+    "flwr.app",
+    "flwr.clientapp",
+    "flwr.serverapp",
+    "flwr.serverapp.exception",
+    "flwr.serverapp.strategy",
+    "flwr.simulation",
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -72,6 +81,11 @@ def test_imports_point_one_way(file):
             assert parts[1] == own or parts[1] in ALLOWED[own], f"{own} may not import {module}"
         if parts[0] in HOMES:
             assert own in HOMES[parts[0]], f"{parts[0]} enters through {HOMES[parts[0]]} only"
+
+
+def test_only_public_packages_of_flower_are_imported():
+    found = {m for file in FILES for m in imported(file) if m.split(".")[0] == "flwr"}
+    assert found <= PUBLIC_FLWR
 
 
 @pytest.mark.parametrize("module", ["peft", "transformers", "datasets", "flwr", "torch"])

@@ -22,7 +22,6 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
     FedAvg,
 )
-from flwr.supercore.task_identity import TaskIdentity
 from peft import PeftModel, get_peft_model_state_dict
 
 from fedexlora.errors import BridgeError, RunError
@@ -41,13 +40,6 @@ from tests.models import adapted, base_of, logits, lora_layers
 
 BAD = 13
 """The node that misbehaves, where one does."""
-
-
-@pytest.fixture(autouse=True)
-def _identity(monkeypatch):
-    """Flower makes messages only in processes of its own; this is one of its private names."""
-    for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
 
 
 @pytest.fixture
@@ -252,10 +244,7 @@ FAULTS = {
 @pytest.fixture(scope="module")
 def of_two():
     """What the two good nodes alone lead to."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("_task_id", "_run_id", "_node_id"):
-            patch.setattr(TaskIdentity, name, 1)
-        return start({11: good(), 12: good()}, adapted(CASE)).arrays
+    return start({11: good(), 12: good()}, adapted(CASE)).arrays
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedexlora.cli.options import quiet_libraries
+from fedexlora.errors import RecipeError
+
+if TYPE_CHECKING:
+    from fedexlora.engine.conduct import RunResult
+
+
+class Engine(StrEnum):
+    """What runs the clients."""
+
+    LOCAL = "local"
+    FLOWER = "flower"
 
 
 def run(
@@ -24,6 +39,18 @@ def run(
         bool,
         typer.Option("--keep-updates", help="Store what every client sent, as PEFT adapters."),
     ] = False,
+    engine: Annotated[
+        Engine,
+        typer.Option("--engine", help="One process, or Flower's simulation in several."),
+    ] = Engine.LOCAL,
+    client_cpus: Annotated[
+        int,
+        typer.Option("--client-cpus", help="With flower: processors of one client.", min=1),
+    ] = 1,
+    client_gpus: Annotated[
+        float,
+        typer.Option("--client-gpus", help="With flower: share of a GPU of one client.", min=0.0),
+    ] = 0.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each round's record as one line of JSON.")
     ] = False,
@@ -32,14 +59,26 @@ def run(
     quiet_libraries()
     from fedexlora.cli.terminal import JsonLines, Terminal, closing
     from fedexlora.engine.recipe import load_recipe
-    from fedexlora.engine.run import run as run_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    play = _player(engine, client_cpus, client_gpus)
     if as_json:
-        run_recipe(loaded, out, resume=resume, keep_updates=keep_updates, observer=JsonLines())
+        play(loaded, out, resume=resume, keep_updates=keep_updates, observer=JsonLines())
         return
     with Terminal() as terminal:
-        result = run_recipe(
-            loaded, out, resume=resume, keep_updates=keep_updates, observer=terminal
-        )
+        result = play(loaded, out, resume=resume, keep_updates=keep_updates, observer=terminal)
     closing(result, loaded)
+
+
+def _player(engine: Engine, cpus: int, gpus: float) -> Callable[..., RunResult]:
+    if engine is Engine.LOCAL:
+        from fedexlora.engine.run import run as local
+
+        return local
+    if find_spec("flwr") is None or find_spec("ray") is None:
+        raise RecipeError(
+            "--engine flower needs Flower's simulation", ["pip install 'fedexlora[simulation]'"]
+        )
+    from fedexlora.flower.simulation import Resources, simulate
+
+    return partial(simulate, resources=Resources(cpus, gpus))

@@ -1,0 +1,8 @@
+"""The two apps that Flower runs, and the recipe that they are about."""
+
+from pathlib import Path
+
+from fedexlora.flower import client_app, server_app
+
+server = server_app(Path(__file__).with_name("recipe.toml"))
+client = client_app()

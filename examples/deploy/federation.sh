@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# A federation on one machine: a SuperLink with TLS and node authentication, three SuperNodes.
+#     federation.sh keys     make a certificate authority, the server's certificate, node keys
+#     federation.sh start    start the servers and let the nodes in
+#     federation.sh run      run the app; what it says is shown until it ends
+#     federation.sh status   nodes and runs
+#     federation.sh stop     stop everything that start started
+# Everything is below $DEPLOY (default: ./deployment). Servers listen on loopback only.
+set -euo pipefail
+
+HERE=$(cd "$(dirname "$0")" && pwd)
+DEPLOY=$(realpath -m "${DEPLOY:-deployment}")
+APP=${APP:-$HERE/app}
+PORT=${PORT:-8000}
+NODES=${NODES:-3}
+export FLWR_HOME=$DEPLOY/flwr FLWR_TELEMETRY_ENABLED=0
+# The packages are installed on every machine beforehand; Flower must not fetch them at each run.
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+
+keys() {
+    mkdir -p "$DEPLOY/keys" && cd "$DEPLOY/keys"
+    umask 077
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -days 365 \
+        -subj "/CN=fedexlora example CA" -addext "keyUsage=critical,keyCertSign,cRLSign" \
+        -keyout ca.key -out ca.crt 2>/dev/null
+    openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj "/CN=localhost" \
+        -keyout server.key -out server.csr 2>/dev/null
+    printf 'subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\n' > server.ext
+    openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 365 \
+        -extfile server.ext -out server.crt 2>/dev/null
+    for i in $(seq "$NODES"); do
+        rm -f "node-$i" "node-$i.pub"
+        ssh-keygen -q -t ecdsa -b 384 -N "" -C "node-$i" -f "node-$i"
+    done
+    echo "keys of one CA, one server and $NODES nodes: $DEPLOY/keys"
+}
+
+launch() {  # NAME COMMAND...: in the background, with its log and its process id
+    local name=$1; shift
+    nohup "$@" > "$DEPLOY/log/$name.log" 2>&1 &
+    echo $! > "$DEPLOY/pid/$name"
+}
+
+start_superlink() {
+    launch superlink flower-superlink --host 127.0.0.1 --port "$PORT" \
+        --database "$DEPLOY/superlink.db" --enable-supernode-auth \
+        --ssl-ca-certfile "$DEPLOY/keys/ca.crt" \
+        --ssl-certfile "$DEPLOY/keys/server.crt" --ssl-keyfile "$DEPLOY/keys/server.key"
+    for _ in $(seq 120); do
+        if flwr ls deployed > "$DEPLOY/log/ls.log" 2>&1; then return; fi
+        sleep 1
+    done
+    echo "the SuperLink does not answer; see $DEPLOY/log" >&2
+    return 1
+}
+
+start_node() {
+    launch "node-$1" flower-supernode --superlink "127.0.0.1:$PORT" --port $((PORT + 1000 + $1)) \
+        --root-certificates "$DEPLOY/keys/ca.crt" \
+        --auth-supernode-private-key "$DEPLOY/keys/node-$1" \
+        --node-config "fedexlora-node=\"$DEPLOY/node-$1.toml\""
+}
+
+start() {
+    mkdir -p "$DEPLOY/log" "$DEPLOY/pid" "$FLWR_HOME"
+    cat > "$FLWR_HOME/config.toml" <<END
+[superlink]
+default = "deployed"
+
+[superlink.deployed]
+address = "127.0.0.1:$PORT"
+root-certificates = "$DEPLOY/keys/ca.crt"
+END
+    start_superlink
+    for i in $(seq "$NODES"); do
+        if [ ! -e "$DEPLOY/node-$i.toml" ]; then
+            sed "s|@DEPLOY@|$DEPLOY|; s|@NODE@|$i|; s|@SHARE@|$((i - 1))|; s|@HERE@|$PWD|" \
+                "$HERE/node.toml" > "$DEPLOY/node-$i.toml"
+        fi
+        flwr supernode register "$DEPLOY/keys/node-$i.pub" deployed --name "node-$i" ||
+            echo "node-$i is registered already" >&2
+        start_node "$i"
+    done
+    echo "SuperLink and $NODES SuperNodes are running; logs: $DEPLOY/log"
+}
+
+stop() {
+    for file in "$DEPLOY"/pid/node-* "$DEPLOY"/pid/superlink "$DEPLOY"/home/*/worker.pid; do
+        if [ -e "$file" ]; then kill "$(cat "$file")" 2>/dev/null || true; rm -f "$file"; fi
+    done
+    echo stopped
+}
+
+case ${1:-} in
+    keys | start | stop) "$1" ;;
+    run) flwr run "$APP" deployed --stream --run-config "out=\"$DEPLOY/run\" nodes=$NODES" "${@:2}" ;;
+    status) flwr supernode ls deployed && flwr ls deployed ;;
+    restart-superlink) start_superlink ;;
+    restart-node) start_node "$2" ;;
+    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac

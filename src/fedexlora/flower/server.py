@@ -1,0 +1,135 @@
+"""A recipe's run on the nodes of a Flower federation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from flwr.serverapp import Grid
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedexlora.data.task import stated
+from fedexlora.engine.conduct import RunResult, conduct
+from fedexlora.engine.folder import Progress, RunFolder
+from fedexlora.engine.observer import Observer, RunInfo
+from fedexlora.engine.prepare import check_clients, prepare, prepare_server
+from fedexlora.engine.recipe import Recipe
+from fedexlora.errors import RecipeError
+from fedexlora.exchange.records import RoundRecord
+from fedexlora.flower.node import recipe_for_nodes
+from fedexlora.flower.transport import FlowerTransport
+
+_log = logging.getLogger(__name__)
+
+
+class Settings(BaseModel):
+    """What the server's operator says of a run, beside the recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    out: Path
+    """The run's folder, on the server."""
+    nodes: int = Field(default=2, ge=1)
+    """How many nodes to wait for before the first round."""
+    wait: float = Field(default=600.0, gt=0)
+    """For how many seconds."""
+    keep_updates: bool = False
+    """Store what every client sent, as PEFT adapters."""
+    resume: bool = True
+    """Continue the run in ``out``, if there is one."""
+    in_order: bool = False
+    """Add up updates in the order of the clients' names, so that a run can be repeated to the bit;
+    those that come early wait in memory."""
+
+    @staticmethod
+    def of(config: Mapping[str, object]) -> Settings:
+        """The settings of Flower's run configuration.
+
+        Raises:
+            RecipeError: with every unknown key and invalid value.
+        """
+        try:
+            return Settings.model_validate({k.replace("-", "_"): v for k, v in config.items()})
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise RecipeError("the run configuration of the app is wrong", faults) from error
+
+
+class LogLines(Observer):
+    """Says in the log what happens."""
+
+    def preparing(self, what: str) -> None:
+        """One line."""
+        _log.info("%s", what)
+
+    def passed_over(self, fault: str) -> None:
+        """A warning."""
+        _log.warning("%s", fault)
+
+    def started(self, info: RunInfo) -> None:
+        """Where the run stands."""
+        _log.info("%d of %d rounds are done", len(info.finished), info.rounds)
+
+    def finished_round(self, record: RoundRecord) -> None:
+        """Scores and certificate of a round, and who is not part of it."""
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
+        _log.info(
+            "round %d: %d clients, %s, error of the applied update %.1e",
+            record.round,
+            len(record.clients),
+            scores,
+            record.certificate.error,
+        )
+        for out in record.left_out:
+            _log.warning(
+                "round %d: without %s: %s", record.round, out.client, "; ".join(out.reasons)
+            )
+
+
+def serve(
+    grid: Grid, recipe: Recipe, settings: Settings, observer: Observer, *, simulated: bool = False
+) -> RunResult:
+    """Run a recipe on the nodes of a federation, or continue it.
+
+    Args:
+        grid: Flower's.
+        recipe: what to run.
+        settings: of the run.
+        observer: told of progress.
+        simulated: whether nodes are processes of this machine, which read the recipe's own data
+            and keep no version.
+
+    Raises:
+        InputError: before any node is asked, if the recipe names something that is not there.
+        RunError: if too few nodes are ready, or the run stops; its last checkpoint is intact.
+    """
+    folder = RunFolder(settings.out)
+    continued = folder.check_same(recipe) if settings.resume else folder.check_new()
+    prepared = prepare(recipe, observer)[0] if simulated else prepare_server(recipe, observer)
+    task = stated(prepared.task).model_dump(mode="json", exclude_none=True)
+    whole = recipe.model_dump(mode="json", exclude_none=True)
+    transport = FlowerTransport(
+        grid,
+        whole if simulated else recipe_for_nodes(recipe, task),
+        prepared.model.base_fingerprint,
+        keeps=not simulated,
+        in_order=settings.in_order,
+    )
+    observer.preparing(f"waiting for {settings.nodes} clients")
+    transport.gather(settings.nodes, settings.wait)
+    check_clients(recipe, transport.clients)
+
+    def connect(progress: Progress) -> FlowerTransport:
+        del progress  # what nodes hold is on their own disks
+        return transport
+
+    return conduct(
+        prepared,
+        folder,
+        transport.rows,
+        connect,
+        continued=continued,
+        keep_updates=settings.keep_updates,
+        observer=observer,
+    )

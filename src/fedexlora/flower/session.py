@@ -1,0 +1,125 @@
+"""One client at work: it answers the server's requests around one loaded model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedexlora import __version__
+from fedexlora.engine.local import LocalTrainer
+from fedexlora.engine.observer import Observer
+from fedexlora.engine.prepare import prepare_client
+from fedexlora.errors import FedexLoraError, RunError
+from fedexlora.exchange.files import replace_bytes
+from fedexlora.exchange.shipment import receive, receive_own
+from fedexlora.exchange.state import GlobalState, state_from, state_tensors
+from fedexlora.exchange.wire import pack, unpack
+from fedexlora.flower.frames import PROTOCOL, Frame
+from fedexlora.flower.node import Node
+
+_log = logging.getLogger(__name__)
+
+
+class Session:
+    """What a client keeps from one message to the next: the model, its rows, the version it holds.
+
+    Args:
+        node: the client's own configuration.
+        stored: where the version that it holds is kept; None to keep it in memory only.
+    """
+
+    def __init__(self, node: Node, stored: Path | None) -> None:
+        self._node = node
+        self._stored = stored
+        self._recipe: Mapping[str, Any] | None = None
+        self._trainer: LocalTrainer | None = None
+        self._held = _read(stored) if stored else None
+
+    def answer(self, frame: Frame) -> Frame:
+        """The reply to one of the server's requests; it never raises."""
+        kinds: Mapping[str, Callable[[Frame], Frame]] = {"hello": self._hello, "train": self._train}
+        try:
+            _check_peer(frame.header)
+            return kinds[str(frame.header["kind"])](frame)
+        except FedexLoraError as error:
+            _log.error("%s", error)
+            return Frame({"failure": str(error)})
+        except Exception as error:  # noqa: BLE001 - the boundary of a client: its faults are its own
+            _log.exception("a request failed")
+            return Frame({"failure": f"{type(error).__name__}: {error}"})
+
+    def _hello(self, frame: Frame) -> Frame:
+        """Load what the recipe names, and say what is there."""
+        trainer, client = self._ready(frame.header), self._node.client
+        found, wanted = trainer.model.base_fingerprint, frame.header["base"]
+        if found != wanted:
+            raise RunError(f"the base model is another one: {found} here, {wanted} at the server")
+        rows = len(trainer.clients[client])
+        _log.info("ready as %r: %d rows, base %s", client, rows, found)
+        return Frame({"client": client, "rows": rows})
+
+    def _train(self, frame: Frame) -> Frame:
+        trainer, client = self._ready(frame.header), self._node.client
+        round_ = int(frame.header["round"])
+        try:
+            held = self._land(frame.parts)
+        except RunError as error:
+            _log.warning("round %d: %s", round_, error)
+            return Frame({"missed": str(error)})
+        _log.info("round %d: training from version %d", round_, held.version)
+        started = time.perf_counter()
+        update = trainer.update(client, held, round_, lambda *_: None)
+        seconds = time.perf_counter() - started
+        _log.info("round %d: trained in %.1f s", round_, seconds)
+        return Frame({"seconds": seconds}, {"update": update})
+
+    def _ready(self, header: Mapping[str, Any]) -> LocalTrainer:
+        """The model and rows of the server's recipe, loaded once."""
+        sent = header["recipe"]
+        if self._trainer is None or sent != self._recipe:
+            self._trainer = None  # two models may not fit in memory
+            recipe = self._node.recipe(sent)
+            share = self._node.data.share
+            self._trainer = prepare_client(recipe, self._node.client, share, Observer())
+            self._recipe = sent
+        return self._trainer
+
+    def _land(self, parts: Mapping[str, bytes]) -> GlobalState:
+        """Come to the version of the round, and make it durable."""
+        held, self._held = self._held, None
+        state = receive(held, parts["message"])
+        if self._stored and (held is None or held.version != state.version):
+            replace_bytes(self._stored, pack(state_tensors(state), {"version": state.version}))
+        self._held = state
+        if "own" in parts:
+            return receive_own(state, self._node.client, parts["own"])
+        return state
+
+
+def _check_peer(header: Mapping[str, Any]) -> None:
+    """Refuse a server that speaks otherwise, or whose arithmetic may differ.
+
+    Raises:
+        RunError: naming both versions.
+    """
+    theirs, ours = (header.get("protocol"), header.get("fedexlora")), (PROTOCOL, __version__)
+    if theirs != ours:
+        raise RunError(
+            f"the server runs fedexlora {theirs[1]} (protocol {theirs[0]}), "
+            f"this node {ours[1]} (protocol {ours[0]}): install the same version"
+        )
+
+
+def _read(path: Path) -> GlobalState | None:
+    """The version that was held before a restart; None if there is none, or it is damaged."""
+    try:
+        tensors, header = unpack(path.read_bytes())
+        return state_from(int(header["version"]), tensors)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, OSError) as error:
+        _log.warning("%s cannot be read, so the total is needed: %s", path, error)
+        return None

@@ -1,0 +1,239 @@
+"""The engine over Flower's grid: the same model as in one process, whatever nodes do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from flwr.app import Error
+
+from fedexlora.engine.observer import Observer
+from fedexlora.engine.recipe import parse_recipe
+from fedexlora.errors import RunError
+from fedexlora.flower.frames import Frame
+from fedexlora.flower.node import Node
+from fedexlora.flower.server import Settings, serve
+from fedexlora.flower.session import Session
+from tests.engine.conftest import files, recipe_document, without_times
+from tests.flower.nodes import FakeGrid
+
+CLIENTS = ("site-north", "site-south", "site-west")
+
+
+def node(client: str, document: dict, home: Path, **changes) -> Node:
+    data = {"source": document["data"]["source"], "share": client}
+    source = document["model"]["source"]
+    fields = {"client": client, "home": home / client, "data": data, "models": {source: source}}
+    return Node.model_validate(fields | changes)
+
+
+def session(client: str, document: dict, home: Path, **changes) -> Session:
+    made = node(client, document, home, **changes)
+    made.home.mkdir(parents=True, exist_ok=True)
+    return Session(made, made.home / "held.safetensors")
+
+
+@pytest.fixture
+def document(bert, data_folder) -> dict:
+    return recipe_document(bert, data_folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(bert, data_folder, tmp_path_factory) -> dict[int, Session]:
+    """Nodes that keep what they hold from one test, that is one server, to the next."""
+    home, document = tmp_path_factory.mktemp("nodes"), recipe_document(bert, data_folder)
+    return {7 + i: session(name, document, home) for i, name in enumerate(CLIENTS)}
+
+
+@pytest.fixture
+def sessions(loaded) -> dict[int, Session]:
+    return dict(loaded)
+
+
+def grid_of(sessions: dict[int, Session]) -> FakeGrid:
+    return FakeGrid({number: one.answer for number, one in sessions.items()})
+
+
+def start(grid: FakeGrid, document: dict, out: Path, **changes):
+    settings = Settings(out=out, nodes=len(grid.nodes), wait=5.0, in_order=True, **changes)
+    return serve(grid, parse_recipe(document, "test"), settings, Observer())
+
+
+def records(folder: Path) -> list[dict]:
+    return [without_times(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.exactness
+def test_the_result_is_that_of_one_process_to_the_bit(document, sessions, tmp_path, whole):
+    """Also where it is resumed by another server, with nodes that were started anew."""
+    grid = grid_of(sessions)
+    document["federation"]["rounds"] = 2
+    start(grid, document, tmp_path / "out")
+    document["federation"]["rounds"] = 3
+    again = {n: session(c, document, tmp_path) for n, c in enumerate(CLIENTS)}
+    result = start(grid_of(again), document, tmp_path / "out")
+    assert records(tmp_path / "out") == records(whole)
+    assert files(result.adapter) == files(whole / "adapter")
+    moved = [record.bytes.down for record in result.records]
+    assert moved[2] > 0
+    asked = [frame for _, frame in grid.pushed if frame.header["kind"] == "train"]
+    parts = [sum(map(len, frame.parts.values())) for frame in asked]
+    assert sum(moved[:2]) == sum(parts)
+
+
+def test_nodes_are_told_nothing_of_the_servers_data(document, sessions, tmp_path):
+    grid = grid_of(sessions)
+    document["federation"]["rounds"] = 1
+    start(grid, document, tmp_path / "out")
+    for _, frame in grid.pushed:
+        assert "data" not in frame.header["recipe"]
+        assert document["data"]["source"] not in json.dumps(frame.header)
+
+
+def test_a_node_that_goes_and_comes_back_catches_up(document, sessions, tmp_path):
+    grid = grid_of(sessions)
+    lost = sessions[8]
+    calls = []
+
+    def flaky(frame: Frame):
+        calls.append(frame.header.get("round"))
+        if frame.header.get("round") == 2:
+            return Error(5, "Node Unavailable")
+        return lost.answer(frame)
+
+    grid.nodes[8] = flaky
+    document["federation"]["rounds"] = 4
+    result = start(grid, document, tmp_path / "out")
+    assert [len(r.clients) for r in result.records] == [3, 2, 3, 3]
+    assert result.records[1].left_out[0].client == "site-south"
+    assert "Node Unavailable" in result.records[1].left_out[0].reasons[0]
+    back = next(c for c in result.records[2].clients if c.client == "site-south")
+    assert back.since == 0
+    assert all(r.certificate.held for r in result.records)
+
+
+def test_a_node_that_lost_its_disk_takes_the_total_in_the_same_round(document, sessions, tmp_path):
+    grid = grid_of(sessions)
+
+    def wiped(frame: Frame):
+        if frame.header.get("round") == 3 and not grid.nodes.pop("wiped", None):
+            grid.nodes["wiped"] = True
+            sessions[9] = session("site-west", document, tmp_path / "new")
+        return sessions[9].answer(frame)
+
+    grid.nodes[9] = wiped
+    grid.get_node_ids = lambda: [7, 8, 9]
+    result = start_with(grid, document, tmp_path / "out")
+    last = result.records[2]
+    assert [c.client for c in last.clients] == list(CLIENTS)
+    sizes = {c.client: c.downloaded_bytes for c in last.clients}
+    assert sizes["site-west"] > sizes["site-north"]
+
+
+def start_with(grid: FakeGrid, document: dict, out: Path):
+    settings = Settings(out=out, nodes=3, wait=5.0, in_order=True)
+    return serve(grid, parse_recipe(document, "test"), settings, Observer())
+
+
+def test_replies_that_are_late_twice_tampered_or_strange(document, sessions, tmp_path):
+    grid = grid_of(sessions)
+    document["federation"] |= {"rounds": 3, "deadline": 60.0}
+
+    def odd(frame: Frame):
+        good = sessions[8].answer(frame)
+        match frame.header.get("round"):
+            case 1:
+                return Frame(good.header, {"update": good.parts["update"][:-9]})
+            case 2:
+                tampered = bytearray(good.parts["update"])
+                tampered[-1] ^= 1
+                return Frame(good.header, {"update": bytes(tampered)})
+            case 3:
+                return Frame({"nonsense": 1}, {})
+        return good
+
+    grid.nodes[8] = odd
+    result = start(grid, document, tmp_path / "out")
+    reasons = [r.left_out[0].reasons[0] for r in result.records]
+    assert "not a safetensors message" in reasons[0]
+    assert "checksum" in reasons[1]
+    assert reasons[2] == "its reply has no update"
+    assert all([c.client for c in r.clients] == ["site-north", "site-west"] for r in result.records)
+
+
+def test_no_answer_within_the_deadline_is_named_and_the_node_is_not_asked_again(
+    document, sessions, tmp_path
+):
+    grid = grid_of(sessions)
+    document["federation"] |= {"rounds": 3, "deadline": 0.2}
+
+    def hangs(frame: Frame):
+        if frame.header.get("round") == 1:
+            return None
+        return sessions[8].answer(frame)
+
+    grid.nodes[8] = hangs
+    result = start(grid, document, tmp_path / "out")
+    reasons = [[(c.client, c.reasons) for c in r.left_out] for r in result.records]
+    late = "late: no answer within the round's deadline, 0.2 s"
+    busy = "it still works for round 1"
+    assert reasons == [
+        [("site-south", (late,))],
+        [("site-south", (busy,))],
+        [("site-south", (busy,))],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": {"other": "x"}}, "is not one of this node's models ('other')"),
+        (
+            {"limits": {"max_rank": 1}},
+            "lora.r: 2 is more than this node allows (1)",
+        ),
+        ({"limits": {"max_epochs": 0.5}}, "num_train_epochs: 1 is more than this node allows"),
+        ({"data": {"source": "/nowhere"}}, "expected a folder at '/nowhere'"),
+    ],
+)
+def test_a_node_that_refuses_is_named_with_its_reason(
+    document, sessions, tmp_path, changes, message
+):
+    sessions[8] = session("site-south", document, tmp_path, **changes)
+    grid = grid_of(sessions)
+    with pytest.raises(RunError, match="2 of 3 nodes were ready") as caught:
+        start(grid, document, tmp_path / "out")
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_options_that_name_files_or_hosts_are_refused_by_the_node(document, tmp_path):
+    document["training"]["logging_dir"] = "/etc"
+    frame = Frame({"recipe": document})
+    with pytest.raises(Exception, match="training.logging_dir: a server may not set it"):
+        node("site-north", document, tmp_path).recipe(frame.header["recipe"] | {"clients": {}})
+
+
+def test_another_version_of_the_package_or_another_base_is_refused(document, sessions, tmp_path):
+    asked = []
+    grid = grid_of(sessions)
+
+    def older(frame: Frame):
+        asked.append(frame)
+        return sessions[7].answer(Frame({**frame.header, "fedexlora": "0.0.1"}, frame.parts))
+
+    def other_base(frame: Frame):
+        return sessions[8].answer(Frame({**frame.header, "base": "another"}, frame.parts))
+
+    grid.nodes |= {7: older, 8: other_base}
+    with pytest.raises(RunError) as caught:
+        start(grid, document, tmp_path / "out")
+    assert "install the same version" in str(caught.value)
+    assert "the base model is another one" in str(caught.value)
+
+
+def test_a_second_node_of_the_same_name_is_refused(document, sessions, tmp_path):
+    sessions[9] = session("site-south", document, tmp_path / "twin")
+    with pytest.raises(RunError, match="node 8 is client 'site-south' already"):
+        start(grid_of(sessions), document, tmp_path / "out")
