@@ -161,7 +161,7 @@ class Training:
             base=self.model.base_fingerprint,
             tensors=self.sent[client],
         )
-        return [Reply(client, update.encode(), "", 0.0)]
+        return [Reply(client, round_, update.encode())]
 
     def _train(self, seed: int) -> None:
         peft = self.model.peft_model.train()

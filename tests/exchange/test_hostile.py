@@ -71,6 +71,7 @@ def record(round_: int) -> RoundRecord:
         method="fedex",
         clients=(),
         left_out=(),
+        stay=0.0,
         bytes={"up": 0, "down": 0},
         deviation=0.0,
         certificate={**certificate, "own": (), "held": True},

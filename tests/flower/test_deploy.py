@@ -19,6 +19,8 @@ from fedexlora.engine.recipe import load_recipe
 from fedexlora.engine.run import run
 from tests.engine.conftest import files, without_times
 
+pytestmark = pytest.mark.slow  # twenty processes that each import Flower or PyTorch
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "deploy" / "federation.sh"
 ROWS = {"train": 24, "validation": 16}
@@ -118,7 +120,6 @@ def deployed(tmp_path_factory) -> Iterator[Deployment]:
         deployment("stop", check=False)
 
 
-@pytest.mark.exactness
 def test_the_adapter_is_that_of_one_process_to_the_bit(deployed, tmp_path):
     result = run(load_recipe(deployed.folder / "app" / "recipe.toml"), tmp_path / "local")
     there = deployed.home / "run"
@@ -130,7 +131,6 @@ def records(folder: Path) -> list[dict]:
     return [without_times(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.exactness
 def test_a_node_that_is_not_registered_is_refused(deployed, tmp_path):
     key = tmp_path / "stranger"
     subprocess.run(
@@ -140,7 +140,6 @@ def test_a_node_that_is_not_registered_is_refused(deployed, tmp_path):
     assert "Connection successful" not in said
 
 
-@pytest.mark.exactness
 def test_a_node_that_trusts_another_authority_does_not_connect(deployed, tmp_path):
     other = Deployment(tmp_path)
     other("keys")
@@ -180,7 +179,6 @@ def attempt(deployed: Deployment, *words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_nodes_and_the_server_are_killed_and_come_back(deployed, tmp_path):
     """The run ends with the same model: the lost node is missed for a while, and catches up."""
     deployment = Deployment(tmp_path)

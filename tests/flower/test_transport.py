@@ -40,10 +40,15 @@ def document(bert, data_folder) -> dict:
 
 
 @pytest.fixture(scope="module")
-def loaded(bert, data_folder, tmp_path_factory) -> dict[int, Session]:
-    """Nodes that keep what they hold from one test, that is one server, to the next."""
-    home, document = tmp_path_factory.mktemp("nodes"), recipe_document(bert, data_folder)
-    return {7 + i: session(name, document, home) for i, name in enumerate(CLIENTS)}
+def homes(tmp_path_factory) -> Path:
+    """Where nodes keep what they hold from one test, that is one server, to the next."""
+    return tmp_path_factory.mktemp("nodes")
+
+
+@pytest.fixture(scope="module")
+def loaded(bert, data_folder, homes) -> dict[int, Session]:
+    document = recipe_document(bert, data_folder)
+    return {7 + i: session(name, document, homes) for i, name in enumerate(CLIENTS)}
 
 
 @pytest.fixture
@@ -65,13 +70,13 @@ def records(folder: Path) -> list[dict]:
 
 
 @pytest.mark.exactness
-def test_the_result_is_that_of_one_process_to_the_bit(document, sessions, tmp_path, whole):
+def test_the_result_is_that_of_one_process_to_the_bit(document, sessions, homes, tmp_path, whole):
     """Also where it is resumed by another server, with nodes that were started anew."""
     grid = grid_of(sessions)
     document["federation"]["rounds"] = 2
     start(grid, document, tmp_path / "out")
     document["federation"]["rounds"] = 3
-    again = {n: session(c, document, tmp_path) for n, c in enumerate(CLIENTS)}
+    again = {n: session(c, document, homes) for n, c in enumerate(CLIENTS)}
     result = start(grid_of(again), document, tmp_path / "out")
     assert records(tmp_path / "out") == records(whole)
     assert files(result.adapter) == files(whole / "adapter")

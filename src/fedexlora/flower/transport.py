@@ -191,6 +191,10 @@ class FlowerTransport:
 
     def _welcome(self, node: int, message: Message) -> None:
         """Make a node that has answered a client of the federation, or say why not."""
+        if message.has_error():  # it said nothing itself, as where its process was killed
+            self._greeted.pop(node, None)
+            _log.warning("node %d could not be greeted: %s", node, message.error.reason)
+            return
         try:
             header = _frame_of(message).header
             if "failure" in header:
