@@ -18,6 +18,7 @@ version is done once for all rules.
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import subprocess
 import sys
@@ -204,6 +205,7 @@ def main():
         for seed in options.seeds:
             prepared, trainer = prepare(recipe(folder, seed, options), Observer())
             trained = {}
+            gc.freeze()  # as ``fedexlora run`` does
             attacked = 2 * options.rounds
             for attack in options.attacks:
                 for rule in RULES:

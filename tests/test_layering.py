@@ -101,3 +101,14 @@ def test_algebra_exchange_and_methods_need_no_training_library():
         "sys.exit(', '.join(found) or 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_process_of_a_flower_message_loads_no_training_library():
+    """Flower starts one for every message, and counts those that need long to start as lost."""
+    pytest.importorskip("flwr")
+    code = (
+        "import sys, fedexlora.flower.apps, fedexlora.flower.worker;"
+        "found = {'torch', 'peft', 'transformers', 'datasets'} & set(sys.modules);"
+        "sys.exit(', '.join(found) or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # A federation on one machine: a SuperLink with TLS and node authentication, three SuperNodes.
-#     federation.sh keys     make a certificate authority, the server's certificate, node keys
-#     federation.sh start    start the servers and let the nodes in
-#     federation.sh run      run the app; what it says is shown until it ends
-#     federation.sh status   nodes and runs
-#     federation.sh stop     stop everything that start started
-# Everything is below $DEPLOY (default: ./deployment). Servers listen on loopback only.
+#     federation.sh keys       make a certificate authority, the server's certificate, node keys
+#     federation.sh start      start the SuperLink, let the nodes in, start them
+#     federation.sh run        run the app; what it says is shown until it ends
+#     federation.sh status     nodes and runs
+#     federation.sh stop       stop everything that start started
+#     federation.sh superlink  start the SuperLink only, as after it has stopped
+#     federation.sh node N     let node N in if it is new, and start it
+# Everything is below $DEPLOY (default: ./deployment). The SuperLink listens at $HOST (default:
+# 127.0.0.1, loopback) and $PORT (default: 8000).
 set -euo pipefail
 
 HERE=$(cd "$(dirname "$0")" && pwd)
 DEPLOY=$(realpath -m "${DEPLOY:-deployment}")
 APP=${APP:-$HERE/app}
+HOST=${HOST:-127.0.0.1}
 PORT=${PORT:-8000}
 NODES=${NODES:-3}
 export FLWR_HOME=$DEPLOY/flwr FLWR_TELEMETRY_ENABLED=0
@@ -25,7 +29,7 @@ keys() {
         -keyout ca.key -out ca.crt 2>/dev/null
     openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj "/CN=localhost" \
         -keyout server.key -out server.csr 2>/dev/null
-    printf 'subjectAltName=DNS:localhost,IP:127.0.0.1\nbasicConstraints=CA:FALSE\n' > server.ext
+    printf 'subjectAltName=DNS:localhost,IP:%s\nbasicConstraints=CA:FALSE\n' "$HOST" > server.ext
     openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 365 \
         -extfile server.ext -out server.crt 2>/dev/null
     for i in $(seq "$NODES"); do
@@ -41,8 +45,17 @@ launch() {  # NAME COMMAND...: in the background, with its log and its process i
     echo $! > "$DEPLOY/pid/$name"
 }
 
-start_superlink() {
-    launch superlink flower-superlink --host 127.0.0.1 --port "$PORT" \
+superlink() {
+    mkdir -p "$DEPLOY/log" "$DEPLOY/pid" "$FLWR_HOME"
+    cat > "$FLWR_HOME/config.toml" <<END
+[superlink]
+default = "deployed"
+
+[superlink.deployed]
+address = "$HOST:$PORT"
+root-certificates = "$DEPLOY/keys/ca.crt"
+END
+    launch superlink flower-superlink --host "$HOST" --port "$PORT" \
         --database "$DEPLOY/superlink.db" --enable-supernode-auth \
         --ssl-ca-certfile "$DEPLOY/keys/ca.crt" \
         --ssl-certfile "$DEPLOY/keys/server.crt" --ssl-keyfile "$DEPLOY/keys/server.key"
@@ -54,33 +67,22 @@ start_superlink() {
     return 1
 }
 
-start_node() {
-    launch "node-$1" flower-supernode --superlink "127.0.0.1:$PORT" --port $((PORT + 1000 + $1)) \
+node() {
+    local i=$1
+    if [ ! -e "$DEPLOY/node-$i.toml" ]; then
+        flwr supernode register "$DEPLOY/keys/node-$i.pub" deployed --name "node-$i"
+        sed "s|@DEPLOY@|$DEPLOY|; s|@NODE@|$i|; s|@SHARE@|$((i - 1))|; s|@HERE@|$PWD|" \
+            "$HERE/node.toml" > "$DEPLOY/node-$i.toml"
+    fi
+    launch "node-$i" flower-supernode --superlink "$HOST:$PORT" --port $((PORT + 1000 + i)) \
         --root-certificates "$DEPLOY/keys/ca.crt" \
-        --auth-supernode-private-key "$DEPLOY/keys/node-$1" \
-        --node-config "fedexlora-node=\"$DEPLOY/node-$1.toml\""
+        --auth-supernode-private-key "$DEPLOY/keys/node-$i" \
+        --node-config "fedexlora-node=\"$DEPLOY/node-$i.toml\""
 }
 
 start() {
-    mkdir -p "$DEPLOY/log" "$DEPLOY/pid" "$FLWR_HOME"
-    cat > "$FLWR_HOME/config.toml" <<END
-[superlink]
-default = "deployed"
-
-[superlink.deployed]
-address = "127.0.0.1:$PORT"
-root-certificates = "$DEPLOY/keys/ca.crt"
-END
-    start_superlink
-    for i in $(seq "$NODES"); do
-        if [ ! -e "$DEPLOY/node-$i.toml" ]; then
-            sed "s|@DEPLOY@|$DEPLOY|; s|@NODE@|$i|; s|@SHARE@|$((i - 1))|; s|@HERE@|$PWD|" \
-                "$HERE/node.toml" > "$DEPLOY/node-$i.toml"
-        fi
-        flwr supernode register "$DEPLOY/keys/node-$i.pub" deployed --name "node-$i" ||
-            echo "node-$i is registered already" >&2
-        start_node "$i"
-    done
+    superlink
+    for i in $(seq "$NODES"); do node "$i"; done
     echo "SuperLink and $NODES SuperNodes are running; logs: $DEPLOY/log"
 }
 
@@ -92,10 +94,9 @@ stop() {
 }
 
 case ${1:-} in
-    keys | start | stop) "$1" ;;
+    keys | start | stop | superlink) "$1" ;;
+    node) node "${2:?which node?}" ;;
     run) flwr run "$APP" deployed --stream --run-config "out=\"$DEPLOY/run\" nodes=$NODES" "${@:2}" ;;
     status) flwr supernode ls deployed && flwr ls deployed ;;
-    restart-superlink) start_superlink ;;
-    restart-node) start_node "$2" ;;
-    *) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

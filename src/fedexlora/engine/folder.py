@@ -33,7 +33,8 @@ from fedexlora.exchange.state import (
     state_tensors,
     unpack_state,
 )
-from fedexlora.exchange.wire import json_object, number, pack, short
+from fedexlora.exchange.untrusted import json_object, number, short
+from fedexlora.exchange.wire import pack
 
 LOCK = ".lock"
 

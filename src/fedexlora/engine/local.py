@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -17,6 +18,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.engine.seeds import derive_seed
@@ -99,7 +101,7 @@ def train_locally(
         The mean training loss; NaN if any step's loss was.
     """
     with tempfile.TemporaryDirectory(prefix="fedexlora-") as folder:
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model,
             args=_arguments(options, seed=seed, folder=folder),
             train_dataset=rows,
@@ -113,6 +115,16 @@ def train_locally(
 def _arguments(options: Mapping[str, Any], *, seed: int, folder: str) -> TrainingArguments:
     merged = {**_DEFAULTS, **options, **_FIXED}
     return TrainingArguments(output_dir=folder, seed=seed, data_seed=seed, **merged)
+
+
+class _Trainer(Trainer):  # type: ignore[misc] # transformers is untyped here
+    """Reads the lengths of all rows at once; sorted one by one, each is read from the table."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.lengths = list(sampler.lengths)
+        return sampler
 
 
 class _Report(TrainerCallback):  # type: ignore[misc] # transformers is untyped here

@@ -28,7 +28,8 @@ from fedexlora.exchange.state import (
     state_tensors,
     unpack_state,
 )
-from fedexlora.exchange.wire import number, pack
+from fedexlora.exchange.untrusted import number
+from fedexlora.exchange.wire import pack
 
 _PIECE = re.compile(r"piece([0-9]+)[./]")
 """How the name of a tensor of a piece begins, with the version that the piece leads to."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.exchange.spec import TensorSpec
-from fedexlora.exchange.wire import digest, short, unpack
+from fedexlora.exchange.untrusted import short
+from fedexlora.exchange.wire import digest, unpack
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What factors, remainders, heads and biases are held in."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from fedexlora.algebra.factors import Factors
 from fedexlora.errors import UpdateError
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
-from fedexlora.exchange.wire import LARGEST, pack, short, unpack
+from fedexlora.exchange.untrusted import LARGEST, short
+from fedexlora.exchange.wire import pack, unpack
 
 _LARGEST_VALUE = 1e15
 """Beyond, the product of two finite factors may overflow float32, and with it everybody's model."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,12 +16,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fedexlora.exchange.untrusted import json_object
+
 _KEY = "fedexlora"
 _CHECKSUM = "sha256"
-LARGEST = 2**53
-"""The largest number of rounds or examples: up to here, floating point holds whole numbers."""
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 160
 
 
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
@@ -59,38 +56,6 @@ def unpack(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     # Views of the message start at any address, and matrix products may differ in last bits with
     # the alignment of their inputs; torch aligns what it allocates.
     return {name: tensor.clone() for name, tensor in tensors.items()}, header
-
-
-def json_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object from a source that is not trusted.
-
-    Raises:
-        ValueError: if it is anything else.
-    """
-    try:
-        found = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("JSON that is nested too deeply") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"expected a JSON object, found {short(found)}")
-    return found
-
-
-def number(header: Mapping[str, Any], key: str) -> int:
-    """A version number of a header.
-
-    Raises:
-        ValueError: if it is missing or anything but a whole number that is not negative.
-    """
-    found = header.get(key)
-    if type(found) is not int or not 0 <= found <= LARGEST:
-        raise ValueError(f"header {key!r}: expected a whole number, found {short(found)}")
-    return found
-
-
-def short(value: object) -> str:
-    """``repr`` of what somebody else sent, of bounded length and depth."""
-    return _SHORT.repr(value)
 
 
 def digest(tensors: Mapping[str, Tensor], text: str) -> str:

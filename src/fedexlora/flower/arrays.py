@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 
 from fedexlora.errors import RunError
 from fedexlora.exchange.spec import AdapterSpec, ModuleSpec, TensorSpec
-from fedexlora.exchange.state import GlobalState, state_from, state_tensors
-from fedexlora.exchange.wire import pack, unpack
+from fedexlora.exchange.state import GlobalState, state_from, state_tensors, unpack_state
+from fedexlora.exchange.untrusted import number
+from fedexlora.exchange.wire import pack
+from fedexlora.flower.byte_arrays import to_array, to_bytes
 from fedexlora.methods.fedex import FEDEX
 
 GLOBAL = "fedexlora-global-model"
@@ -53,21 +54,21 @@ def unpack_shared(record: ArrayRecord) -> Shared:
         RunError: if the record is empty, damaged or was made by something else.
     """
     try:
-        tensors, header = unpack(read_bytes(record, GLOBAL))
-        state = state_from(int(header["version"]), tensors)
+        tensors, header = unpack_state(read_bytes(record, GLOBAL))
+        state = state_from(number(header, "version"), tensors)
         modules = {
             name: ModuleSpec(*pair.shape, pair.rank, pair.dtype, float(header["scaling"][name]))
             for name, pair in state.adapter.items()
         }
         dense = {name: TensorSpec.of(tensor) for name, tensor in state.dense.items()}
         return Shared(state, AdapterSpec(modules, dense, FEDEX.trained), str(header["base"]))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"the arrays hold no version of a global model: {error}") from error
 
 
 def byte_record(key: str, message: bytes) -> ArrayRecord:
     """``message`` as one uint8 array."""
-    return ArrayRecord({key: Array(np.frombuffer(message, dtype=np.uint8))})
+    return ArrayRecord({key: to_array(message)})
 
 
 def read_bytes(record: ArrayRecord, key: str) -> bytes:
@@ -78,14 +79,7 @@ def read_bytes(record: ArrayRecord, key: str) -> bytes:
     """
     if list(record) != [key]:
         raise ValueError(f"expected one array {key!r}, found {_some(list(record))}")
-    try:
-        values = record[key].numpy()
-    except (TypeError, ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{key!r} cannot be read: {error}") from error
-    if values.dtype != np.uint8 or values.ndim != 1:
-        found = f"{values.dtype} {list(values.shape)}"
-        raise ValueError(f"{key!r}: expected uint8 [bytes], found {found}")
-    return values.tobytes()
+    return to_bytes(key, record[key])
 
 
 def _some(keys: list[str]) -> str:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from fedexlora.exchange.untrusted import json_object
+from fedexlora.flower.byte_arrays import to_array, to_bytes
 
 PROTOCOL = 1
 """Of these headers; both sides must speak the same."""
@@ -31,9 +33,7 @@ class Frame:
 
 def to_records(frame: Frame) -> RecordDict:
     """A frame as Flower's records."""
-    arrays = {
-        name: Array(np.frombuffer(content, dtype=np.uint8)) for name, content in frame.parts.items()
-    }
+    arrays = {name: to_array(content) for name, content in frame.parts.items()}
     return RecordDict(
         {
             _HEADER: ConfigRecord({_KEY: json.dumps(frame.header)}),
@@ -49,14 +49,11 @@ def from_records(records: RecordDict) -> Frame:
         ValueError: if the records are something else.
     """
     try:
-        header = json.loads(str(records.config_records[_HEADER][_KEY]))
+        header = json_object(str(records.config_records[_HEADER][_KEY]))
         arrays = records.array_records[_PARTS]
-        parts = {name: _bytes(array) for name, array in arrays.items()}
-    except (KeyError, ValueError, RecursionError) as error:
+        return Frame(header, {name: to_bytes(name, array) for name, array in arrays.items()})
+    except (KeyError, ValueError) as error:
         raise ValueError(f"not a message of fedexlora: {error}") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"not a message of fedexlora: its header is {type(header).__name__}")
-    return Frame(header, parts)
 
 
 def send(connection: Connection, frame: Frame) -> None:
@@ -74,10 +71,3 @@ def receive(connection: Connection) -> Frame:
     """
     header, names = json.loads(connection.recv_bytes())
     return Frame(header, {name: connection.recv_bytes() for name in names})
-
-
-def _bytes(array: Array) -> bytes:
-    content = array.numpy()
-    if content.dtype != np.uint8 or content.ndim != 1:
-        raise ValueError(f"expected bytes, found {content.dtype} {list(content.shape)}")
-    return content.tobytes()

@@ -9,13 +9,15 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedexlora.data.config import DataConfig
-from fedexlora.engine.recipe import Recipe, parse_recipe
 from fedexlora.errors import RecipeError
+from fedexlora.exchange.untrusted import CLIENT_NAME
+
+if TYPE_CHECKING:
+    from fedexlora.engine.recipe import Recipe
 
 TRAINING_OPTIONS = frozenset(
     {
@@ -107,7 +109,7 @@ class Limits(_Table):
 class Node(_Table):
     """One node's configuration."""
 
-    client: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    client: str = Field(pattern=CLIENT_NAME)
     """Its name in the federation."""
     home: Path
     """A folder that is the node's own: the version that it holds, and a log."""
@@ -126,6 +128,9 @@ class Node(_Table):
         Raises:
             RecipeError: with everything that the node does not allow, or that is wrong.
         """
+        # Every message starts a process that reads this configuration; it must not load PyTorch.
+        from fedexlora.engine.recipe import parse_recipe
+
         faults = self._faults(sent)
         if faults:
             raise RecipeError(f"node {self.client!r} refuses the recipe", faults)
@@ -214,9 +219,3 @@ def recipe_for_nodes(recipe: Recipe, task: Mapping[str, Any]) -> dict[str, Any]:
     document = recipe.model_dump(mode="json", exclude_none=True, exclude={"data", "evaluation"})
     federation = {key: document["federation"][key] for key in _FEDERATION}
     return {**document, "task": dict(task), "federation": federation}
-
-
-def node_data(data: DataConfig, share: str) -> NodeData:
-    """The rows of one client of a recipe whose data all clients can read, as in a simulation."""
-    fields = data.model_dump(include=set(NodeData.model_fields) - {"share"})
-    return NodeData(**fields, share=share)

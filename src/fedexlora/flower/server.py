@@ -106,12 +106,16 @@ def serve(
     """
     folder = RunFolder(settings.out)
     continued = folder.check_same(recipe) if settings.resume else folder.check_new()
-    prepared = prepare(recipe, observer)[0] if simulated else prepare_server(recipe, observer)
-    task = stated(prepared.task).model_dump(mode="json", exclude_none=True)
-    whole = recipe.model_dump(mode="json", exclude_none=True)
+    if simulated:
+        prepared, _ = prepare(recipe, observer)
+        sent = recipe.model_dump(mode="json", exclude_none=True)
+    else:
+        prepared = prepare_server(recipe, observer)
+        task = stated(prepared.task).model_dump(mode="json", exclude_none=True)
+        sent = recipe_for_nodes(recipe, task)
     transport = FlowerTransport(
         grid,
-        whole if simulated else recipe_for_nodes(recipe, task),
+        sent,
         prepared.model.base_fingerprint,
         keeps=not simulated,
         in_order=settings.in_order,

@@ -15,8 +15,9 @@ from fedexlora.engine.prepare import prepare_client
 from fedexlora.errors import FedexLoraError, RunError
 from fedexlora.exchange.files import replace_bytes
 from fedexlora.exchange.shipment import receive, receive_own
-from fedexlora.exchange.state import GlobalState, state_from, state_tensors
-from fedexlora.exchange.wire import pack, unpack
+from fedexlora.exchange.state import GlobalState, state_from, state_tensors, unpack_state
+from fedexlora.exchange.untrusted import number
+from fedexlora.exchange.wire import pack
 from fedexlora.flower.frames import PROTOCOL, Frame
 from fedexlora.flower.node import Node
 
@@ -28,15 +29,15 @@ class Session:
 
     Args:
         node: the client's own configuration.
-        stored: where the version that it holds is kept; None to keep it in memory only.
+        stored: where the version that it holds is kept.
     """
 
-    def __init__(self, node: Node, stored: Path | None) -> None:
+    def __init__(self, node: Node, stored: Path) -> None:
         self._node = node
         self._stored = stored
         self._recipe: Mapping[str, Any] | None = None
         self._trainer: LocalTrainer | None = None
-        self._held = _read(stored) if stored else None
+        self._held = _read(stored)
 
     def answer(self, frame: Frame) -> Frame:
         """The reply to one of the server's requests; it never raises."""
@@ -63,7 +64,7 @@ class Session:
 
     def _train(self, frame: Frame) -> Frame:
         trainer, client = self._ready(frame.header), self._node.client
-        round_ = int(frame.header["round"])
+        round_ = number(frame.header, "round")
         try:
             held = self._land(frame.parts)
         except RunError as error:
@@ -91,7 +92,7 @@ class Session:
         """Come to the version of the round, and make it durable."""
         held, self._held = self._held, None
         state = receive(held, parts["message"])
-        if self._stored and (held is None or held.version != state.version):
+        if held is None or held.version != state.version:
             replace_bytes(self._stored, pack(state_tensors(state), {"version": state.version}))
         self._held = state
         if "own" in parts:
@@ -116,8 +117,8 @@ def _check_peer(header: Mapping[str, Any]) -> None:
 def _read(path: Path) -> GlobalState | None:
     """The version that was held before a restart; None if there is none, or it is damaged."""
     try:
-        tensors, header = unpack(path.read_bytes())
-        return state_from(int(header["version"]), tensors)
+        tensors, header = unpack_state(path.read_bytes())
+        return state_from(number(header, "version"), tensors)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, OSError) as error:

@@ -20,6 +20,7 @@ from fedexlora.engine.recipe import Recipe
 from fedexlora.errors import RunError
 from fedexlora.exchange.shipment import receive, receive_own
 from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.untrusted import number
 from fedexlora.flower.apps import client_app
 from fedexlora.flower.frames import Frame
 from fedexlora.flower.server import Settings, serve
@@ -109,7 +110,7 @@ def simulated(partition: int, frame: Frame) -> Frame:
     state = resident.held[1]
     if "own" in frame.parts:
         state = receive_own(state, client, frame.parts["own"])
-    round_ = int(frame.header["round"])
+    round_ = number(frame.header, "round")
     started = time.perf_counter()
     update = resident.trainer.update(client, state, round_, lambda *_: None)
     return Frame({"seconds": time.perf_counter() - started}, {"update": update})

@@ -204,7 +204,7 @@ def _certify(sums: RoundSums, after: Step, spec: AdapterSpec) -> None:
         relative,
         100 * ratio(lost, mean),
     )
-    if relative > TOLERANCE:
+    if not relative <= TOLERANCE:  # NaN is neither
         raise AggregationError(
             f"version {after.state.version} is off the ideal by {relative:.1e} of the update, "
             f"allowed is {TOLERANCE:g}"

