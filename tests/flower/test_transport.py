@@ -118,6 +118,38 @@ def test_a_node_that_goes_and_comes_back_catches_up(document, sessions, tmp_path
     assert all(r.certificate.held for r in result.records)
 
 
+def test_a_request_whose_process_was_lost_is_asked_again_and_not_trained_again(
+    document, sessions, tmp_path, monkeypatch
+):
+    grid = grid_of(sessions)
+    slow = sessions[8]
+    trained, asked = [], []
+    update = slow._trained
+    monkeypatch.setattr(slow, "_trained", lambda frame: trained.append(frame) or update(frame))
+
+    def lost(frame: Frame):
+        answer = slow.answer(frame)
+        if frame.header["kind"] == "hello":
+            return answer
+        asked.append(frame.header["round"])
+        crashed = Error(8, "ClientApp stopped responding.")
+        return crashed if asked.count(1) < 3 or frame.header["round"] == 2 else answer
+
+    grid.nodes[8] = lost
+    document["federation"]["rounds"] = 2
+    first, second = start(grid, document, tmp_path / "out").records
+    assert asked == [1] * 3 + [2] * 5
+    assert [frame.header["round"] for frame in trained] == [1, 2]
+    sizes = {c.client: c.downloaded_bytes for c in first.clients}
+    assert sizes["site-south"] == 3 * sizes["site-north"]
+    (out,) = second.left_out
+    assert (out.client, out.downloaded_bytes) == (
+        "site-south",
+        5 * second.clients[0].downloaded_bytes,
+    )
+    assert out.reasons == ("ClientApp stopped responding. (code 8)",)
+
+
 def test_a_node_that_lost_its_disk_takes_the_total_in_the_same_round(document, sessions, tmp_path):
     grid = grid_of(sessions)
 

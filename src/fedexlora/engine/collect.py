@@ -205,6 +205,8 @@ class Collector:
         """A reply's update; None if it has none that counts."""
         size = len(reply.message or b"")
         fresh = reply.round == self._round and reply.client in self._asked
+        if reply.client in self.got.downloads:
+            self.got.downloads[reply.client] += reply.resent
         if fresh and reply.missed:
             self._missed(reply)
             return None

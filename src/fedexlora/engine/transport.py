@@ -28,6 +28,8 @@ class Reply:
     """Whether the client is known to have come to the round's version, if it did not miss it."""
     seconds: float = 0.0
     """Local training."""
+    resent: int = 0
+    """Bytes that were sent to the client once more, because something on the way was lost."""
 
 
 class Transport(Protocol):

@@ -6,6 +6,7 @@ cuts them into chunks. Between a client's app and its worker the same frame goes
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,13 @@ class Frame:
     header: Mapping[str, Any]
     """What JSON holds."""
     parts: Mapping[str, bytes] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """SHA-256 of header and parts."""
+        found = hashlib.sha256(json.dumps([self.header, *self.parts], sort_keys=True).encode())
+        for content in self.parts.values():
+            found.update(hashlib.sha256(content).digest())
+        return found.hexdigest()
 
 
 def to_records(frame: Frame) -> RecordDict:

@@ -38,6 +38,7 @@ class Session:
         self._recipe: Mapping[str, Any] | None = None
         self._trainer: LocalTrainer | None = None
         self._held = _read(stored)
+        self._answered: tuple[str, Frame] | None = None
 
     def answer(self, frame: Frame) -> Frame:
         """The reply to one of the server's requests; it never raises."""
@@ -63,6 +64,14 @@ class Session:
         return Frame({"client": client, "rows": rows})
 
     def _train(self, frame: Frame) -> Frame:
+        """Train and send; a request that comes again gets the same answer again."""
+        asked = frame.digest()
+        if self._answered is None or self._answered[0] != asked:
+            self._answered = None
+            self._answered = asked, self._trained(frame)
+        return self._answered[1]
+
+    def _trained(self, frame: Frame) -> Frame:
         trainer, client = self._ready(frame.header), self._node.client
         round_ = number(frame.header, "round")
         try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import Message, MessageType
@@ -17,12 +18,18 @@ from fedexlora.exchange.untrusted import seconds, sentence
 from fedexlora.flower.frames import PROTOCOL, Frame, from_records, to_records
 from fedexlora.flower.membership import Membership
 
+_log = logging.getLogger(__name__)
 _LOOK_SECONDS = 5.0
 """How often new nodes are looked for."""
 _POLL_SECONDS = 0.5
 """Between two looks for replies."""
 _TTL_SECONDS = 12 * 3600.0
 """After which a request that was not answered counts as lost; Flower keeps it no longer, either."""
+
+_PROCESS_LOST = 8
+"""Flower's code for a node's process that did not start in time, or stopped; it is not public."""
+_TIMES = 5
+"""How often a request is pushed before the client counts as failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,14 @@ class _Asked:
     client: str
     round: int
     at: float
+    frame: Frame
+    times: int = 1
+    """How often it was pushed."""
+
+    @property
+    def resent(self) -> int:
+        """Bytes of it that were pushed in vain."""
+        return (self.times - 1) * sum(map(len, self.frame.parts.values()))
 
 
 class FlowerTransport:
@@ -65,6 +80,7 @@ class FlowerTransport:
         self._asked: dict[str, _Asked] = {}
         self._answers: list[Reply] = []
         self._order: list[str] = []
+        self._round = 0
         self._looked = float("-inf")
 
     @property
@@ -103,6 +119,7 @@ class FlowerTransport:
         """Push the client's part of the round; what goes wrong is its reply."""
         parts = {"message": message} if own is None else {"message": message, "own": own}
         frame = self._frame("train", {"round": round_}, parts)
+        self._round = round_
         if client not in self._order:
             self._order.append(client)
         pushed = self._push(self._members.nodes[client], MessageType.TRAIN, frame, str(round_))
@@ -110,7 +127,7 @@ class FlowerTransport:
             failure = "its node is not connected"
             self._answers.append(Reply(client, round_, failure=failure, landed=False))
         else:
-            self._asked[pushed] = _Asked(client, round_, time.monotonic())
+            self._asked[pushed] = _Asked(client, round_, time.monotonic(), frame)
 
     def replies(
         self, round_: int, deadline: float | None, progress: ClientProgress
@@ -167,13 +184,32 @@ class FlowerTransport:
         for message in self._grid.pull_messages(waiting):
             key = message.metadata.reply_to_message_id
             if key in self._asked:
-                self._answers.append(self._reply(self._asked.pop(key), message))
+                asked = self._asked.pop(key)
+                if not self._repeated(asked, message):
+                    self._answers.append(replace(self._reply(asked, message), resent=asked.resent))
             elif key in self._members.greetings:
                 self._members.hear(message)
         old = time.monotonic() - _TTL_SECONDS
         for key in [key for key, asked in self._asked.items() if asked.at < old]:
             lost, failure = self._asked.pop(key), f"lost: no answer within {_TTL_SECONDS:g} s"
             self._answers.append(Reply(lost.client, lost.round, failure=failure, landed=False))
+
+    def _repeated(self, asked: _Asked, message: Message) -> bool:
+        """Ask once more, where only the process that Flower started for the message was lost.
+
+        The node's worker answers a request that it has answered already without training again.
+        """
+        if not message.has_error() or message.error.code != _PROCESS_LOST:
+            return False
+        if asked.times == _TIMES or asked.round != self._round:
+            return False
+        node = self._members.nodes[asked.client]
+        pushed = self._push(node, MessageType.TRAIN, asked.frame, str(asked.round))
+        if pushed is None:
+            return False
+        _log.warning("%s is asked again: %s", asked.client, message.error.reason)
+        self._asked[pushed] = replace(asked, times=asked.times + 1)
+        return True
 
     def _reply(self, asked: _Asked, message: Message) -> Reply:
         client, round_ = asked.client, asked.round
