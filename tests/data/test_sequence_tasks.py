@@ -191,6 +191,15 @@ def test_all_faults_of_a_classification_are_listed(splits):
     ]
 
 
+def test_a_fault_of_a_side_that_has_one_split_is_listed_once():
+    rows = Dataset.from_list([{"a": "w1", "label": "x"}, {"a": "w2", "label": "email"}])
+    with pytest.raises(DataError) as caught:
+        prepare_task(ClassificationTask(text="a", labels=("x", "y")), Splits.one("training", rows))
+    assert list(caught.value.faults) == [
+        "training, column 'label': expected one of 'x', 'y', found 'email' in 1 row(s)"
+    ]
+
+
 def test_training_labels_must_be_among_the_given_ones(splits):
     error = error_of(LETTERS.model_copy(update={"labels": ("x", "y")}), splits(ROWS))
     assert "training, column 'label': expected one of 'x', 'y', found 'z' in 5 row(s)" in str(error)

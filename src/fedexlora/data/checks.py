@@ -11,7 +11,10 @@ from fedexlora.data.load import Splits
 
 
 def named_splits(splits: Splits) -> Iterator[tuple[str, Dataset]]:
-    """Both splits with the names that faults call them by."""
+    """The splits that there are, with the names that faults call them by."""
+    if splits.only:
+        yield splits.only, splits.train
+        return
     yield "training", splits.train
     yield "validation", splits.validation
 

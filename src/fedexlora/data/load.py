@@ -26,6 +26,13 @@ class Splits:
     """Validation rows, at least one."""
     fingerprint: str
     """Sha256 (hex) of the rows of both splits, in order; the same wherever the files lie."""
+    only: str = ""
+    """The name of the split that stands for both, where a client or a server has one of them."""
+
+    @staticmethod
+    def one(name: str, rows: Dataset) -> Splits:
+        """The only split that is there."""
+        return Splits(rows, rows, "", name)
 
 
 def load_splits(config: DataConfig, seed: int) -> Splits:

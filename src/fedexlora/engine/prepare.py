@@ -82,7 +82,7 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
     """
     observer.preparing("reading the data")
     rows = load_validation(recipe.data, recipe.federation.seed)
-    task = prepare_task(recipe.task, Splits(rows, rows, ""))
+    task = prepare_task(recipe.task, Splits.one("validation", rows))
     tokenizer, model, specs = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     validation = task.tokenize(rows, tokenizer)
@@ -108,7 +108,7 @@ def prepare_client(
     seed = recipe.federation.seed
     observer.preparing("reading the data")
     rows = load_train(recipe.data, seed)
-    task = prepare_task(recipe.task, Splits(rows, rows, ""))
+    task = prepare_task(recipe.task, Splits.one("training", rows))
     if share is not None:
         shares = _shares(recipe, task, rows)
         if share not in shares:
