@@ -86,6 +86,14 @@ start() {
     echo "SuperLink and $NODES SuperNodes are running; logs: $DEPLOY/log"
 }
 
+run() {
+    flwr run "$APP" deployed --stream --run-config "out=\"$DEPLOY/run\" nodes=$NODES" "$@"
+    if [ ! -e "$DEPLOY/run/adapter" ]; then  # Flower says 0 all the same
+        echo "the run has stopped; 'federation.sh run' goes on after its last finished round" >&2
+        return 1
+    fi
+}
+
 stop() {
     for file in "$DEPLOY"/pid/node-* "$DEPLOY"/pid/superlink "$DEPLOY"/home/*/worker.pid; do
         if [ -e "$file" ]; then kill "$(cat "$file")" 2>/dev/null || true; rm -f "$file"; fi
@@ -96,7 +104,7 @@ stop() {
 case ${1:-} in
     keys | start | stop | superlink) "$1" ;;
     node) node "${2:?which node?}" ;;
-    run) flwr run "$APP" deployed --stream --run-config "out=\"$DEPLOY/run\" nodes=$NODES" "${@:2}" ;;
+    run) run "${@:2}" ;;
     status) flwr supernode ls deployed && flwr ls deployed ;;
     *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -13,6 +13,8 @@ import pytest
 
 from tests.flower.deployment import Deployment, free_port
 
+pytestmark = pytest.mark.slow  # twenty processes that each load Flower or PyTorch
+
 LET_IN = "SuperNode ID"
 """What a SuperNode says once the SuperLink has accepted it."""
 
@@ -79,7 +81,6 @@ def attempt(deployed: Deployment, *words: str, seconds: float = 60.0) -> str:
     return log.read_text()
 
 
-@pytest.mark.slow
 def test_a_killed_superlink_is_started_again_and_the_run_goes_on(tmp_path):
     """It ends with the model of an undisturbed run."""
     deployment = Deployment(tmp_path)
@@ -98,7 +99,6 @@ def test_a_killed_superlink_is_started_again_and_the_run_goes_on(tmp_path):
     deployment.check_equal_to_one_process(tmp_path / "local")
 
 
-@pytest.mark.slow
 def test_a_node_is_killed_while_it_trains_and_comes_back_two_rounds_later(tmp_path):
     """Only that client is missed; all nodes end with the same version on their disks."""
     deployment = Deployment(tmp_path, nodes=4, rounds=6, more="deadline = 300")

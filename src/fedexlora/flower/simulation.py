@@ -45,8 +45,8 @@ def simulate(
 ) -> RunResult:
     """Run a recipe with its clients in Flower's simulation, which is Ray's processes.
 
-    The result is that of :func:`fedexlora.engine.run.run` to the bit, if arithmetic is the same in
-    every process. Each process loads the model once.
+    Updates are added up in the order of the clients, as by :func:`fedexlora.engine.run.run`. Each
+    process loads the model once.
 
     Args:
         recipe: what to run.
