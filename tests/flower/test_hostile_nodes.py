@@ -154,3 +154,24 @@ def test_a_node_whose_greeting_failed_is_greeted_again_more_and_more_rarely(monk
     assert pauses[0] >= 0.1
     assert pauses[1] >= 0.2
     assert pauses[2] >= 0.4
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_node_that_is_known_by_another_id_takes_its_place_once_the_old_one_is_gone(monkeypatch):
+    monkeypatch.setattr(membership, "_FIRST_PAUSE", 0.05)
+    grid = FakeGrid({7: lambda _: HELLO})
+    made = FlowerTransport(grid, {}, "base")
+    made.gather(1, 5.0)
+    grid.nodes[8] = lambda frame: (
+        HELLO if frame.header["kind"] == "hello" else Frame({"seconds": 1.0}, {"update": b"8"})
+    )
+    with pytest.raises(RunError, match="node 8: node 7 is client 'north' already"):
+        made.gather(2, 0.05)
+    del grid.nodes[7]
+    made._members.see(grid.get_node_ids())
+    while made._members.nodes["north"] != 8:
+        made._look()
+        made._pull()
+    made.ask(1, "north", b"version", None)
+    (reply,) = made.replies(1, 5.0, lambda *_: None)
+    assert reply.message == b"8"

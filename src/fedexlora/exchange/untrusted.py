@@ -68,9 +68,9 @@ def client_name(header: Mapping[str, Any], key: str) -> str:
     return found
 
 
-def sentence(header: Mapping[str, Any], key: str) -> str:
-    """Text of a header, to be shown: a bounded length of it, without control characters."""
-    found = str(header.get(key))
+def sentence(value: object) -> str:
+    """Text that is to be shown: a bounded length of it, without control characters."""
+    found = str(value)
     cut = found if len(found) <= _LONGEST_TEXT else f"{found[:_LONGEST_TEXT]} ..."
     return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in cut)
 

@@ -26,14 +26,21 @@ class _Guest:
     pause: float = 0.0
     """Seconds until it was greeted again, the last time."""
     again: float | None = None
-    """When it is greeted once more, if Flower could not deliver its greeting."""
+    """When it is greeted once more, if it is."""
+
+    def postpone(self, fault: str) -> None:
+        """Greet it once more after a while, which grows."""
+        self.fault = fault
+        self.pause = min(max(2 * self.pause, _FIRST_PAUSE), _LONGEST_PAUSE)
+        self.again = time.monotonic() + self.pause
 
 
 class Membership:
     """Nodes are greeted when they are seen first, and say their names.
 
-    One that refuses, or has the name of another node that is there, is no client. A node that
-    comes back under its name takes its place again.
+    One that refuses is no client. Neither is one that has the name of another node while that is
+    there: it is greeted again later, as a node that was started anew may be known by another id
+    before Flower has missed the old one.
 
     Args:
         greet: push a greeting to a node; the id of its message, or None if Flower does not take it.
@@ -77,22 +84,22 @@ class Membership:
         node = self._greetings.pop(message.metadata.reply_to_message_id)
         guest = self._guests.setdefault(node, _Guest())
         if message.has_error():  # it said nothing itself, as where its process was killed
-            guest.fault = f"it could not be greeted: {message.error.reason}"
-            guest.pause = min(max(2 * guest.pause, _FIRST_PAUSE), _LONGEST_PAUSE)
-            guest.again = time.monotonic() + guest.pause
+            guest.postpone(f"it could not be greeted: {sentence(message.error.reason)}")
             _log.warning("node %d: %s", node, guest.fault)
             return
         try:
             header = from_records(message.content).header
             if "failure" in header:
-                raise ValueError(sentence(header, "failure"))
+                raise ValueError(sentence(header["failure"]))
             client, rows = client_name(header, "client"), number(header, "rows")
-            holder = self.nodes.get(client)
-            if holder not in (None, node) and holder in self._guests:
-                raise ValueError(f"node {holder} is client {client!r} already")
         except ValueError as error:
             guest.fault = str(error)
             _log.warning("node %d is not part of the federation: %s", node, error)
+            return
+        holder = self.nodes.get(client)
+        if holder not in (None, node) and holder in self._guests:
+            guest.postpone(f"node {holder} is client {client!r} already")
+            _log.warning("node %d: %s", node, guest.fault)
             return
         guest.fault = ""
         self.nodes[client] = node

@@ -207,7 +207,7 @@ class FlowerTransport:
         pushed = self._push(node, MessageType.TRAIN, asked.frame, str(asked.round))
         if pushed is None:
             return False
-        _log.warning("%s is asked again: %s", asked.client, message.error.reason)
+        _log.warning("%s is asked again: %s", asked.client, sentence(message.error.reason))
         self._asked[pushed] = replace(asked, times=asked.times + 1)
         return True
 
@@ -216,9 +216,9 @@ class FlowerTransport:
         try:
             frame = _frame_of(message)
             if "missed" in frame.header:
-                return Reply(client, round_, missed=sentence(frame.header, "missed"))
+                return Reply(client, round_, missed=sentence(frame.header["missed"]))
             if "failure" in frame.header:
-                raise ValueError(sentence(frame.header, "failure"))
+                raise ValueError(sentence(frame.header["failure"]))
             if "update" not in frame.parts:
                 raise ValueError("its reply has no update")
             spent = seconds(frame.header, "seconds")
@@ -245,5 +245,6 @@ def _frame_of(message: Message) -> Frame:
         ValueError: if Flower reports an error instead, or it is something else.
     """
     if message.has_error():
-        raise ValueError(f"{message.error.reason or 'no reason given'} (code {message.error.code})")
+        reason = sentence(message.error.reason or "no reason given")
+        raise ValueError(f"{reason} (code {message.error.code})")
     return from_records(message.content)
