@@ -60,7 +60,7 @@ def test_a_node_that_trusts_another_authority_does_not_connect(deployed, tmp_pat
     assert "certificate verify failed" in said.lower(), said
 
 
-def attempt(deployed: Deployment, *words: str, seconds: float = 60.0) -> str:
+def attempt(deployed: Deployment, *words: str) -> str:
     """Start a SuperNode that must not get in; what it says until it ends, or is ended."""
     options = {
         "--superlink": f"127.0.0.1:{deployed.environment['PORT']}",
@@ -74,7 +74,7 @@ def attempt(deployed: Deployment, *words: str, seconds: float = 60.0) -> str:
     with log.open("w") as out:
         node = subprocess.Popen(command, env=deployed.environment, stdout=out, stderr=out)
         try:
-            node.wait(seconds)
+            assert node.wait(60.0) != 0
         except subprocess.TimeoutExpired:
             node.kill()
             node.wait()
