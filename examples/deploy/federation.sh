@@ -88,7 +88,9 @@ start() {
 
 run() {
     flwr run "$APP" deployed --stream --run-config "out=\"$DEPLOY/run\" nodes=$NODES" "$@"
-    if [ ! -e "$DEPLOY/run/adapter" ]; then  # Flower says 0 all the same
+    # Flower exits with 0 however the run ended.
+    if ! flwr ls deployed --limit 1 --format json | grep '"status": "finished:completed"' > /dev/null
+    then
         echo "the run has stopped; 'federation.sh run' goes on after its last finished round" >&2
         return 1
     fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from fedexlora.flower.frames import from_records
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 300.0
 """Seconds until a node whose greeting failed is greeted again; doubled every time."""
+_chance = random.Random()
+"""Nodes that failed together, as those that share a machine, are not greeted again together."""
 
 
 @dataclass(slots=True)
@@ -24,7 +27,7 @@ class _Guest:
     fault: str = "it has not answered yet"
     """Why it is not a client; empty for a client."""
     pause: float = 0.0
-    """Seconds until it was greeted again, the last time."""
+    """Seconds until it was greeted again, the last time; half as many more or less."""
     again: float | None = None
     """When it is greeted once more, if it is."""
 
@@ -32,7 +35,7 @@ class _Guest:
         """Greet it once more after a while, which grows."""
         self.fault = fault
         self.pause = min(max(2 * self.pause, _FIRST_PAUSE), _LONGEST_PAUSE)
-        self.again = time.monotonic() + self.pause
+        self.again = time.monotonic() + self.pause * _chance.uniform(0.5, 1.5)
 
 
 class Membership:
