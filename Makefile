@@ -13,8 +13,8 @@ quickstart: $(VENV)/.quickstart  ## Federated fine-tuning of a real model on rea
 	$(BIN)/fedexlora run recipes/quickstart.toml --out runs/quickstart --keep-updates --resume
 
 test: $(VENV)/.dev  ## All tests that need no network, no GPU and little time; exactness included
+	$(PYTEST) --numprocesses 0 -rs -m deployment tests/flower/test_deploy.py
 	$(PYTEST) -m "exactness or not (slow or network or gpu or deployment)"
-	$(PYTEST) --numprocesses 0 -m deployment tests/flower
 
 slow: $(VENV)/.dev  ## The tests that train models on real data sets
 	$(PYTEST) -m "slow and not (network or gpu)"

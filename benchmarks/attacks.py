@@ -204,13 +204,14 @@ def main():
         subprocess.run([sys.executable, EXAMPLE, folder], check=True, stdout=subprocess.DEVNULL)
         for seed in options.seeds:
             prepared, trainer = prepare(recipe(folder, seed, options), Observer())
+            rows = {client: trainer.rows_of(client) for client in trainer.num_examples}
             trained = {}
             gc.freeze()  # as ``fedexlora run`` does
             attacked = 2 * options.rounds
             for attack in options.attacks:
                 for rule in RULES:
                     accuracy, loss, bad, good, share = describe(
-                        play(prepared, trainer.clients, attack, rule, trained)
+                        play(prepared, rows, attack, rule, trained)
                     )
                     print(
                         f"| {attack} | {rule} | {seed} | {accuracy:.3f} | {loss:.3f} "

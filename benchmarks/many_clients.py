@@ -178,7 +178,7 @@ def registered(task: dict) -> dict:
     class Trainer:
         """Answers with random factors at once."""
 
-        clients = dict.fromkeys(names)
+        num_examples = dict.fromkeys(names, 64)
 
         def update(self, client, held, round_, _):
             generator = torch.Generator().manual_seed(1000 * round_ + int(client[-5:]))

@@ -20,6 +20,8 @@ NODES=${NODES:-3}
 export FLWR_HOME=$DEPLOY/flwr FLWR_TELEMETRY_ENABLED=0
 # The packages are installed on every machine beforehand; Flower must not fetch them at each run.
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+# SuperExecs ask for work every second, which alone keeps a small machine with all nodes busy.
+export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=4
 
 keys() {
     mkdir -p "$DEPLOY/keys" && cd "$DEPLOY/keys"

@@ -72,6 +72,11 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+def records_without_times(folder: Path) -> list[dict]:
+    """The records of a run's folder but for their times."""
+    return [without_times(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
 def without_times(line: str) -> dict:
     """A record but for its times."""
 

@@ -25,7 +25,7 @@ from fedexlora.engine.prepare import prepare
 from fedexlora.engine.recipe import parse_recipe
 from fedexlora.engine.run import run
 from fedexlora.errors import BridgeError, DataError, NoUpdatesError, ResumeError
-from tests.engine.conftest import files, without_times
+from tests.engine.conftest import files, records_without_times
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -33,10 +33,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def recipe(document: dict, **federation: object):
     document = document | {"federation": document["federation"] | federation}
     return parse_recipe(document, "test")
-
-
-def records(out: Path) -> list[dict]:
-    return [without_times(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -47,7 +43,7 @@ def same_run(one: Path, other: Path) -> None:
     for name, factors in states[0].adapter.items():
         assert torch.equal(factors.A, states[1].adapter[name].A)
         assert torch.equal(states[0].total[name].dense(), states[1].total[name].dense())
-    assert records(one) == records(other)
+    assert records_without_times(one) == records_without_times(other)
 
 
 def test_a_run_leaves_what_the_design_says(document, whole):
@@ -142,7 +138,7 @@ def test_a_run_is_repeatable_and_its_seed_matters(document, whole, tmp_path):
     run(recipe(document), tmp_path / "again")
     same_run(whole, tmp_path / "again")
     run(recipe(document, seed=5, rounds=1), tmp_path / "other")
-    assert records(whole)[0] != records(tmp_path / "other")[0]
+    assert records_without_times(whole)[0] != records_without_times(tmp_path / "other")[0]
 
 
 def test_more_rounds_are_the_same_as_asking_for_them_at_once(document, whole, tmp_path):

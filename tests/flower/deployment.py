@@ -18,7 +18,7 @@ import pytest
 from fedexlora.engine.recipe import load_recipe
 from fedexlora.engine.run import run
 from fedexlora.exchange.state import GlobalState, state_from, unpack_state
-from tests.engine.conftest import files, without_times
+from tests.engine.conftest import files, records_without_times
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "deploy" / "federation.sh"
@@ -87,10 +87,15 @@ class Deployment:
         assert not check or done.returncode == 0, f"{words}: {done.stdout}\n{self.logs()}"
         return done.stdout
 
-    def begin(self, *words: str, inside: str = "") -> subprocess.Popen[bytes]:
-        """The same in the background."""
+    def begin(self, *words: str, inside: str = "", attempts: int = 1) -> subprocess.Popen[bytes]:
+        """The same in the background, again where it fails before a round is finished.
+
+        Flower gives up a process that takes over 30 s to start. What ends a run later is a failure.
+        """
+        again = 'for _ in $(seq "$0"); do "${@:2}" && exit; [ ! -s "$1" ] || break; done; exit 1'
+        records = str(self.home / "run" / "rounds.jsonl")
+        command = ["bash", "-c", again, str(attempts), records, *self._command(words, inside)]
         with (self.folder / "run.log").open("w") as log:
-            command = self._command(words, inside)
             return subprocess.Popen(
                 command, cwd=self.folder, env=self.environment, stdout=log, stderr=log
             )
@@ -133,15 +138,12 @@ class Deployment:
     def check_equal_to_one_process(self, out: Path) -> None:
         """The run's adapter and records are those of ``fedexlora run``, to the bit."""
         result = run(load_recipe(self.folder / "app" / "recipe.toml"), out)
-        assert lines(self.home / "run") == lines(out), self.logs()
+        found = records_without_times(self.home / "run")
+        assert found == records_without_times(out), self.logs()
         assert files(self.home / "run" / "adapter") == files(result.adapter)
 
     def _command(self, words: tuple[str, ...], inside: str) -> list[str]:
         return [*(["ip", "netns", "exec", inside] if inside else []), str(SCRIPT), *words]
-
-
-def lines(folder: Path) -> list[dict]:
-    return [without_times(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
 def make_data(folder: Path) -> None:

@@ -35,14 +35,15 @@ def seconds_to_start() -> float:
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory) -> Iterator[Deployment]:
-    """It has run once."""
+    """It has run to its end."""
     if (needed := seconds_to_start()) > PATIENCE / 2:
         pytest.skip(f"Flower gives its processes {PATIENCE:.0f} s to start; here {needed:.0f} s")
     deployment = Deployment(tmp_path_factory.mktemp("deployed"))
     deployment("keys")
     try:
         deployment("start")
-        deployment("run", "--run-config", "in-order=true")
+        playing = deployment.begin("run", "--run-config", "in-order=true", attempts=3)
+        assert playing.wait() == 0, deployment.logs()
         yield deployment
     finally:
         deployment("stop", check=False)
@@ -122,12 +123,12 @@ def test_a_killed_superlink_is_started_again_and_the_run_goes_on(tmp_path):
 @pytest.mark.slow
 def test_a_node_is_killed_while_it_trains_and_comes_back_two_rounds_later(tmp_path):
     """Only that client is missed; all nodes end with the same version on their disks."""
-    deployment = Deployment(tmp_path, nodes=4, rounds=6, more="deadline = 300")
+    deployment = Deployment(tmp_path, nodes=4, rounds=8, more="deadline = 300")
     node, lost = "node-2", "client-01"
     deployment("keys")
     try:
         deployment("start")
-        playing = deployment.begin("run")
+        playing = deployment.begin("run", attempts=3)
         deployment.until(lambda: "round 2: training" in deployment.worker_log(node))
         deployment.kill_node(node)
         deployment.until(lambda: len(deployment.records()) >= 4)
@@ -138,11 +139,11 @@ def test_a_node_is_killed_while_it_trains_and_comes_back_two_rounds_later(tmp_pa
     records = deployment.records()
     there = [{c["client"] for c in record["clients"]} for record in records]
     everyone = {f"client-{i:02d}" for i in range(4)}
-    assert len(records) == 6
+    assert len(records) == 8
     assert all(record["certificate"]["held"] for record in records)
     assert there[0] == there[-1] == everyone
     assert all(everyone - found <= {lost} for found in there)
     assert lost not in there[1]
     held = [deployment.held(f"node-{i}") for i in range(1, 5)]
-    assert held[0].version == 5
+    assert held[0].version == 7
     assert len({state.fingerprint() for state in held}) == 1

@@ -68,7 +68,7 @@ def test_a_host_that_is_cut_off_for_a_while_rejoins(tmp_path):
         deployment("superlink", inside=SERVER)
         for number, host in enumerate(HOSTS, start=1):
             deployment("node", str(number), inside=host)
-        playing = deployment.begin("run", inside=SERVER)
+        playing = deployment.begin("run", inside=SERVER, attempts=3)
         deployment.until(lambda: len(deployment.records()) >= 1)
         rule = ("rule", "add", "from", address(2), "blackhole")
         inside(ROUTER, *rule)

@@ -15,7 +15,7 @@ from fedexlora.flower.frames import Frame
 from fedexlora.flower.node import Node
 from fedexlora.flower.server import Settings, serve
 from fedexlora.flower.session import Session
-from tests.engine.conftest import files, recipe_document, without_times
+from tests.engine.conftest import files, recipe_document, records_without_times
 from tests.flower.nodes import FakeGrid
 
 CLIENTS = ("site-north", "site-south", "site-west")
@@ -65,10 +65,6 @@ def start(grid: FakeGrid, document: dict, out: Path, **changes):
     return serve(grid, parse_recipe(document, "test"), settings, Observer())
 
 
-def records(folder: Path) -> list[dict]:
-    return [without_times(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.exactness
 def test_the_result_is_that_of_one_process_to_the_bit(document, sessions, homes, tmp_path, whole):
     """Also where it is resumed by another server, with nodes that were started anew."""
@@ -78,7 +74,7 @@ def test_the_result_is_that_of_one_process_to_the_bit(document, sessions, homes,
     document["federation"]["rounds"] = 3
     again = {n: session(c, document, homes) for n, c in enumerate(CLIENTS)}
     result = start(grid_of(again), document, tmp_path / "out")
-    assert records(tmp_path / "out") == records(whole)
+    assert records_without_times(tmp_path / "out") == records_without_times(whole)
     assert files(result.adapter) == files(whole / "adapter")
     moved = [record.bytes.down for record in result.records]
     assert moved[2] > 0

@@ -55,7 +55,7 @@ class InProcessTransport:
     @property
     def clients(self) -> Sequence[str]:
         """The clients in the order of the partition."""
-        return tuple(self._trainer.clients)
+        return tuple(self._trainer.num_examples)
 
     @property
     def waiting(self) -> Mapping[str, int]:

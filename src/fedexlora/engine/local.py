@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -147,9 +147,12 @@ class _Report(TrainerCallback):  # type: ignore[misc] # transformers is untyped 
 class LocalTrainer:
     """One resident model that trains any of the clients that are given to it.
 
+    ``num_examples`` has the rows by client, in the order of the partition.
+
     Args:
         model: the model; it is left as some client's.
-        clients: tokenised rows by client.
+        rows: the tokenised rows of all clients.
+        shares: by client, which of them it has.
         collator: rows to a padded batch.
         options: fields of ``TrainingArguments``.
         seed: the federation's.
@@ -159,19 +162,26 @@ class LocalTrainer:
     def __init__(
         self,
         model: AdaptedModel,
-        clients: Mapping[str, Dataset],
+        rows: Dataset,
+        shares: Mapping[str, Sequence[int]],
         collator: Collator,
         options: Mapping[str, Any],
         seed: int,
         specs: Mapping[str, AdapterSpec],
     ) -> None:
         self.model = model
-        self.clients = clients
+        self._rows = rows
+        self._shares = shares
+        self.num_examples = {client: len(share) for client, share in shares.items()}
         self._collator = collator
         self._options = options
         self._seed = seed
         self._specs = specs
         self._applied: Mapping[str, LowRank] | None = None
+
+    def rows_of(self, client: str) -> Dataset:
+        """The tokenised rows of one client, selected anew: of many clients, few are at work."""
+        return self._rows.select(self._shares[client])
 
     def update(
         self,
@@ -192,9 +202,10 @@ class LocalTrainer:
             self.model.apply(held)
             self._applied = held.total
         self.model.enter(held, client, self._specs.get(client))
+        rows = self.rows_of(client)
         loss = train_locally(
             self.model.peft_model,
-            self.clients[client],
+            rows,
             self._collator,
             self._options,
             seed=derive_seed(self._seed, round_, client),
@@ -204,7 +215,7 @@ class LocalTrainer:
             client=client,
             round=round_,
             version=held.version,
-            num_examples=len(self.clients[client]),
+            num_examples=len(rows),
             loss=loss,
             base=self.model.base_fingerprint,
             tensors=self.model.update_tensors(),

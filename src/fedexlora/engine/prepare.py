@@ -66,11 +66,10 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
     tokenizer, model, specs = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
-    clients = {name: rows.select(share) for name, share in shares.items()}
     validation = task.tokenize(splits.validation, tokenizer)
     prepared = Prepared(recipe, task, tokenizer, model, specs, validation, splits.fingerprint)
     collator = task.collator(tokenizer)
-    return prepared, LocalTrainer(model, clients, collator, recipe.training, seed, specs)
+    return prepared, LocalTrainer(model, rows, shares, collator, recipe.training, seed, specs)
 
 
 def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
@@ -119,9 +118,10 @@ def prepare_client(
     own = {name: table for name, table in recipe.clients.items() if name == client}
     tokenizer, model, specs = _load_model(recipe, task, own, observer)
     observer.preparing("tokenising the data")
-    tokenised = {client: task.tokenize(rows, tokenizer)}
+    rows = task.tokenize(rows, tokenizer)
+    everything = {client: range(len(rows))}
     collator = task.collator(tokenizer)
-    return LocalTrainer(model, tokenised, collator, recipe.training, seed, specs)
+    return LocalTrainer(model, rows, everything, collator, recipe.training, seed, specs)
 
 
 def client_rows(recipe: Recipe) -> dict[str, int]:

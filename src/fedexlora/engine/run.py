@@ -48,11 +48,10 @@ def run(
             keep_late=table.stale == "accept",
         )
 
-    rows = {client: len(tokens) for client, tokens in trainer.clients.items()}
     return conduct(
         prepared,
         folder,
-        rows,
+        trainer.num_examples,
         connect,
         continued=continued,
         keep_updates=keep_updates,

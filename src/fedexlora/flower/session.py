@@ -59,7 +59,7 @@ class Session:
         found, wanted = trainer.model.base_fingerprint, frame.header["base"]
         if found != wanted:
             raise RunError(f"the base model is another one: {found} here, {wanted} at the server")
-        rows = len(trainer.clients[client])
+        rows = trainer.num_examples[client]
         _log.info("ready as %r: %d rows, base %s", client, rows, found)
         return Frame({"client": client, "rows": rows})
 

@@ -101,9 +101,9 @@ _RESIDENT: list[_Resident] = []
 def simulated(partition: int, frame: Frame) -> Frame:
     """The answer of the client with this number, from 0."""
     resident = _resident(frame.header["recipe"])
-    client = list(resident.trainer.clients)[partition]
+    client = list(resident.trainer.num_examples)[partition]
     if frame.header["kind"] == "hello":
-        return Frame({"client": client, "rows": len(resident.trainer.clients[client])})
+        return Frame({"client": client, "rows": resident.trainer.num_examples[client]})
     message = frame.parts["message"]
     if resident.held is None or resident.held[0] != message:
         resident.held = message, receive(None, message)
