@@ -385,7 +385,7 @@ def test_kept_updates_have_the_weights_of_the_rule(document, tmp_path):
     assert "screen" in record.seconds
 
 
-def test_an_extreme_gauge_passes_the_rules_and_the_certificate_stops_the_run():
+def test_an_extreme_gauge_passes_the_rules_and_the_certificate_stops_the_run_by_name():
     """Its product is like the others'; its factors are beyond what a float32 mean can hold."""
 
     def unbalanced(update):
@@ -398,5 +398,8 @@ def test_an_extreme_gauge_passes_the_rules_and_the_certificate_stops_the_run():
     model = AdaptedModel(adapted("roberta"))
     script = attacked(model, {}, {"site-0": 100.0}, unbalanced)
     parts, state = screened(model, Screening("trimmed_mean", bad_share=0.1), script)
-    with pytest.raises(ExactnessError, match="round 1: the applied update is not the ideal one"):
+    with pytest.raises(ExactnessError, match="round 1: the applied update is not") as caught:
         run_round(parts, state)
+    blamed = [fault for fault in caught.value.faults if fault.startswith("client")]
+    assert len(blamed) == 1
+    assert blamed[0].startswith("client site-2: its factors are")

@@ -1,4 +1,4 @@
-"""``fedexlora run --engine flower``: clients in Ray's processes, the model of one process."""
+"""Clients in Ray's processes: ``fedexlora run --engine flower``, and ``flwr run``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fedexlora.engine.recipe import parse_recipe
+from fedexlora.engine.recipe import load_recipe, parse_recipe
+from fedexlora.engine.run import run
 from tests.engine.conftest import files, recipe_document, records_without_times
+from tests.flower.deployment import make_app, make_data
+from tests.flower.superlink import flwr_run
 
 pytest.importorskip("ray")
 
@@ -39,3 +42,20 @@ def test_the_simulation_ends_with_the_model_of_one_process_to_the_bit(
         assert done.returncode == 0, done.stdout + done.stderr
     assert files(out / "adapter") == files(whole / "adapter")
     assert records_without_times(out) == records_without_times(whole)
+
+
+@pytest.mark.slow
+def test_the_deployments_app_runs_in_flowers_simulation_with_the_same_recipe(tmp_path):
+    """Nodes that have no configuration are the clients of the recipe's partition."""
+    make_data(tmp_path)
+    make_app(tmp_path, {"rounds = 3": "rounds = 2"})
+    out = tmp_path / "out"
+    log = flwr_run(
+        tmp_path / "app",
+        tmp_path / "flower",
+        *("--run-config", f'out="{out}" in-order=true'),
+        *("--federation-config", "num-supernodes=3 client-resources-num-cpus=1"),
+    )
+    assert (out / "adapter").exists(), log
+    local = run(load_recipe(tmp_path / "app" / "recipe.toml"), tmp_path / "local")
+    assert files(out / "adapter") == files(local.adapter)

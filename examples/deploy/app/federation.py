@@ -4,5 +4,6 @@ from pathlib import Path
 
 from fedexlora.flower import client_app, server_app
 
-server = server_app(Path(__file__).with_name("recipe.toml"))
-client = client_app()
+recipe = Path(__file__).with_name("recipe.toml")
+server = server_app(recipe)
+client = client_app(recipe)

@@ -15,6 +15,7 @@ the share that stays with the version of the round when changes count in part.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from fedexlora.methods import Method
 Adapter = Mapping[str, Factors]
 FreshFactors = Callable[[AdapterSpec], Adapter]
 """Newly initialised factors of given ranks, by module."""
+_FAR = 100.0
+"""How many times the median client's largest factor is beyond what training does."""
 
 
 class RoundSums:
@@ -64,6 +67,7 @@ class RoundSums:
         self._products, self._offsets = dict(zeros), dict(zeros)
         self._dense = {name: torch.zeros_like(t.double()) for name, t in state.dense.items()}
         self._sent: dict[str, Adapter] = {}
+        self._sizes: dict[str, float] = {}
         self.weight = 0.0
 
     def add(
@@ -88,6 +92,9 @@ class RoundSums:
         sent = {name: update.factors(name, pair) for name, pair in held.items()}
         if remember:
             self._sent[update.client] = sent
+        self._sizes[update.client] = max(
+            float(side.norm()) for pair in sent.values() for side in (pair.A, pair.B)
+        )
         for name, raw in sent.items():
             scale = self._scale(update.client, name)
             factors = self._common(raw, scale).padded(self._rank[name])
@@ -151,6 +158,15 @@ class RoundSums:
     def deviations(self) -> Mapping[str, Deviation]:
         """What averaging the factors loses, by module."""
         return {name: deviation(moments) for name, moments in self._moments.items()}
+
+    def oversized(self) -> Mapping[str, float]:
+        """Clients whose factors are far larger than others': how many times the median client's.
+
+        Their products may be like the others'. In a mean of factors what is large must cancel, and
+        does so to fewer digits than float32 has.
+        """
+        usual = median(self._sizes.values())
+        return {c: size / usual for c, size in self._sizes.items() if size > _FAR * usual > 0.0}
 
     def _add_factors(self, name: str, factors: Factors, weight: float) -> None:
         before = self._moments.get(name)

@@ -86,11 +86,17 @@ def certify(
     return Certificate(overall, modules, ratio(lost, whole))
 
 
-def enforce(certificate: Certificate, round_: int) -> None:
+def enforce(certificate: Certificate, sums: RoundSums, round_: int) -> None:
     """Stop a run whose model does not apply the ideal.
 
+    Args:
+        certificate: the round's.
+        sums: the updates that it is about.
+        round_: from 1.
+
     Raises:
-        ExactnessError: naming every module that is off, its error and what is allowed.
+        ExactnessError: naming every module that is off, its error and what is allowed, and clients
+            that may be the cause.
     """
     if certificate.overall.held:
         return
@@ -106,6 +112,11 @@ def enforce(certificate: Certificate, round_: int) -> None:
     ]
     if not certificate.overall.dense_error <= TOLERANCE:
         faults.append(f"heads and biases: error {certificate.overall.dense_error:.2e}")
+    faults += [
+        f"client {client}: its factors are {times:.0e} times as large as the median client's, "
+        "which their mean may not stand"
+        for client, times in sums.oversized().items()
+    ]
     raise ExactnessError(f"round {round_}: the applied update is not the ideal one", faults)
 
 

@@ -99,7 +99,7 @@ def run_round(
     with clock.phase("certify"):
         certificate = certify(federation.model, got.sums, step, federation.specs)
         if federation.method.certified and not federation.model.lossy_fold:
-            enforce(certificate, round_)
+            enforce(certificate, got.sums, round_)
     federation.observer.phase(round_, "evaluate")
     with clock.phase("evaluate"):
         metrics = federation.evaluate()  # step 7

@@ -19,21 +19,25 @@ _NODE = "fedexlora-node"
 """The key of a SuperNode's ``--node-config`` that names the node's configuration."""
 
 
-def client_app() -> ClientApp:
+def client_app(recipe: Path | None = None) -> ClientApp:
     """The app of a node; its SuperNode is started with ``--node-config 'fedexlora-node="FILE"'``.
 
     A node of a simulation has no such file: it is the client of the recipe's partition with its
     number, in this process.
+
+    Args:
+        recipe: the app's own recipe, of which simulated nodes read ``[data]``; other nodes read
+            nothing of it.
     """
     app = ClientApp()
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
-        return _answer(message, context)
+        return _answer(message, context, recipe)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, context)
+        return _answer(message, context, recipe)
 
     return app
 
@@ -61,17 +65,17 @@ def server_app(recipe: Path) -> ServerApp:
     return app
 
 
-def _answer(message: Message, context: Context) -> Message:
+def _answer(message: Message, context: Context, recipe: Path | None) -> Message:
     try:
         frame = from_records(message.content)
-        reply = _responder(context)(frame)
+        reply = _responder(context, recipe)(frame)
     except (FedexLoraError, ValueError) as error:
         logging.getLogger(__name__).error("%s", error)
         reply = Frame({"failure": str(error)})
     return Message(to_records(reply), reply_to=message)
 
 
-def _responder(context: Context) -> Callable[[Frame], Frame]:
+def _responder(context: Context, recipe: Path | None) -> Callable[[Frame], Frame]:
     file = context.node_config.get(_NODE)
     if file is not None:
         from fedexlora.flower.worker import ask_worker
@@ -85,7 +89,7 @@ def _responder(context: Context) -> Callable[[Frame], Frame]:
         )
     from fedexlora.flower.simulation import simulated
 
-    return lambda frame: simulated(int(partition), frame)
+    return lambda frame: simulated(int(partition), frame, recipe)
 
 
 def _log_to_stdout() -> None:

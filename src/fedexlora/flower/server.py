@@ -97,8 +97,7 @@ def serve(
         recipe: what to run.
         settings: of the run.
         observer: told of progress.
-        simulated: whether nodes are processes of this machine, which read the recipe's own data
-            and keep no version.
+        simulated: whether nodes are processes of this machine that are sent the recipe's own data.
 
     Raises:
         InputError: before any node is asked, if the recipe names something that is not there.
@@ -117,7 +116,6 @@ def serve(
         grid,
         sent,
         prepared.model.base_fingerprint,
-        keeps=not simulated,
         in_order=settings.in_order,
     )
     observer.preparing(f"waiting for {settings.nodes} clients")

@@ -58,7 +58,6 @@ class FlowerTransport:
         grid: Flower's.
         recipe: what nodes are sent, from :func:`fedexlora.flower.node.recipe_for_nodes`.
         base: fingerprint of the server's base model.
-        keeps: whether nodes keep the version that they hold; simulated ones do not.
         in_order: hand on the updates of a round in the order in which their clients were asked.
     """
 
@@ -68,13 +67,11 @@ class FlowerTransport:
         recipe: Mapping[str, Any],
         base: str,
         *,
-        keeps: bool = True,
         in_order: bool = False,
     ) -> None:
         self._grid = grid
         self._recipe = recipe
         self._base = base
-        self._keeps = keeps
         self._in_order = in_order
         self._members = Membership(self._greet)
         self._asked: dict[str, _Asked] = {}
@@ -224,7 +221,8 @@ class FlowerTransport:
             spent = seconds(frame.header, "seconds")
         except ValueError as error:
             return Reply(client, round_, failure=str(error), landed=False)
-        return Reply(client, round_, frame.parts["update"], landed=self._keeps, seconds=spent)
+        keeps = frame.header.get("keeps") is not False
+        return Reply(client, round_, frame.parts["update"], landed=keeps, seconds=spent)
 
     def _frame(self, kind: str, more: Mapping[str, Any], parts: Mapping[str, bytes]) -> Frame:
         said = {"kind": kind, "protocol": PROTOCOL, "fedexlora": __version__}
