@@ -82,6 +82,6 @@ def test_a_host_that_is_cut_off_for_a_while_rejoins(tmp_path):
     assert all(record["certificate"]["held"] for record in records)
     left_out = {c["client"] for record in records for c in record["left_out"]}
     assert left_out == {"client-01"}
-    everyone = ["client-00", "client-01"]
-    assert [c["client"] for c in records[0]["clients"]] == everyone
-    assert [c["client"] for c in records[-1]["clients"]] == everyone
+    everyone = {"client-00", "client-01"}
+    assert {c["client"] for c in records[0]["clients"]} == everyone
+    assert {c["client"] for c in records[-1]["clients"]} == everyone
