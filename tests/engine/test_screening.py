@@ -385,21 +385,49 @@ def test_kept_updates_have_the_weights_of_the_rule(document, tmp_path):
     assert "screen" in record.seconds
 
 
-def test_an_extreme_gauge_passes_the_rules_and_the_certificate_stops_the_run_by_name():
-    """Its product is like the others'; its factors are beyond what a float32 mean can hold."""
+def unbalanced(model, gauge):
+    """A change of what site-2 sends: the same products, of other factors."""
 
-    def unbalanced(update):
+    def change(update):
         if update.client != "site-2":
             return update
-        sizes = {"A/": 1e-6, "B/": 1e6, "de": 1.0}
+        sizes = {"A/": 1.0 / gauge, "B/": gauge, "de": 1.0}
         tensors = {name: sizes[name[:2]] * t for name, t in update.tensors.items()}
         return random_update(model, 1, "site-2", tensors=tensors, num_examples=3)
 
+    return change
+
+
+def test_without_a_rule_an_extreme_gauge_stops_the_run_and_names_the_client():
+    """Its product is like the others'; its factors are beyond what a float32 mean can hold."""
     model = AdaptedModel(adapted("roberta"))
-    script = attacked(model, {}, {"site-0": 100.0}, unbalanced)
-    parts, state = screened(model, Screening("trimmed_mean", bad_share=0.1), script)
+    parts, state = screened(model, None, attacked(model, {}, {}, unbalanced(model, 1e6)))
     with pytest.raises(ExactnessError, match="round 1: the applied update is not") as caught:
         run_round(parts, state)
     blamed = [fault for fault in caught.value.faults if fault.startswith("client")]
     assert len(blamed) == 1
-    assert blamed[0].startswith("client site-2: its factors are")
+    assert blamed[0].startswith("client site-2: its factors B and A are so unlike the others'")
+
+
+@pytest.mark.parametrize("gauge", [1e-6, 60.0, 1e3, 1e6])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_rejects_an_extreme_gauge_and_the_rest_is_exact(rule, gauge):
+    """Beside a client that the rule itself has to stand."""
+    model, sent = AdaptedModel(adapted("roberta")), {}
+    script = attacked(model, sent, {"site-0": 100.0}, unbalanced(model, gauge))
+    parts, state = screened(model, RULES[rule], script)
+    _, record = run_round(parts, state)
+    assert record.certificate.held
+    reasons = {c.client: c.reasons[0] for c in record.left_out}
+    assert reasons["site-2"].startswith("its factors B and A are so unlike")
+    shares = {c.client: c.weight for c in record.clients}
+    assert sum(shares.values()) + record.stay == pytest.approx(1.0)
+    for name in model.modules:
+        start = state.adapter[name].to(torch.float64).product()
+        products = {
+            c: sent[1, c].tensors[f"B/{name}"].double() @ sent[1, c].tensors[f"A/{name}"].double()
+            for c in shares
+        }
+        ideal = record.stay * start + sum(w * products[c] for c, w in shares.items())
+        ideal = ideal * model.spec.modules[name].scaling
+        assert float((model.applied(name).dense() - ideal).norm()) <= 1e-6 * float(ideal.norm())

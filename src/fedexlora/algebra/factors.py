@@ -45,6 +45,11 @@ class Factors:
         return self.B.shape[0], self.A.shape[1]
 
     @property
+    def sizes(self) -> tuple[float, float]:
+        """Frobenius norms of ``A`` and of ``B``."""
+        return float(self.A.norm()), float(self.B.norm())
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of both factors."""
         return self.A.dtype

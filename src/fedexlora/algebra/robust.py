@@ -8,9 +8,10 @@ sum ``w^T K w``. The pairs ``(B, A)`` and ``(B Q, Q^-1 A)`` are the same update 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -38,6 +39,15 @@ class Reweighted:
     """What the rule looked at: a norm or a distance, the larger the worse."""
     stay: float = 0.0
     """The weight of no change at all: what clipped clients lose."""
+
+    def without(self, rejected: Collection[int]) -> Reweighted:
+        """The same of the others: those at these places do not count, nor does what they lost."""
+
+        def but(values: Sequence[float]) -> tuple[float, ...]:
+            return tuple(0.0 if i in rejected else x for i, x in enumerate(values))
+
+        lost = sum(self.weights[i] * (1.0 / self.kept[i] - 1.0) for i in rejected if self.kept[i])
+        return Reweighted(but(self.weights), but(self.kept), self.scores, self.stay - lost)
 
 
 def gram(changes: Sequence[Factors]) -> Tensor:
@@ -151,6 +161,25 @@ def geometric_median(gram: Tensor, weights: Sequence[float]) -> Reweighted:
     found = _weiszfeld(gram, weights)
     ones = (1.0,) * len(weights)
     return Reweighted(tuple(found.tolist()), ones, tuple(_from_point(gram, found).tolist()))
+
+
+def strain(
+    weights: Sequence[float], sizes: Sequence[tuple[float, float]], mean: float
+) -> tuple[float, ...]:
+    """By how much a mean of factors exceeds the mean product because of each client.
+
+    ``(B, A)`` and ``(B Q, Q^-1 A)`` are the same update, but not the same share of ``B̄ Ā``. What is
+    too much there the residual takes away again, at the cost of digits. Of client ``i`` it is
+    ``p_i max(|B_i| a, |A_i| b) / |M|``, with the median clients' ``a`` and ``b`` for the mean's.
+
+    Args:
+        weights: what each client counts; their sum is at most 1.
+        sizes: Frobenius norms of ``A_i`` and ``B_i``.
+        mean: that of the mean product ``M = sum_i p_i B_i A_i``.
+    """
+    usual_a, usual_b = (median(side) for side in zip(*sizes, strict=True))
+    excess = [w * max(b * usual_a, a * usual_b) for w, (a, b) in zip(weights, sizes, strict=True)]
+    return tuple(x / mean if mean > 0.0 else (inf if x > 0.0 else 0.0) for x in excess)
 
 
 def krum_needs(bad: int) -> int:

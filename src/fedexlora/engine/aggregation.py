@@ -15,17 +15,18 @@ the share that stays with the version of the round when changes count in part.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from statistics import median
+from math import sqrt
 
 import torch
 from torch import Tensor
 
-from fedexlora.algebra import assignment
+from fedexlora.algebra import assignment, robust
 from fedexlora.algebra.assignment import Holder
 from fedexlora.algebra.deviation import Deviation, deviation
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.algebra.moments import Moments
+from fedexlora.engine.screening import MOST_STRAIN
 from fedexlora.exchange.shipment import Step
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
@@ -35,8 +36,6 @@ from fedexlora.methods import Method
 Adapter = Mapping[str, Factors]
 FreshFactors = Callable[[AdapterSpec], Adapter]
 """Newly initialised factors of given ranks, by module."""
-_FAR = 100.0
-"""How many times the median client's largest factor is beyond what training does."""
 
 
 class RoundSums:
@@ -67,7 +66,8 @@ class RoundSums:
         self._products, self._offsets = dict(zeros), dict(zeros)
         self._dense = {name: torch.zeros_like(t.double()) for name, t in state.dense.items()}
         self._sent: dict[str, Adapter] = {}
-        self._sizes: dict[str, float] = {}
+        self._counted: list[tuple[str, float]] = []
+        self._sizes: dict[str, list[tuple[float, float]]] = {name: [] for name in zeros}
         self.weight = 0.0
 
     def add(
@@ -92,13 +92,12 @@ class RoundSums:
         sent = {name: update.factors(name, pair) for name, pair in held.items()}
         if remember:
             self._sent[update.client] = sent
-        self._sizes[update.client] = max(
-            float(side.norm()) for pair in sent.values() for side in (pair.A, pair.B)
-        )
+        self._counted.append((update.client, weight))
         for name, raw in sent.items():
             scale = self._scale(update.client, name)
             factors = self._common(raw, scale).padded(self._rank[name])
             self._add_factors(name, factors, weight)
+            self._sizes[name].append(factors.sizes)
             product = raw.to(torch.float64).scaled(weight * scale)
             self._products[name] = self._products[name].plus([product])
             if held is not self._state.adapter:
@@ -159,14 +158,15 @@ class RoundSums:
         """What averaging the factors loses, by module."""
         return {name: deviation(moments) for name, moments in self._moments.items()}
 
-    def oversized(self) -> Mapping[str, float]:
-        """Clients whose factors are far larger than others': how many times the median client's.
-
-        Their products may be like the others'. In a mean of factors what is large must cancel, and
-        does so to fewer digits than float32 has.
-        """
-        usual = median(self._sizes.values())
-        return {c: size / usual for c, size in self._sizes.items() if size > _FAR * usual > 0.0}
+    def strained(self) -> Mapping[str, float]:
+        """Clients for whose sake the mean of factors cancels beyond what float32 holds, and how."""
+        weights = [weight / self.weight for _, weight in self._counted]
+        found = dict.fromkeys((client for client, _ in self._counted), 0.0)
+        for name, sizes in self._sizes.items():
+            mean = sqrt(self._products[name].squared_norm()) / self.weight
+            for client, strain in zip(found, robust.strain(weights, sizes, mean), strict=True):
+                found[client] = max(found[client], strain)
+        return {client: strain for client, strain in found.items() if strain > MOST_STRAIN}
 
     def _add_factors(self, name: str, factors: Factors, weight: float) -> None:
         before = self._moments.get(name)

@@ -15,6 +15,7 @@ from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank, difference_norm
 from fedexlora.engine.aggregation import RoundSums
+from fedexlora.engine.screening import strain_reason
 from fedexlora.errors import ExactnessError
 from fedexlora.exchange.records import CertificateRecord, ModuleRecord, OwnRecord
 from fedexlora.exchange.shipment import Step
@@ -113,9 +114,7 @@ def enforce(certificate: Certificate, sums: RoundSums, round_: int) -> None:
     if not certificate.overall.dense_error <= TOLERANCE:
         faults.append(f"heads and biases: error {certificate.overall.dense_error:.2e}")
     faults += [
-        f"client {client}: its factors are {times:.0e} times as large as the median client's, "
-        "which their mean may not stand"
-        for client, times in sums.oversized().items()
+        f"client {client}: {strain_reason(strain)}" for client, strain in sums.strained().items()
     ]
     raise ExactnessError(f"round {round_}: the applied update is not the ideal one", faults)
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from fedexlora.engine.aggregation import RoundSums
 from fedexlora.engine.participation import Participation
-from fedexlora.engine.screening import Screening, gram_of
+from fedexlora.engine.screening import Screening, gram_of, strains_of
 from fedexlora.engine.transport import ClientProgress, Reply, Transport
 from fedexlora.errors import NoUpdatesError, RunError, UpdateError
 from fedexlora.exchange.records import ClientRecord, LeftOutRecord
@@ -141,8 +141,11 @@ class Collector:
             return
         if short := self._screening.shortfall(len(given)):
             raise NoUpdatesError(f"round {self._round}: {short}", self._reasons())
-        gram = gram_of([(a.update, a.start) for a in given], self._before, self._spec, self._specs)
+        pairs = [(a.update, a.start) for a in given]
+        gram = gram_of(pairs, self._before, self._spec, self._specs)
         judged = self._screening.judge(gram, [a.weight for a in given])
+        strains = strains_of(pairs, judged, self._before, self._spec, self._specs)
+        judged = self._screening.relieved(judged, strains)
         counted = []
         for i, arrived in enumerate(given):
             if judged.reasons[i]:
