@@ -87,7 +87,7 @@ def _responder(context: Context, recipe: Path | None) -> Callable[[Frame], Frame
             f"this SuperNode has no {_NODE!r} in its --node-config",
             [f"start it with --node-config '{_NODE}=\"/path/to/node.toml\"'"],
         )
-    from fedexlora.flower.simulation import simulated
+    from fedexlora.flower.resident import simulated
 
     return lambda frame: simulated(int(partition), frame, recipe)
 
