@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedexlora.cli.options import progress_over, quiet_libraries
+from fedexlora.cli.options import progress_over
+from fedexlora.engine.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from fedexlora.exchange.adapter_records import ExportRecord

@@ -1,10 +1,7 @@
-"""What several commands share: lists of numbers, progress over modules, sizes, quiet libraries."""
+"""What several commands share: lists of numbers, progress over modules, sizes."""
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -56,15 +53,3 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
-
-
-def quiet_libraries() -> None:
-    """Keep other libraries' progress bars and notices out of the display."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.captureWarnings(capture=True)
-    logging.getLogger("py.warnings").addHandler(logging.NullHandler())
-    warnings.filterwarnings("ignore", module=r"(transformers|torch|flwr_datasets|accelerate)")

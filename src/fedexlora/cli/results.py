@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fedexlora.cli.options import progress_over, quiet_libraries, size
+from fedexlora.cli.options import progress_over, size
+from fedexlora.engine.quiet import quiet_libraries
 from fedexlora.exchange.adapter_records import AggregationRecord
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedexlora.cli.options import quiet_libraries
+from fedexlora.engine.quiet import quiet_libraries
 from fedexlora.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedexlora.errors import FedexLoraError, RecipeError
 from fedexlora.flower.frames import Frame, from_records, to_records
 
+_log = logging.getLogger(__name__)
 _NODE = "fedexlora-node"
 """The key of a SuperNode's ``--node-config`` that names the node's configuration."""
 
@@ -56,11 +57,15 @@ def server_app(recipe: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        from fedexlora.engine.quiet import quiet_libraries
+
+        quiet_libraries()
         from fedexlora.engine.recipe import load_recipe
         from fedexlora.flower.server import LogLines, Settings, serve
 
         _log_to_stdout()
-        serve(grid, load_recipe(recipe), Settings.of(context.run_config), LogLines())
+        result = serve(grid, load_recipe(recipe), Settings.of(context.run_config), LogLines())
+        _log.info("the final global model, as one PEFT adapter: %s", result.adapter)
 
     return app
 
@@ -70,7 +75,7 @@ def _answer(message: Message, context: Context, recipe: Path | None) -> Message:
         frame = from_records(message.content)
         reply = _responder(context, recipe)(frame)
     except (FedexLoraError, ValueError) as error:
-        logging.getLogger(__name__).error("%s", error)
+        _log.error("%s", error)
         reply = Frame({"failure": str(error)})
     return Message(to_records(reply), reply_to=message)
 

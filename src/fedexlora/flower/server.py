@@ -69,7 +69,10 @@ class LogLines(Observer):
 
     def started(self, info: RunInfo) -> None:
         """Where the run stands."""
-        _log.info("%d of %d rounds are done", len(info.finished), info.rounds)
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in info.initial_metrics.items())
+        _log.info(
+            "%d of %d rounds are done; before round 1: %s", len(info.finished), info.rounds, scores
+        )
 
     def finished_round(self, record: RoundRecord) -> None:
         """Scores and certificate of a round, and who is not part of it."""

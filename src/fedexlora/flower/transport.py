@@ -183,7 +183,9 @@ class FlowerTransport:
             if key in self._asked:
                 asked = self._asked.pop(key)
                 if not self._repeated(asked, message):
-                    self._answers.append(replace(self._reply(asked, message), resent=asked.resent))
+                    reply = self._reply(asked, message)
+                    _log.info("round %d: %s has answered", asked.round, asked.client)
+                    self._answers.append(replace(reply, resent=asked.resent))
             elif key in self._members.greetings:
                 self._members.hear(message)
         old = time.monotonic() - _TTL_SECONDS

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fedexlora.engine.quiet import quiet_libraries
 from fedexlora.errors import RunError
 from fedexlora.flower.frames import Frame, receive, send
 from fedexlora.flower.node import Node, load_node
@@ -147,5 +148,6 @@ def _address(node: Node) -> Path:
 if __name__ == "__main__":
     # Flower's processes must start within 30 s, also where training takes every processor.
     os.nice(5)
+    quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     serve(Path(sys.argv[1]))
