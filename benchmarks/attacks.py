@@ -146,10 +146,9 @@ class Clients:
         return self._trained[key]
 
 
-def play(prepared, rows, attack, rule, trained):
-    """The records of a federation under one attack with one rule."""
+def play(prepared, rows, state, attack, rule, trained):
+    """The records of a federation under one attack with one rule, from ``state``."""
     rounds, model = prepared.recipe.federation.rounds, prepared.model
-    state = model.initial_state({}, prepared.recipe.federation.seed)
     model.apply(state)
     records = []
     federation = Federation(
@@ -205,13 +204,14 @@ def main():
         for seed in options.seeds:
             prepared, trainer = prepare(recipe(folder, seed, options), Observer())
             rows = {client: trainer.rows_of(client) for client in trainer.num_examples}
-            trained = {}
+            # The model is another one after every run: all of them begin from this.
+            start, trained = prepared.model.initial_state({}, seed), {}
             gc.freeze()  # as ``fedexlora run`` does
             attacked = 2 * options.rounds
             for attack in options.attacks:
                 for rule in RULES:
                     accuracy, loss, bad, good, share = describe(
-                        play(prepared, rows, attack, rule, trained)
+                        play(prepared, rows, start, attack, rule, trained)
                     )
                     print(
                         f"| {attack} | {rule} | {seed} | {accuracy:.3f} | {loss:.3f} "
