@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import inf
 
 import pytest
 import torch
@@ -238,3 +239,32 @@ def test_too_few_clients_are_refused():
         robust.trimmed_mean(gram, WEIGHTS[:6], 3)
     needs = [robust.krum_needs(f) for f in range(5)]
     assert all(a < b for a, b in pairwise(needs))
+
+
+@pytest.mark.parametrize("gauge", [1e-4, 1.0, 1e4])
+def test_the_strain_is_what_a_clients_factors_add_to_the_mean_over_the_mean_product(gauge):
+    weights = [0.5, 0.3, 0.2]
+    pairs = [x.to(torch.float64) for x in random_factors(3)]
+    pairs[1] = Factors(pairs[1].A / gauge, pairs[1].B * gauge)
+    mean = float(sum(w * x.product() for w, x in zip(weights, pairs, strict=True)).norm())
+    found = robust.strain(weights, [x.sizes for x in pairs], mean)
+    a = sorted(float(x.A.norm()) for x in pairs)[1]
+    b = sorted(float(x.B.norm()) for x in pairs)[1]
+    for strain, weight, pair in zip(found, weights, pairs, strict=True):
+        largest = max(float(pair.B.norm()) * a, float(pair.A.norm()) * b)
+        assert strain == pytest.approx(weight * largest / mean)
+    assert max(found[0], found[2]) < 16.0
+    assert (found[1] > 16.0) == (gauge != 1.0)
+
+
+def test_the_strain_of_nothing_is_none_and_beside_a_mean_of_zero_it_has_no_bound():
+    assert robust.strain([0.5, 0.5], [(2.0, 0.0), (2.0, 0.0)], 0.0) == (0.0, 0.0)
+    assert robust.strain([0.5, 0.5], [(2.0, 1.0), (2.0, 1.0)], 0.0) == (inf, inf)
+
+
+def test_who_is_left_out_of_a_clipped_mean_takes_along_what_clipping_left_where_it_was():
+    found = robust.clip(torch.diag(torch.tensor([1.0, 4.0, 100.0]).double()), [1.0, 2.0, 3.0])
+    rest = found.without([2])
+    assert rest.weights == (1.0, 2.0, 0.0)
+    assert rest.stay == pytest.approx(0.0)
+    assert rest.kept == (1.0, 1.0, 0.0)
