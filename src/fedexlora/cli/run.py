@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
@@ -84,4 +85,5 @@ def _player(engine: Engine, cpus: int, gpus: float) -> Callable[..., RunResult]:
         )
     from fedexlora.flower.simulation import Resources, simulate
 
+    logging.getLogger("flwr").setLevel(logging.ERROR)
     return partial(simulate, resources=Resources(cpus, gpus))

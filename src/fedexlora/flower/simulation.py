@@ -70,7 +70,10 @@ def simulate(
     app = ServerApp()
     app.main()(main)
     used: dict[str, ConfigRecordValues] = {"num_cpus": taken.cpus, "num_gpus": taken.gpus}
-    run_simulation(app, client_app(), count, backend_config={"client_resources": used})
+    # What goes wrong in a client's process is its reply; the rest is other libraries' notices.
+    quiet: dict[str, ConfigRecordValues] = {"log_to_driver": False}
+    backend = {"client_resources": used, "init_args": quiet}
+    run_simulation(app, client_app(), count, backend_config=backend)
     if failed:
         raise failed[0]
     if not done:
