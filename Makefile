@@ -16,8 +16,9 @@ test: $(VENV)/.dev  ## All tests that need no network, no GPU and little time; e
 	$(PYTEST) --numprocesses 0 -rs -m deployment tests/flower/test_deploy.py
 	$(PYTEST) -m "exactness or not (slow or network or gpu or deployment)"
 
-slow: $(VENV)/.dev  ## The tests that train models on real data sets
-	$(PYTEST) -m "slow and not (network or gpu)"
+slow: $(VENV)/.dev  ## Servers and nodes that are killed or cut off; models trained on real data sets
+	$(PYTEST) --numprocesses 0 -rs -m slow tests/flower
+	$(PYTEST) -m "slow and not (network or gpu)" --ignore tests/flower
 
 exactness: $(VENV)/.dev  ## Measure the tables of docs/exactness.md again
 	$(BIN)/python -m tests.exactness.table
