@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedexlora.algebra import robust
-from fedexlora.algebra.factors import Factors
+from fedexlora.algebra.factors import Factors, Sizes, sizes
 
 D_OUT, D_IN = 19, 31
 RULES = {
@@ -242,24 +242,48 @@ def test_too_few_clients_are_refused():
 
 
 @pytest.mark.parametrize("gauge", [1e-4, 1.0, 1e4])
-def test_the_strain_is_what_a_clients_factors_add_to_the_mean_over_the_mean_product(gauge):
+def test_the_strain_bounds_what_a_clients_factors_add_to_the_mean_beside_the_mean_product(gauge):
     weights = [0.5, 0.3, 0.2]
     pairs = [x.to(torch.float64) for x in random_factors(3)]
     pairs[1] = Factors(pairs[1].A / gauge, pairs[1].B * gauge)
     mean = float(sum(w * x.product() for w, x in zip(weights, pairs, strict=True)).norm())
-    found = robust.strain(weights, [x.sizes for x in pairs], mean)
-    a = sorted(float(x.A.norm()) for x in pairs)[1]
-    b = sorted(float(x.B.norm()) for x in pairs)[1]
+    known = [sizes(x) for x in pairs]
+    for found, pair in zip(known, pairs, strict=True):
+        assert found == pytest.approx(
+            [
+                float(torch.linalg.matrix_norm(matrix, kind))
+                for kind in ("fro", 2)
+                for matrix in (pair.A, pair.B)
+            ]
+        )
+    found = robust.strain(weights, known, mean)
+    usual = [sorted(column)[1] for column in zip(*known, strict=True)]
+    a, b = torch.eye(3, D_IN).double(), torch.eye(D_OUT, 3).double()
+    a, b = a * min(usual[2], usual[0] / 3**0.5), b * min(usual[3], usual[1] / 3**0.5)
     for strain, weight, pair in zip(found, weights, pairs, strict=True):
-        largest = max(float(pair.B.norm()) * a, float(pair.A.norm()) * b)
-        assert strain == pytest.approx(weight * largest / mean)
-    assert max(found[0], found[2]) < 16.0
-    assert (found[1] > 16.0) == (gauge != 1.0)
+        rank = pair.rank
+        up = float((pair.B @ a[:rank]).norm())
+        down = float((b[:, :rank] @ pair.A).norm())
+        assert strain >= weight * max(up, down) / mean * (1 - 1e-12)
+    assert max(found[0], found[2]) < 3.0
+    assert (found[1] > 8.0) == (gauge != 1.0)
+
+
+def test_the_strain_does_not_grow_with_the_rank_of_clients_that_train_from_one_adapter():
+    found = []
+    for rank in (2, 200):
+        generator = torch.Generator().manual_seed(rank)
+        a = torch.randn(rank, 400, generator=generator)
+        pairs = [Factors(a, torch.randn(300, rank, generator=generator)) for _ in range(3)]
+        product = sum(x.product() for x in pairs) / 3
+        found.append(max(robust.strain([1 / 3] * 3, [sizes(x) for x in pairs], product.norm())))
+    assert max(found) < 1.5
 
 
 def test_the_strain_of_nothing_is_none_and_beside_a_mean_of_zero_it_has_no_bound():
-    assert robust.strain([0.5, 0.5], [(2.0, 0.0), (2.0, 0.0)], 0.0) == (0.0, 0.0)
-    assert robust.strain([0.5, 0.5], [(2.0, 1.0), (2.0, 1.0)], 0.0) == (inf, inf)
+    nothing, something = Sizes(2.0, 0.0, 2.0, 0.0), Sizes(2.0, 1.0, 2.0, 1.0)
+    assert robust.strain([0.5, 0.5], [nothing] * 2, 0.0) == (0.0, 0.0)
+    assert robust.strain([0.5, 0.5], [something] * 2, 0.0) == (inf, inf)
 
 
 def test_who_is_left_out_of_a_clipped_mean_takes_along_what_clipping_left_where_it_was():

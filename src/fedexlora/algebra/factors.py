@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,11 +46,6 @@ class Factors:
         return self.B.shape[0], self.A.shape[1]
 
     @property
-    def sizes(self) -> tuple[float, float]:
-        """Frobenius norms of ``A`` and of ``B``."""
-        return float(self.A.norm()), float(self.B.norm())
-
-    @property
     def dtype(self) -> torch.dtype:
         """The dtype of both factors."""
         return self.A.dtype
@@ -84,6 +80,26 @@ class Factors:
     def empty(d_out: int, d_in: int, dtype: torch.dtype) -> Factors:
         """The zero matrix ``(d_out, d_in)`` as factors of rank 0."""
         return Factors(torch.zeros(0, d_in, dtype=dtype), torch.zeros(d_out, 0, dtype=dtype))
+
+
+class Sizes(NamedTuple):
+    """Norms of the two factors, float64."""
+
+    A: float
+    """Frobenius."""
+    B: float
+    A_spectral: float
+    """The largest singular value."""
+    B_spectral: float
+
+
+def sizes(x: Factors) -> Sizes:
+    """Norms of both factors, from their rank by rank Gram matrices."""
+    a, b = x.A.double(), x.B.double()
+    found = [torch.linalg.eigvalsh(gram).clamp(min=0.0) for gram in (a @ a.T, b.T @ b)]
+    whole = [float(values.sum().sqrt()) for values in found]
+    largest = [float(values[-1].sqrt()) for values in found]
+    return Sizes(*whole, *largest)
 
 
 def inner(x: Factors, y: Factors) -> float:

@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from fedexlora.algebra.factors import Factors
+from fedexlora.algebra.factors import Factors, Sizes
 
 _BLOCK = 1 << 20
 """Columns of flat tensors that are held in float64 at a time."""
@@ -163,23 +163,27 @@ def geometric_median(gram: Tensor, weights: Sequence[float]) -> Reweighted:
     return Reweighted(tuple(found.tolist()), ones, tuple(_from_point(gram, found).tolist()))
 
 
-def strain(
-    weights: Sequence[float], sizes: Sequence[tuple[float, float]], mean: float
-) -> tuple[float, ...]:
-    """By how much a mean of factors exceeds the mean product because of each client.
+def strain(weights: Sequence[float], sizes: Sequence[Sizes], mean: float) -> tuple[float, ...]:
+    """By how much a mean of factors may exceed the mean product because of each client.
 
     ``(B, A)`` and ``(B Q, Q^-1 A)`` are the same update, but not the same share of ``B̄ Ā``. What is
     too much there the residual takes away again, at the cost of digits. Of client ``i`` it is
-    ``p_i max(|B_i| a, |A_i| b) / |M|``, with the median clients' ``a`` and ``b`` for the mean's.
+    ``p_i max(|B_i a|, |b A_i|) / |M|``, where ``a`` and ``b`` are as large as the median clients'
+    and the norms of the products are bounded by those of the factors, ``|X Y| <= |X| |Y|_2``.
 
     Args:
         weights: what each client counts; their sum is at most 1.
-        sizes: Frobenius norms of ``A_i`` and ``B_i``.
-        mean: that of the mean product ``M = sum_i p_i B_i A_i``.
+        sizes: of each client's factors.
+        mean: norm of the mean product ``M = sum_i p_i B_i A_i``.
     """
-    usual_a, usual_b = (median(side) for side in zip(*sizes, strict=True))
-    excess = [w * max(b * usual_a, a * usual_b) for w, (a, b) in zip(weights, sizes, strict=True)]
-    return tuple(x / mean if mean > 0.0 else (inf if x > 0.0 else 0.0) for x in excess)
+    usual = Sizes(*(median(column) for column in zip(*sizes, strict=True)))
+    found = []
+    for weight, own in zip(weights, sizes, strict=True):
+        up = min(own.B * usual.A_spectral, own.B_spectral * usual.A)
+        down = min(own.A * usual.B_spectral, own.A_spectral * usual.B)
+        most = weight * max(up, down)
+        found.append(most / mean if mean > 0.0 else (inf if most > 0.0 else 0.0))
+    return tuple(found)
 
 
 def krum_needs(bad: int) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedexlora.algebra import assignment, robust
 from fedexlora.algebra.assignment import Holder
 from fedexlora.algebra.deviation import Deviation, deviation
-from fedexlora.algebra.factors import Factors
+from fedexlora.algebra.factors import Factors, Sizes, sizes
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.algebra.moments import Moments
 from fedexlora.engine.screening import MOST_STRAIN
@@ -67,7 +67,7 @@ class RoundSums:
         self._dense = {name: torch.zeros_like(t.double()) for name, t in state.dense.items()}
         self._sent: dict[str, Adapter] = {}
         self._counted: list[tuple[str, float]] = []
-        self._sizes: dict[str, list[tuple[float, float]]] = {name: [] for name in zeros}
+        self._sizes: dict[str, list[Sizes]] = {name: [] for name in zeros}
         self.weight = 0.0
 
     def add(
@@ -97,7 +97,7 @@ class RoundSums:
             scale = self._scale(update.client, name)
             factors = self._common(raw, scale).padded(self._rank[name])
             self._add_factors(name, factors, weight)
-            self._sizes[name].append(factors.sizes)
+            self._sizes[name].append(sizes(factors))
             product = raw.to(torch.float64).scaled(weight * scale)
             self._products[name] = self._products[name].plus([product])
             if held is not self._state.adapter:
@@ -162,9 +162,9 @@ class RoundSums:
         """Clients for whose sake the mean of factors cancels beyond what float32 holds, and how."""
         weights = [weight / self.weight for _, weight in self._counted]
         found = dict.fromkeys((client for client, _ in self._counted), 0.0)
-        for name, sizes in self._sizes.items():
+        for name, known in self._sizes.items():
             mean = sqrt(self._products[name].squared_norm()) / self.weight
-            for client, strain in zip(found, robust.strain(weights, sizes, mean), strict=True):
+            for client, strain in zip(found, robust.strain(weights, known, mean), strict=True):
                 found[client] = max(found[client], strain)
         return {client: strain for client, strain in found.items() if strain > MOST_STRAIN}
 
