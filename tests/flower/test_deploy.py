@@ -7,16 +7,22 @@ small machine. Those that kill nodes and servers are slow.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
-from tests.flower.deployment import Deployment, free_port
+from tests.flower.deployment import ROOT, Deployment, free_port
 
 LET_IN = "SuperNode ID"
 """What a SuperNode says once the SuperLink has accepted it."""
@@ -78,6 +84,70 @@ def test_a_node_that_trusts_another_authority_does_not_connect(deployed, tmp_pat
     )
     assert LET_IN not in said
     assert "certificate verify failed" in said.lower(), said
+
+
+@pytest.mark.deployment
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")
+def test_behind_the_gate_a_stranger_reaches_no_control_and_a_node_its_messages(deployed, tmp_path):
+    key, port = tmp_path / "stranger", free_port()
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", key], check=True
+    )
+    home = tmp_path / "flwr"
+    home.mkdir()
+    authority = deployed.home / "keys" / "ca.crt"
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "gate"\n[superlink.gate]\naddress = "127.0.0.1:{port}"\n'
+        f'root-certificates = "{authority}"\n'
+    )
+    command = [str(Path(sys.executable).with_name("flwr")), "supernode", "register", f"{key}.pub"]
+    with gate(deployed, tmp_path, port):
+        done = subprocess.run(
+            [*command, "gate"],
+            env=deployed.environment | {"FLWR_HOME": str(home)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode != 0
+        assert "403 Forbidden" in done.stdout, done.stdout
+        context = ssl.create_default_context(cafile=str(authority))
+        with pytest.raises(HTTPError) as refused:
+            urlopen(f"https://127.0.0.1:{port}/v1/fleet/pull-messages", data=b"", context=context)
+        assert refused.value.code != 403  # the SuperLink's own answer to a message that is none
+
+
+@contextmanager
+def gate(deployed: Deployment, folder: Path, port: int) -> Iterator[None]:
+    """The example's nginx in front of the SuperLink."""
+    text = (ROOT / "examples" / "deploy" / "nginx.conf").read_text()
+    text = text.replace("/srv/fedexlora/keys", str(deployed.home / "keys"))
+    text = text.replace("listen 8443", f"listen 127.0.0.1:{port}")
+    text = text.replace("127.0.0.1:8000", f"127.0.0.1:{deployed.environment['PORT']}")
+    paths = "".join(
+        f"{name}_temp_path {folder}/{name};"
+        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    user = "user root;" if os.geteuid() == 0 else ""  # the test's folder is its user's alone
+    site = folder / "nginx.conf"
+    site.write_text(
+        f"{user} pid {folder}/nginx.pid; daemon off; error_log {folder}/error.log; events {{}}\n"
+        f"http {{ access_log off; {paths}\n{text}}}\n"
+    )
+    command = ["nginx", "-c", str(site), "-e", str(folder / "error.log")]
+    server = subprocess.Popen(command)
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None, (folder / "error.log").read_text()
+            time.sleep(0.1)
+        yield
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def attempt(deployed: Deployment, *words: str) -> str:
