@@ -115,7 +115,7 @@ def test_behind_the_gate_a_stranger_reaches_no_control_and_a_node_its_messages(d
         context = ssl.create_default_context(cafile=str(authority))
         with pytest.raises(HTTPError) as refused:
             urlopen(f"https://127.0.0.1:{port}/v1/fleet/pull-messages", data=b"", context=context)
-        assert refused.value.code != 403  # the SuperLink's own answer to a message that is none
+        assert refused.value.code == 415  # the SuperLink's own answer to a message that is none
 
 
 @contextmanager

@@ -4,6 +4,7 @@ A client's change is a point in the space of updates, and ``K_ij = <D_i, D_j>`` 
 rules need: norms are ``K_ii``, distances ``K_ii + K_jj - 2 K_ij``, and the norm of any weighted
 sum ``w^T K w``. The pairs ``(B, A)`` and ``(B Q, Q^-1 A)`` are the same update and have the same
 ``K``. Every rule answers with weights, so that what it makes is a weighted mean like any other.
+What a gauge does to a mean of factors ``K`` cannot show; that is a client's strain.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class RoundSums:
         self._products, self._offsets = dict(zeros), dict(zeros)
         self._dense = {name: torch.zeros_like(t.double()) for name, t in state.dense.items()}
         self._sent: dict[str, Adapter] = {}
-        self._counted: list[tuple[str, float]] = []
+        self._counted: dict[str, float] = {}
         self._sizes: dict[str, list[Sizes]] = {name: [] for name in zeros}
         self.weight = 0.0
 
@@ -92,7 +92,7 @@ class RoundSums:
         sent = {name: update.factors(name, pair) for name, pair in held.items()}
         if remember:
             self._sent[update.client] = sent
-        self._counted.append((update.client, weight))
+        self._counted[update.client] = weight
         for name, raw in sent.items():
             scale = self._scale(update.client, name)
             factors = self._common(raw, scale).padded(self._rank[name])
@@ -160,8 +160,8 @@ class RoundSums:
 
     def strained(self) -> Mapping[str, float]:
         """Clients for whose sake the mean of factors cancels beyond what float32 holds, and how."""
-        weights = [weight / self.weight for _, weight in self._counted]
-        found = dict.fromkeys((client for client, _ in self._counted), 0.0)
+        weights = [weight / self.weight for weight in self._counted.values()]
+        found = dict.fromkeys(self._counted, 0.0)
         for name, known in self._sizes.items():
             mean = sqrt(self._products[name].squared_norm()) / self.weight
             for client, strain in zip(found, robust.strain(weights, known, mean), strict=True):

@@ -184,7 +184,8 @@ class FlowerTransport:
                 asked = self._asked.pop(key)
                 if not self._repeated(asked, message):
                     reply = self._reply(asked, message)
-                    _log.info("round %d: %s has answered", asked.round, asked.client)
+                    if reply.message is not None:  # an error may be Flower's, of a lost node
+                        _log.info("round %d: %s has answered", asked.round, asked.client)
                     self._answers.append(replace(reply, resent=asked.resent))
             elif key in self._members.greetings:
                 self._members.hear(message)
