@@ -12,7 +12,7 @@
         ├── NoUpdatesError        no client delivered a usable update
         └── ExactnessError        the applied update is not the ideal one
 
-Errors that collect several faults say all of them at once, one a line. Names in them may come out of
+Errors that collect several faults say all of them at once, one a line. Names in them may come from
 somebody else's files or messages, so that nothing which is not printable is part of any.
 """
 
