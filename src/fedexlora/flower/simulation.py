@@ -73,7 +73,7 @@ def simulate(
     # What goes wrong in a client's process is its reply; the rest is other libraries' notices.
     quiet: dict[str, ConfigRecordValues] = {"log_to_driver": False}
     backend = {"client_resources": used, "init_args": quiet}
-    run_simulation(app, client_app(), count, backend_config=backend)
+    run_simulation(app, client_app(recipe), count, backend_config=backend)
     if failed:
         raise failed[0]
     if not done:
