@@ -12,13 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import Context, Message, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedexlora import __version__
-from fedexlora.errors import NodeError
+from fedexlora.errors import DataError, NodeError
 from fedexlora.exchange.node_faults import NodeFault
+from fedexlora.exchange.shipment import History
 from fedexlora.flower import apps, permission, session, worker
 from fedexlora.flower.fault_frames import LogFormatter
 from fedexlora.flower.frames import PROTOCOL, Frame, from_records, to_records
@@ -249,26 +251,45 @@ def check(ward: Ward, message: Message) -> None:
         assert header == {"client": "north", "rows": 6}
 
 
-@pytest.mark.usefixtures("desk")
-def test_a_node_that_trains_sends_its_name_numbers_and_factors(ward, desk):
-    assert from_records(ask(ward, request(ward.recipe(), ward.base)).content).header == {
-        "client": "north",
-        "rows": 6,
-    }
+@pytest.fixture
+def training(ward, desk) -> Frame:
+    """A request to train that the node can answer."""
+    header = request(ward.recipe(), ward.base, kind="train", round=1).header
+    assert desk.answer(request(ward.recipe(), ward.base)).header == {"client": "north", "rows": 6}
     state = desk._session._trainer.model.initial_state()
-    from fedexlora.exchange.shipment import History
+    return Frame(header, {"message": History(4, {}, ("A", "B")).encode(state, None)})
 
-    whole = History(4, {}, ("A", "B")).encode(state, None)
-    frame = request(ward.recipe(), ward.base, kind="train", round=1)
-    message = ask(ward, Frame(frame.header, {"message": whole}))
+
+def test_a_node_that_trains_sends_numbers_and_factors(ward, training):
+    message = ask(ward, training)
     assert from_records(message.content).header.keys() == {"seconds"}
     assert from_records(message.content).parts.keys() == {"update"}
     sent = sent_bytes(message)
     assert not [w for w in ward.words if w.encode() in sent]
-    other = ask(ward, Frame({**frame.header, "base": "other"}, {"message": whole}))
+    other = ask(ward, Frame({**training.header, "base": "other"}, training.parts))
     assert code_of(other) is NodeFault.BASE_DIFFERS
-    damaged = ask(ward, Frame(frame.header, {"message": whole[:-9]}))
+    damaged = ask(ward, Frame(training.header, {"message": training.parts["message"][:-9]}))
     assert from_records(damaged.content).header == {"missed": NodeFault.VERSION_MISSING}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError, NodeFault.OUT_OF_MEMORY),
+        (torch.OutOfMemoryError, NodeFault.OUT_OF_MEMORY),
+        (KeyError, NodeFault.TRAINING_FAILED),
+        (DataError, NodeFault.TRAINING_FAILED),
+    ],
+)
+def test_what_goes_wrong_in_training_is_a_code(ward, desk, training, monkeypatch, error, code):
+    def fail(*_: object) -> None:
+        raise error(ward.cells[0])
+
+    monkeypatch.setattr(desk._session._trainer, "update", fail)
+    asked = Frame({**training.header, "round": 2}, training.parts)
+    message = ask(ward, asked)
+    assert code_of(message) is code
+    check(ward, message)
 
 
 @pytest.mark.usefixtures("desk")
