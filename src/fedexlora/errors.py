@@ -39,7 +39,7 @@ class FedexLoraError(Exception):
 
     def __init__(self, summary: str, faults: Sequence[str] = ()) -> None:
         self.summary = printable(summary, _LONGEST)
-        self.faults = few((printable(fault, _LONGEST) for fault in faults), _MOST)
+        self.faults = tuple(printable(fault, _LONGEST) for fault in few(faults, _MOST))
         super().__init__("\n  ".join((self.summary, *self.faults)))
 
 
@@ -98,7 +98,7 @@ class UpdateError(FedexLoraError):
         self.client = client
         super().__init__(
             f"round {round_}, client {client!r}: {len(faults)} fault(s) in the update",
-            few(map(outside, faults)),
+            tuple(map(outside, few(faults))),
         )
 
 
