@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +52,38 @@ def write_weight(base: Any, dense: Tensor) -> None:  # noqa: ANN401
     base.weight = fresh
     if hasattr(base, "state"):
         base.state.reset_grads()
+
+
+def multiplied_dtype(base: Any) -> torch.dtype:  # noqa: ANN401
+    """The dtype in which a layer multiplies its weight, where nothing casts it."""
+    if not is_quantised(base.weight):
+        dtype: torch.dtype = base.weight.dtype
+        return dtype
+    return getattr(base, "compute_dtype", None) or torch.float32
+
+
+@contextmanager
+def replaced_weight(base: Any, dense: Tensor) -> Iterator[None]:  # noqa: ANN401
+    """Have a layer apply another weight while the block runs; then the very one that it had.
+
+    Args:
+        base: the layer.
+        dense: the weight, in the layer's own shape; stored as the layer stores it.
+    """
+    kept = base.weight
+    data = kept.data
+    state = dict(vars(base.state)) if hasattr(base, "state") else {}
+    try:
+        if is_quantised(kept):
+            write_weight(base, dense)
+        else:
+            kept.data = dense.to(data.device, data.dtype)
+        yield
+    finally:
+        kept.data = data
+        base.weight = kept
+        if state:  # 8-bit layers keep their weight there once they have run
+            vars(base.state).update(state)
 
 
 def half_ulp(weight: Tensor) -> Tensor:
