@@ -320,7 +320,9 @@ def test_ffa_uploads_half_and_downloads_no_remainder(document, tmp_path):
         for method in ("fedex", "fedit", "ffa")
     }
     found = {method: records[1] for method, records in runs.items()}
-    assert found["ffa"].bytes.up < found["fedit"].bytes.up == found["fedex"].bytes.up
+    # An update's header has its loss as text, which has more or fewer digits.
+    assert abs(found["fedit"].bytes.up - found["fedex"].bytes.up) < 64
+    assert found["ffa"].bytes.up < found["fedit"].bytes.up - 1000
     assert found["ffa"].bytes.down < found["fedit"].bytes.down < found["fedex"].bytes.down
     assert found["ffa"].certificate.held
     assert found["ffa"].deviation == 0.0

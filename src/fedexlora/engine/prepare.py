@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
+from torch.nn import Module
 from transformers.modeling_utils import PreTrainedModel
 
 from fedexlora.data.load import Splits, fingerprint, load_splits, load_train, load_validation
 from fedexlora.data.partition import split_clients
 from fedexlora.data.task import Task, prepare_task
 from fedexlora.data.tokenizer import prepare_tokenizer
-from fedexlora.engine.local import LocalTrainer, training_device
+from fedexlora.engine.local import LocalTrainer, training_arithmetic, training_device
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import ClientTable, Recipe
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
+from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes, resolve_source
 from fedexlora.peft_bridge.model import AdaptedModel
+
+_ROWS_READ = 8
+"""Validation rows over which is measured what comes out of the layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +44,38 @@ class Prepared:
     """Tokenised."""
     data_fingerprint: str
 
-    def evaluate(self, observer: Observer) -> dict[str, float]:
-        """Scores of the model as it is now."""
-        return self.task.evaluate(
-            self.model.peft_model,
-            self.validation,
-            self.tokenizer,
-            self.recipe.evaluation.batch_size,
-            observer.evaluating,
-        )
+    def evaluate(self, observer: Observer, model: Module | None = None) -> dict[str, float]:
+        """Scores on the validation rows, in the recipe's arithmetic.
+
+        Args:
+            observer: told of progress.
+            model: the model as it is now, by default, or another form of it.
+        """
+        scored = model or self.model.peft_model
+        with scoring_arithmetic(self.recipe).active(next(scored.parameters()).device):
+            return self.task.evaluate(
+                scored,
+                self.validation,
+                self.tokenizer,
+                self.recipe.evaluation.batch_size,
+                observer.evaluating,
+            )
+
+    @property
+    def forwards(self) -> dict[Arithmetic, Callable[[], None]]:
+        """By arithmetic in which the model is used: it reads some validation rows."""
+        return {how: partial(self._read_rows, how) for how in self.model.arithmetics}
+
+    def _read_rows(self, arithmetic: Arithmetic) -> None:
+        model = self.model.peft_model
+        rows = self.validation.select(range(min(len(self.validation), _ROWS_READ)))
+        with arithmetic.active(next(model.parameters()).device):
+            self.task.evaluate(model, rows, self.tokenizer, self.recipe.evaluation.batch_size)
+
+
+def scoring_arithmetic(recipe: Recipe) -> Arithmetic:
+    """How the model multiplies when it is scored."""
+    return Arithmetic.of_scoring(recipe.scoring_dtype, recipe.model.dtype)
 
 
 def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]:
@@ -176,7 +205,9 @@ def _load_model(
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
     if recipe.model.quantization is None:
         peft_model.to(training_device(recipe.training))
-    model = AdaptedModel(peft_model, recipe.method.trained, recipe.federation.placement)
+    arithmetics = training_arithmetic(recipe.training), scoring_arithmetic(recipe)
+    placement = recipe.federation.placement
+    model = AdaptedModel(peft_model, recipe.method.trained, placement, arithmetics)
     specs = {client: model.spec.reshaped(shape) for client, shape in shapes.items()}
     check_new_weights(new, model.spec.dense)
     return tokenizer, model, specs

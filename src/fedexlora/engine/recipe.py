@@ -7,10 +7,10 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedexlora.data.config import DataConfig, PartitionConfig, TaskConfig
 from fedexlora.engine.participation import Participation
@@ -19,6 +19,8 @@ from fedexlora.errors import RecipeError
 from fedexlora.methods import METHODS, Method
 from fedexlora.methods.options import option_faults, with_options
 
+Width = Literal["float32", "bfloat16", "float16"]
+"""The floating-point types of weights and products."""
 _CHOICES = ("next_adapter", "remainder_rank", "remainder_energy")
 _OF_ONE_CLIENT = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
@@ -34,7 +36,7 @@ class ModelTable(_Table):
     """A hub name, a folder, or ``package:NAME/PATH``: a folder inside an installed package."""
     revision: str | None = None
     """Branch, tag or commit on the hub; the default branch if not given."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Width = "float32"
     """Of the frozen weights, and of the arithmetic where they are quantised."""
     quantization: Literal["int8", "nf4", "fp4"] | None = None
     """Store the frozen linear layers in bitsandbytes' 8 or 4 bits."""
@@ -53,7 +55,8 @@ class FederationTable(_Table):
     remainder_energy: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Keep this share of every round's remainder, by its squared norm, with the error stated."""
     placement: Literal["auto", "fold", "side"] = "auto"
-    """Where the remainder lives: in the frozen weight, or beside it. ``auto`` is exact."""
+    """Where the remainder lives: in the frozen weight, or beside it. ``auto`` is exact, in the
+    arithmetic of training and scoring too."""
     clients_per_round: int | None = Field(default=None, ge=1)
     """How many clients take part in a round, drawn by seed and round; all if not given."""
     fraction: float | None = Field(default=None, gt=0.0, le=1.0)
@@ -89,6 +92,8 @@ class EvaluationTable(_Table):
 
     batch_size: int = Field(default=64, ge=1)
     """Rows at a time; changes speed and memory, not results beyond rounding."""
+    dtype: Width | None = None
+    """In which products are computed; that of the model's weights if not given."""
 
 
 class ClientTable(_Table):
@@ -113,6 +118,19 @@ class Recipe(_Table):
     evaluation: EvaluationTable = EvaluationTable()
     clients: dict[str, ClientTable] = Field(default_factory=dict)
     """By client: what it has otherwise than the others."""
+
+    @model_validator(mode="after")
+    def _scoring_has_a_dtype(self) -> Self:
+        """What is not said is what the model's weights are: a resolved recipe states it."""
+        if self.evaluation.dtype is None:
+            scoring = self.evaluation.model_copy(update={"dtype": self.model.dtype})
+            object.__setattr__(self, "evaluation", scoring)
+        return self
+
+    @property
+    def scoring_dtype(self) -> Width:
+        """In which products are computed when the model is scored."""
+        return self.evaluation.dtype or self.model.dtype
 
     @property
     def method(self) -> Method:
@@ -202,6 +220,7 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
     faults += _method_faults(document.get("federation", {}))
     if recipe is not None:
         faults += _participation_faults(recipe.federation) + _screening_faults(recipe)
+        faults += _scoring_faults(recipe)
     if recipe is not None:
         for client, own in recipe.clients.items():
             faults += _client_faults(f'clients."{client}"', own, recipe)
@@ -241,6 +260,14 @@ def _participation_faults(table: FederationTable) -> list[str]:
     if (table.weighting == "capped") != (table.weight_cap is not None):
         faults.append("federation.weight_cap: needed by weighting = 'capped', and by no other")
     return faults
+
+
+def _scoring_faults(recipe: Recipe) -> list[str]:
+    weights, scoring = recipe.model.dtype, recipe.scoring_dtype
+    if weights in ("float32", scoring):
+        return []
+    said = f"evaluation.dtype: {weights} weights cannot be multiplied in {scoring}"
+    return [f"{said}; leave it out, or set model.dtype = {scoring!r}"]
 
 
 def _screening_faults(recipe: Recipe) -> list[str]:

@@ -22,7 +22,7 @@ from fedexlora.peft_bridge.model import REMAINDER, AdaptedModel, side_slots
 from fedexlora.peft_bridge.modules import AdaptedModule
 from fedexlora.peft_bridge.weights import multiplied_dtype, read_weight, replaced_weight
 
-_NUMBERS = 1 << 19
+_NUMBERS = 1 << 17
 """Numbers of a layer's output from which its share is estimated."""
 
 

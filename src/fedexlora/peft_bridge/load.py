@@ -22,10 +22,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedexlora.errors import BridgeError
+from fedexlora.peft_bridge.arithmetic import Width
 from fedexlora.peft_bridge.inspect import base_name
 from fedexlora.peft_bridge.options import option_faults
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4", "fp4"]
 
 _HEADS = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}
@@ -77,7 +77,7 @@ def load_base(
     config: Mapping[str, Any],
     seed: int,
     *,
-    dtype: Dtype = "float32",
+    dtype: Width = "float32",
     quantization: Quantization | None = None,
     unquantised: Iterable[str] = (),
 ) -> tuple[PreTrainedModel, frozenset[str]]:
@@ -193,7 +193,7 @@ def with_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
     return model
 
 
-def load_merged(folder: Path, task_type: str, dtype: Dtype) -> PreTrainedModel:
+def load_merged(folder: Path, task_type: str, dtype: Width) -> PreTrainedModel:
     """A merged model from its folder."""
     model: PreTrainedModel = _HEADS[task_type].from_pretrained(
         str(folder), dtype=getattr(torch, dtype)

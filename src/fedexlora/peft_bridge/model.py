@@ -24,6 +24,7 @@ from fedexlora.peft_bridge.inspect import (
 )
 from fedexlora.peft_bridge.modules import AdaptedModule
 from fedexlora.peft_bridge.placement import Placement, folded_modules
+from fedexlora.peft_bridge.statistics import freeze_statistics
 from fedexlora.peft_bridge.weights import (
     half_ulp,
     precision,
@@ -71,6 +72,7 @@ class AdaptedModel:
         self.adapter = adapter
         self.modules: dict[str, AdaptedModule] = adapted_modules(model, adapter)
         widen_heads(model, adapter)
+        freeze_statistics(model)
         self._dense: dict[str, nn.Parameter] = dense_parameters(model, adapter)
         for module in self.modules.values():
             for letter, parameter in module.parameters().items():
