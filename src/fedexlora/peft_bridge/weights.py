@@ -32,7 +32,10 @@ def read_weight(base: Any) -> Tensor:  # noqa: ANN401
     """The weight that a layer applies, as stored, float32 or wider, not shared with the layer."""
     weight: Tensor = base.weight
     if is_quantised(weight):
-        dense: Tensor = dequantize_module_weight(base)
+        # PEFT gives an 8-bit layer another weight on the way, which is half prepared to run.
+        with _as_it_is(weight), _as_it_is(getattr(base, "state", None)):
+            dense: Tensor = dequantize_module_weight(base)
+        base.weight = weight
         return dense.detach().float().clone()
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
@@ -72,18 +75,28 @@ def replaced_weight(base: Any, dense: Tensor) -> Iterator[None]:  # noqa: ANN401
     """
     kept = base.weight
     data = kept.data
-    state = dict(vars(base.state)) if hasattr(base, "state") else {}
+    with _as_it_is(getattr(base, "state", None)):  # where 8-bit layers hold what they have run with
+        try:
+            if is_quantised(kept):
+                write_weight(base, dense)
+            else:
+                kept.data = dense.to(data.device, data.dtype)
+            yield
+        finally:
+            kept.data = data
+            base.weight = kept
+
+
+@contextmanager
+def _as_it_is(holder: object) -> Iterator[None]:
+    """Put back an object's attributes when the block ends; None has none."""
+    kept = dict(vars(holder)) if holder is not None else {}
     try:
-        if is_quantised(kept):
-            write_weight(base, dense)
-        else:
-            kept.data = dense.to(data.device, data.dtype)
         yield
     finally:
-        kept.data = data
-        base.weight = kept
-        if state:  # 8-bit layers keep their weight there once they have run
-            vars(base.state).update(state)
+        if holder is not None:
+            vars(holder).clear()
+            vars(holder).update(kept)
 
 
 def half_ulp(weight: Tensor) -> Tensor:
