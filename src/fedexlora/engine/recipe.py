@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fedexlora.data.config import DataConfig, PartitionConfig, TaskConfig
 from fedexlora.engine.participation import Participation
+from fedexlora.engine.recipe_file import read_document
 from fedexlora.engine.screening import Screening
 from fedexlora.errors import RecipeError
 from fedexlora.methods import METHODS, Method
@@ -184,18 +184,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: ``table.key=value``, the value in TOML or else taken as text.
 
     Raises:
-        RecipeError: if the file cannot be read or parsed; with all unknown keys (and the nearest
+        RecipeError: if a file cannot be read or parsed; with all unknown keys (and the nearest
             valid ones), missing keys and invalid values at once.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"recipe {path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path}: not valid TOML: {error}") from error
-    for override in overrides:
-        _set(document, override)
-    return parse_recipe(document, str(path))
+    return parse_recipe(read_document(path, overrides), str(path))
 
 
 def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
@@ -311,23 +303,6 @@ def _client_faults(key: str, table: ClientTable, recipe: Recipe) -> list[str]:
     if recipe.lora.get("lora_bias"):
         faults.append(f"{key}.lora: not together with lora.lora_bias, which the scaling multiplies")
     return faults
-
-
-def _set(document: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    tables = key.strip().split(".")
-    if not equals or len(tables) < 2 or not all(tables):
-        raise RecipeError(f"--set {override}: expected table.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    table = document
-    for part in tables[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise RecipeError(f"--set {override}: {part!r} is a value, not a table")
-    table[tables[-1]] = value
 
 
 def _describe(kind: str, location: tuple[int | str, ...], message: str, found: object) -> str:
