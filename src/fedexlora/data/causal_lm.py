@@ -65,7 +65,7 @@ class CausalLM:
         begin = _begin(tokenizer)
 
         def encode(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-            prompts, targets = self._texts(batch)
+            prompts, targets = self.texts(batch)
             rows = [
                 _join(begin, prompt, [*target, end], self.config.max_length)
                 for prompt, target in zip(
@@ -112,7 +112,7 @@ class CausalLM:
             measured["perplexity"] = exp(loss) if loss <= _LARGEST_EXPONENT else inf
         return measured
 
-    def _texts(self, batch: Mapping[str, list[Any]]) -> tuple[list[str], list[str]]:
+    def texts(self, batch: Mapping[str, list[Any]]) -> tuple[list[str], list[str]]:
         """Prompts and targets of a batch; a prompt is empty where all of a text is the target."""
         config = self.config
         if config.text is not None:

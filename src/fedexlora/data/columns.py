@@ -40,15 +40,16 @@ class Columns:
 
     def add_row(self, row: Row) -> None:
         """One more row."""
-        for name in row.keys() - self.values.keys():
-            self.values[name] = [None] * self.rows
+        if not row.keys() <= self.values.keys():
+            for name in (x for x in row if x not in self.values):
+                self.values[name] = [None] * self.rows
         for name, column in self.values.items():
             column.append(row.get(name))
         self.rows += 1
 
     def add_columns(self, columns: Mapping[str, Sequence[Any]], count: int) -> None:
         """``count`` more rows."""
-        for name in columns.keys() - self.values.keys():
+        for name in (x for x in columns if x not in self.values):
             self.values[name] = [None] * self.rows
         for name, column in self.values.items():
             column.extend(columns.get(name, [None] * count))

@@ -71,6 +71,8 @@ def _rows(path: Path, document: Any) -> list[Any]:  # noqa: ANN401 - whatever a 
     if not tables and len(lengths) == 1 and lengths != {-1}:
         values = zip(*document.values(), strict=True)
         return [dict(zip(document, row, strict=True)) for row in values]
+    if not any(isinstance(x, list | dict) for x in document.values()):
+        return [document]  # the only line of a file with one object a line
     keys = ", ".join(map(repr, list(document)[:5])) + (", ..." if len(document) > 5 else "")
     what = f"{len(tables)} lists of objects" if tables else "none"
     raise DataError(

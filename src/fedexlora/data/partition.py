@@ -131,10 +131,16 @@ def _by_column(train: Dataset, partition: ByColumnPartition) -> dict[str, list[i
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
     partitioner = NaturalIdPartitioner(partition_by=_VALUE)
-    partitioner.dataset = _table(train, partition.column, "name the column of a row's client")
+    table = _table(train, partition.column, "name the column of a row's client")
+    found = table[_VALUE][:]
+    values = sorted(set(found))
+    # By number: numpy, which compares them, drops zero bytes at the end of a text.
+    number = {value: i for i, value in enumerate(values)}
+    numbers = [number[value] for value in found]
+    partitioner.dataset = Dataset.from_dict({_ROW: table[_ROW][:], _VALUE: numbers})
     ids = range(partitioner.num_partitions)
-    values = [partitioner.partition_id_to_natural_id[i] for i in ids]
-    names = _slugs(values, _slug(partition.column) or "client")
+    order = [values[partitioner.partition_id_to_natural_id[i]] for i in ids]
+    names = _slugs(order, _slug(partition.column) or "client")
     return dict(sorted(_shares(partitioner, names).items()))
 
 
