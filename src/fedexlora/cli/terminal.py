@@ -61,6 +61,10 @@ class Terminal(Observer):
         """Show what is being prepared."""
         self._progress.update(self._work, description=what, total=None, completed=0)
 
+    def note(self, what: str) -> None:
+        """One line."""
+        self.console.print(f"[yellow]note[/] {escape(what)}", soft_wrap=True)
+
     def passed_over(self, fault: str) -> None:
         """Say which checkpoint could not be read."""
         self.console.print(f"[yellow]passed over[/] {escape(fault)}", soft_wrap=True)

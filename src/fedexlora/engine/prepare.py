@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,16 @@ from datasets import Dataset
 from torch.nn import Module
 from transformers.modeling_utils import PreTrainedModel
 
+from fedexlora.data.capacity import check_config, load_config
+from fedexlora.data.head import head_labels, head_note, in_head_order
 from fedexlora.data.load import Splits, fingerprint, load_splits, load_train, load_validation
-from fedexlora.data.partition import split_clients
+from fedexlora.data.partition import client_values, split_clients
 from fedexlora.data.task import Task, prepare_task
 from fedexlora.data.tokenizer import prepare_tokenizer
 from fedexlora.engine.local import LocalTrainer, training_arithmetic, training_device
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import ClientTable, Recipe
+from fedexlora.engine.rows import RowsFound, find_rows
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.peft_bridge.arithmetic import Arithmetic
@@ -43,6 +46,7 @@ class Prepared:
     validation: Dataset
     """Tokenised."""
     data_fingerprint: str
+    found: RowsFound
 
     def evaluate(self, observer: Observer, model: Module | None = None) -> dict[str, float]:
         """Scores on the validation rows, in the recipe's arithmetic.
@@ -92,11 +96,16 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
     task = prepare_task(recipe.task, splits)
     shares = _shares(recipe, task, splits.train)
     check_clients(recipe, list(shares))
-    tokenizer, model, specs = _load_model(recipe, task, recipe.clients, observer)
+    task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
     validation = task.tokenize(splits.validation, tokenizer)
-    prepared = Prepared(recipe, task, tokenizer, model, specs, validation, splits.fingerprint)
+    tokenized = {"training": rows, "validation": validation}
+    found = find_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
+    found = replace(found, client_values=client_values(splits.train, recipe.partition, shares))
+    prepared = Prepared(
+        recipe, task, tokenizer, model, specs, validation, splits.fingerprint, found
+    )
     collator = task.collator(tokenizer)
     return prepared, LocalTrainer(model, rows, shares, collator, recipe.training, seed, specs)
 
@@ -111,10 +120,12 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
     observer.preparing("reading the data")
     rows = load_validation(recipe.data, recipe.federation.seed)
     task = prepare_task(recipe.task, Splits.one("validation", rows))
-    tokenizer, model, specs = _load_model(recipe, task, recipe.clients, observer)
+    task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     validation = task.tokenize(rows, tokenizer)
-    return Prepared(recipe, task, tokenizer, model, specs, validation, fingerprint(rows))
+    tokenized = {"validation": validation}
+    found = find_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
+    return Prepared(recipe, task, tokenizer, model, specs, validation, fingerprint(rows), found)
 
 
 def prepare_client(
@@ -145,9 +156,11 @@ def prepare_client(
             )
         rows = rows.select(shares[share])
     own = {name: table for name, table in recipe.clients.items() if name == client}
-    tokenizer, model, specs = _load_model(recipe, task, own, observer)
+    task, tokenizer, model, specs, note = _load_model(recipe, task, own, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(rows, tokenizer)
+    tokenized = {"training": rows}
+    find_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
     everything = {client: range(len(rows))}
     collator = task.collator(tokenizer)
     return LocalTrainer(model, rows, everything, collator, recipe.training, seed, specs)
@@ -184,12 +197,15 @@ def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
 
 def _load_model(
     recipe: Recipe, task: Task, own: Mapping[str, ClientTable], observer: Observer
-) -> tuple[Any, AdaptedModel, dict[str, AdapterSpec]]:
-    """The tokenizer, the model with its adapter, and the specs of clients that have another one."""
+) -> tuple[Task, Any, AdaptedModel, dict[str, AdapterSpec], str | None]:
+    """What a base makes of a task: its labels' order, tokenizer, model, own specs, and a note."""
     observer.preparing("loading the model")
     seed = recipe.federation.seed
     source, revision = resolve_source(recipe.model.source), recipe.model.revision
-    tokenizer = prepare_tokenizer(source, revision)
+    own_config, tokenizer = load_config(source, revision), prepare_tokenizer(source, revision)
+    check_config(recipe.task, own_config, tokenizer)
+    head = head_labels(own_config)
+    stated, task = task, in_head_order(task, head)
     config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
     base, new = load_base(
         source,
@@ -201,6 +217,8 @@ def _load_model(
         quantization=recipe.model.quantization,
         unquantised=recipe.lora.get("modules_to_save") or (),
     )
+    inside = f"{base.base_model_prefix}."
+    note = head_note(stated, task, head, trained=all(x.startswith(inside) for x in new))
     shapes = _client_shapes(recipe, own, base, task.peft_task_type)
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
     if recipe.model.quantization is None:
@@ -210,7 +228,7 @@ def _load_model(
     model = AdaptedModel(peft_model, recipe.method.trained, placement, arithmetics)
     specs = {client: model.spec.reshaped(shape) for client, shape in shapes.items()}
     check_new_weights(new, model.spec.dense)
-    return tokenizer, model, specs
+    return task, tokenizer, model, specs, note
 
 
 def _client_shapes(
