@@ -6,6 +6,7 @@
     │   ├── DataError             a data set, a column, a partition
     │   ├── BridgeError           a model or adapter that cannot be aggregated exactly
     │   ├── AdapterError          adapter folders that cannot be read, or do not fit together
+    │   ├── NodeError             a node refuses what a server asks, or fails at it
     │   └── ResumeError           a run folder that cannot be started in or continued
     ├── UpdateError               one client's update in one round; the round goes on without it
     └── RunError                  exit 1: the run failed; its last checkpoint is intact
@@ -60,6 +61,20 @@ class AdapterError(InputError):
 
 class ResumeError(InputError):
     """A run's folder holds something else than the run that should start or continue in it."""
+
+
+class NodeError(InputError):
+    """A node refuses what a server asks, or fails at it.
+
+    Args:
+        code: all that the server is told, of ``fedexlora.exchange.node_faults``.
+        summary: for the node's own log.
+        faults: for the node's own log.
+    """
+
+    def __init__(self, code: str, summary: str, faults: Sequence[str] = ()) -> None:
+        self.code = code
+        super().__init__(summary, faults)
 
 
 class UpdateError(FedexLoraError):

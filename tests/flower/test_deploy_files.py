@@ -12,6 +12,7 @@ import yaml
 
 from fedexlora.engine.recipe import load_recipe
 from fedexlora.flower.node import load_node, recipe_for_nodes
+from fedexlora.flower.permission import local_recipe
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 
@@ -43,7 +44,7 @@ def test_the_example_node_takes_the_example_recipe(tmp_path):
     recipe = load_recipe(DEPLOY / "app" / "recipe.toml")
     task = recipe.task.model_dump(mode="json", exclude_none=True)
     node = load_node(tmp_path / "node.toml")
-    assert node.recipe(recipe_for_nodes(recipe, task)).lora == recipe.lora
+    assert local_recipe(recipe_for_nodes(recipe, task), node).lora == recipe.lora
 
 
 def test_the_script_says_what_it_does():

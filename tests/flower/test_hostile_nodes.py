@@ -70,7 +70,7 @@ def greeted(answer: Frame | RecordDict) -> FlowerTransport:
         ('{"client": "north"}', "header 'rows': expected a whole number, found None"),
         ("[" * 100_000, "nested too deeply"),
         ("7", "expected a JSON object"),
-        ('{"failure": "\\u001b[2J' + "x" * 9000 + '"}', "\\x1b[2Jxxx"),
+        ('{"failure": "\\u001b[2J' + "x" * 9000 + '"}', "none of the agreed codes"),
     ],
 )
 @pytest.mark.usefixtures("quick")

@@ -6,28 +6,33 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedexlora.errors import FedexLoraError, RecipeError
+from fedexlora.errors import NodeError
+from fedexlora.exchange.node_faults import NodeFault
+from fedexlora.flower.fault_frames import fault_frame
 from fedexlora.flower.frames import Frame, from_records, to_records
+
+if TYPE_CHECKING:
+    from fedexlora.engine.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 _NODE = "fedexlora-node"
 """The key of a SuperNode's ``--node-config`` that names the node's configuration."""
 
 
-def client_app(recipe: Path | None = None) -> ClientApp:
+def client_app(recipe: Path | Recipe | None = None) -> ClientApp:
     """The app of a node; its SuperNode is started with ``--node-config 'fedexlora-node="FILE"'``.
 
-    A node of a simulation has no such file: it is the client of the recipe's partition with its
-    number, in this process.
+    A node of Flower's simulation on this machine has no such file: it is the client of the recipe's
+    partition with its number, in this process. Any other node without one is refused.
 
     Args:
-        recipe: the app's own recipe, of which simulated nodes read ``[data]``; other nodes read
+        recipe: what simulated nodes run, if the server's recipe is the same; other nodes read
             nothing of it.
     """
     app = ClientApp()
@@ -70,31 +75,48 @@ def server_app(recipe: Path) -> ServerApp:
     return app
 
 
-def _answer(message: Message, context: Context, recipe: Path | None) -> Message:
+def _answer(message: Message, context: Context, recipe: Path | Recipe | None) -> Message:
+    """The reply; nothing is raised, as Flower would send the error's text to the server."""
     try:
-        frame = from_records(message.content)
-        reply = _responder(context, recipe)(frame)
-    except (FedexLoraError, ValueError) as error:
-        _log.error("%s", error)
-        reply = Frame({"failure": str(error)})
+        reply = _responder(context, recipe)(_request(message))
+    except Exception as error:  # noqa: BLE001 - its text must not leave the node
+        reply = fault_frame(error)
     return Message(to_records(reply), reply_to=message)
 
 
-def _responder(context: Context, recipe: Path | None) -> Callable[[Frame], Frame]:
+def _request(message: Message) -> Frame:
+    try:
+        return from_records(message.content)
+    except ValueError as error:
+        raise NodeError(NodeFault.REQUEST_INVALID, str(error)) from error
+
+
+def _responder(context: Context, recipe: Path | Recipe | None) -> Callable[[Frame], Frame]:
     file = context.node_config.get(_NODE)
     if file is not None:
         from fedexlora.flower.worker import ask_worker
 
         return lambda frame: ask_worker(Path(str(file)), frame)
     partition: Any = context.node_config.get("partition-id")
-    if partition is None:
-        raise RecipeError(
+    if partition is None or recipe is None or not _in_simulation():
+        raise NodeError(
+            NodeFault.NOT_CONFIGURED,
             f"this SuperNode has no {_NODE!r} in its --node-config",
             [f"start it with --node-config '{_NODE}=\"/path/to/node.toml\"'"],
         )
     from fedexlora.flower.resident import simulated
 
     return lambda frame: simulated(int(partition), frame, recipe)
+
+
+def _in_simulation() -> bool:
+    """Whether this process is one of Flower's simulation, which are Ray's.
+
+    A SuperNode may have a ``partition-id`` as well, and the app's recipe comes from the server:
+    neither says that this machine's operator has agreed to it.
+    """
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _log_to_stdout() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
+from fedexlora.exchange.node_faults import fault_text
 from fedexlora.exchange.untrusted import client_name, number, sentence
 from fedexlora.flower.frames import from_records
 
@@ -93,7 +94,7 @@ class Membership:
         try:
             header = from_records(message.content).header
             if "failure" in header:
-                raise ValueError(sentence(header["failure"]))
+                raise ValueError(fault_text(header["failure"]))
             client, rows = client_name(header, "client"), number(header, "rows")
         except ValueError as error:
             guest.fault = str(error)

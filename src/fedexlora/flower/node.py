@@ -1,7 +1,7 @@
 """What a node itself decides: its name, its data, its models, and what a recipe may ask of it.
 
-None of it comes from the server. The server sends a recipe without data; what it names is a model
-that the node has listed, and training options out of a fixed set, none of which is a path.
+None of it comes from the server, which sends a recipe without data. What of that recipe is run is
+decided in ``permission.py``.
 """
 
 from __future__ import annotations
@@ -9,63 +9,25 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
+from fedexlora.data.config import Column, TaskConfig
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.untrusted import CLIENT_NAME
 
 if TYPE_CHECKING:
     from fedexlora.engine.recipe import Recipe
 
-TRAINING_OPTIONS = frozenset(
-    {
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "bf16",
-        "fp16",
-        "gradient_accumulation_steps",
-        "gradient_checkpointing",
-        "label_smoothing_factor",
-        "learning_rate",
-        "lr_scheduler_kwargs",
-        "lr_scheduler_type",
-        "max_grad_norm",
-        "max_steps",
-        "num_train_epochs",
-        "optim",
-        "optim_args",
-        "per_device_train_batch_size",
-        "train_sampling_strategy",
-        "use_cpu",
-        "warmup_ratio",
-        "warmup_steps",
-        "weight_decay",
-    }
-)
-"""Fields of ``TrainingArguments`` that a server may set: numbers and names, no paths or hosts."""
-LORA_OPTIONS = frozenset(
-    {
-        "alpha_pattern",
-        "bias",
-        "exclude_modules",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "modules_to_save",
-        "r",
-        "rank_pattern",
-        "target_modules",
-        "trainable_token_indices",
-        "use_rslora",
-    }
-)
-"""Fields of ``LoraConfig`` that a server may set."""
 _FEDERATION = ("method", "next_adapter", "placement", "seed")
 """What of the federation's table concerns a client: it need not load anew when the rest changes."""
 
@@ -91,6 +53,46 @@ class NodeData(_Table):
     """Only the rows that the recipe's partition gives to this client; all rows if not given."""
 
 
+def _known_kind(kind: str) -> str:
+    known = [task.model_fields["kind"].default for task in get_args(get_args(TaskConfig)[0])]
+    if kind not in known:
+        raise ValueError(f"expected one of {', '.join(known)}")
+    return kind
+
+
+class NodeTask(_Table):
+    """What a recipe may train on the node's rows; a server learns of no other column."""
+
+    kinds: tuple[Annotated[str, AfterValidator(_known_kind)], ...] = Field(min_length=1)
+    """Kinds of tasks."""
+    columns: tuple[Column, ...] = Field(min_length=1)
+    """Columns that a recipe may name: of texts, labels, prompts and completions, and the one that
+    its partition divides by."""
+    labels: tuple[str | int, ...] | None = Field(default=None, min_length=2)
+    """All labels of a classification, in any order; a recipe must name the same. A server that
+    could choose them would learn from the answer which ones the rows have."""
+
+    @model_validator(mode="after")
+    def _labels_are_stated(self) -> Self:
+        if "classification" in self.kinds and self.labels is None:
+            raise ValueError("labels: needed by kind 'classification'")
+        return self
+
+
+class NodeModel(_Table):
+    """What is loaded where a recipe names a model."""
+
+    source: str = Field(min_length=1)
+    """A hub name, a folder, or ``package:NAME/PATH``."""
+    revision: str | None = Field(default=None, min_length=1)
+    """The hub's branch, tag or commit; the default branch if not given. A recipe that names a
+    revision must name this one."""
+
+
+def _model_table(given: object) -> object:
+    return {"source": given} if isinstance(given, str) else given
+
+
 class Limits(_Table):
     """The most that a recipe may ask for."""
 
@@ -114,82 +116,15 @@ class Node(_Table):
     home: Path
     """A folder that is the node's own: the version that it holds, and a log."""
     data: NodeData
-    models: dict[str, str]
-    """By the name that a recipe may give a model: what the node loads for it."""
+    task: NodeTask
+    models: dict[str, Annotated[NodeModel, BeforeValidator(_model_table)]]
+    """By the name that a recipe may give a model: what the node loads for it; a text is a source
+    without a revision."""
     limits: Limits = Limits()
     use_cpu: bool = False
     """Train on the processor even if there is a GPU."""
     idle: float = Field(default=900.0, gt=0)
     """Seconds without a message after which the loaded model is let go of."""
-
-    def recipe(self, sent: Mapping[str, Any]) -> Recipe:
-        """The recipe that the node runs, of the one that the server sent.
-
-        Raises:
-            RecipeError: with everything that the node does not allow, or that is wrong.
-        """
-        # Every message starts a process that reads this configuration; it must not load PyTorch.
-        from fedexlora.engine.recipe import parse_recipe
-
-        faults = self._faults(sent)
-        if faults:
-            raise RecipeError(f"node {self.client!r} refuses the recipe", faults)
-        model = {**sent["model"], "source": self.models[sent["model"]["source"]]}
-        data = self.data.model_dump(exclude={"share"}, exclude_none=True)
-        training = dict(sent.get("training", {}))
-        if self.use_cpu:
-            training["use_cpu"] = True
-        document = {**sent, "model": model, "data": data, "training": training}
-        recipe = parse_recipe(document, "of the server")
-        self._check_limits(recipe)
-        return recipe
-
-    def _faults(self, sent: Mapping[str, Any]) -> list[str]:
-        tables = {name: sent.get(name) for name in ("model", "training", "lora", "clients")}
-        faults = [
-            f"{name}: expected a table, found {table!r}"
-            for name, table in tables.items()
-            if not isinstance(table, dict)
-        ]
-        if faults:
-            return faults
-        source = sent["model"].get("source")
-        if source not in self.models:
-            known = ", ".join(map(repr, self.models)) or "none"
-            faults.append(f"model.source: {source!r} is not one of this node's models ({known})")
-        given = {
-            "training": (sent["training"], TRAINING_OPTIONS),
-            "lora": (sent["lora"], LORA_OPTIONS),
-        }
-        return faults + [
-            f"{table}.{key}: a server may not set it"
-            for table, (options, allowed) in given.items()
-            for key in options
-            if key not in allowed
-        ]
-
-    def _check_limits(self, recipe: Recipe) -> None:
-        limits, training = self.limits, recipe.training
-        own = recipe.clients.get(self.client)
-        lora = {**recipe.lora, **(own.lora if own else {})}
-        ranks = [lora.get("r", 8), *lora.get("rank_pattern", {}).values()]
-        asked = {
-            "lora.r": (max(ranks), limits.max_rank),
-            "training.num_train_epochs": (training.get("num_train_epochs", 1), limits.max_epochs),
-            "training.max_steps": (training.get("max_steps", -1), limits.max_steps),
-            "task.max_length": (recipe.task.max_length, limits.max_length),
-            "training.per_device_train_batch_size": (
-                training.get("per_device_train_batch_size", 8),
-                limits.max_batch,
-            ),
-        }
-        faults = [
-            f"{key}: {value} is more than this node allows ({most})"
-            for key, (value, most) in asked.items()
-            if value > most
-        ]
-        if faults:
-            raise RecipeError(f"node {self.client!r} refuses the recipe", faults)
 
 
 def load_node(path: Path) -> Node:

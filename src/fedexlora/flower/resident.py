@@ -1,11 +1,12 @@
 """The simulated clients of one process, around one model that stays loaded.
 
-A node of a simulation has no configuration and no disk: it is a client of the recipe's partition,
-by its number, and takes the total in every round.
+A node of a simulation has no configuration and no disk: it is a client of the partition of this
+machine's own recipe, by its number, and takes the total in every round.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,12 +16,16 @@ from typing import Any
 from fedexlora.engine.local import LocalTrainer
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.prepare import prepare
-from fedexlora.engine.recipe import Recipe, load_recipe, parse_recipe
-from fedexlora.errors import RecipeError, RunError
+from fedexlora.engine.recipe import Recipe, load_recipe
+from fedexlora.errors import NodeError, RunError
+from fedexlora.exchange.node_faults import NodeFault
 from fedexlora.exchange.shipment import receive, receive_own
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.untrusted import number
 from fedexlora.flower.frames import Frame
+from fedexlora.flower.permission import local_recipe
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -35,20 +40,25 @@ class _Resident:
 _RESIDENT: list[_Resident] = []
 
 
-def simulated(partition: int, frame: Frame, recipe: Path | None = None) -> Frame:
+def simulated(partition: int, frame: Frame, own: Path | Recipe) -> Frame:
     """The answer of the client with this number, from 0.
 
     Args:
         partition: its number in the recipe's partition.
         frame: the server's request.
-        recipe: where to read ``[data]``, if the server sent none.
+        own: this machine's recipe, or its file; the server's must say the same.
 
     Raises:
+        NodeError: if the server's recipe is another one, or has no such client.
         RunError: if the client cannot train.
         InputError: if the recipe names something that is not there.
     """
-    resident = _resident(frame.header["recipe"], recipe)
-    client = list(resident.trainer.num_examples)[partition]
+    resident = _resident(frame.header["recipe"], own)
+    clients = list(resident.trainer.num_examples)
+    if not 0 <= partition < len(clients):
+        said = f"the recipe has {len(clients)} clients: there is no number {partition}"
+        raise NodeError(NodeFault.TASK_REFUSED, said)
+    client = clients[partition]
     if frame.header["kind"] == "hello":
         return Frame({"client": client, "rows": resident.trainer.num_examples[client]})
     message = frame.parts["message"]
@@ -56,7 +66,8 @@ def simulated(partition: int, frame: Frame, recipe: Path | None = None) -> Frame
         try:
             resident.held = message, receive(None, message)
         except RunError as error:  # a piece, from a time when the clients were nodes with disks
-            return Frame({"missed": str(error)})
+            _log.warning("%s", error)
+            return Frame({"missed": str(NodeFault.VERSION_MISSING)})
     state = resident.held[1]
     if "own" in frame.parts:
         state = receive_own(state, client, frame.parts["own"])
@@ -67,22 +78,10 @@ def simulated(partition: int, frame: Frame, recipe: Path | None = None) -> Frame
     return Frame({"seconds": seconds, "keeps": False}, {"update": update})
 
 
-def _resident(sent: Mapping[str, Any], recipe: Path | None) -> _Resident:
+def _resident(sent: Mapping[str, Any], own: Path | Recipe) -> _Resident:
     if not _RESIDENT or _RESIDENT[0].recipe != sent:
         _RESIDENT.clear()
-        _, trainer = prepare(_whole(sent, recipe), Observer())
+        recipe = local_recipe(sent, load_recipe(own) if isinstance(own, Path) else own)
+        _, trainer = prepare(recipe, Observer())
         _RESIDENT.append(_Resident(sent, trainer))
     return _RESIDENT[0]
-
-
-def _whole(sent: Mapping[str, Any], recipe: Path | None) -> Recipe:
-    """The server's recipe with data: its own, or that of the app on this machine."""
-    if "data" in sent:
-        return Recipe.model_validate(sent)
-    if recipe is None:
-        raise RecipeError(
-            "the server sends no data, and this app names none for simulated clients",
-            ["give client_app the app's recipe"],
-        )
-    data = load_recipe(recipe).model_dump(mode="json", include={"data"}, exclude_none=True)
-    return parse_recipe({**sent, **data}, "of the server")

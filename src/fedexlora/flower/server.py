@@ -100,7 +100,7 @@ def serve(
         recipe: what to run.
         settings: of the run.
         observer: told of progress.
-        simulated: whether nodes are processes of this machine that are sent the recipe's own data.
+        simulated: whether nodes are processes of this machine that have the recipe themselves.
 
     Raises:
         InputError: before any node is asked, if the recipe names something that is not there.
@@ -108,13 +108,9 @@ def serve(
     """
     folder = RunFolder(settings.out)
     continued = folder.check_same(recipe) if settings.resume else folder.check_new()
-    if simulated:
-        prepared, _ = prepare(recipe, observer)
-        sent = recipe.model_dump(mode="json", exclude_none=True)
-    else:
-        prepared = prepare_server(recipe, observer)
-        task = stated(prepared.task).model_dump(mode="json", exclude_none=True)
-        sent = recipe_for_nodes(recipe, task)
+    prepared = prepare(recipe, observer)[0] if simulated else prepare_server(recipe, observer)
+    task = stated(prepared.task).model_dump(mode="json", exclude_none=True)
+    sent = recipe_for_nodes(recipe, task)
     transport = FlowerTransport(
         grid,
         sent,

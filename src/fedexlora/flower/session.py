@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fedexlora import __version__
 from fedexlora.engine.local import LocalTrainer
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.prepare import prepare_client
-from fedexlora.errors import FedexLoraError, RunError
+from fedexlora.errors import BridgeError, DataError, NodeError, RecipeError, RunError
 from fedexlora.exchange.files import replace_bytes
+from fedexlora.exchange.node_faults import NodeFault
 from fedexlora.exchange.shipment import receive, receive_own
 from fedexlora.exchange.state import GlobalState, state_from, state_tensors, unpack_state
-from fedexlora.exchange.untrusted import number
+from fedexlora.exchange.untrusted import number, short
 from fedexlora.exchange.wire import pack
+from fedexlora.flower.fault_frames import fault_frame
 from fedexlora.flower.frames import PROTOCOL, Frame
 from fedexlora.flower.node import Node
+from fedexlora.flower.permission import local_recipe
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +39,7 @@ class Session:
     """
 
     def __init__(self, node: Node, stored: Path) -> None:
-        self._node = node
+        self.node = node
         self._stored = stored
         self._recipe: Mapping[str, Any] | None = None
         self._trainer: LocalTrainer | None = None
@@ -41,26 +47,23 @@ class Session:
         self._answered: tuple[str, Frame] | None = None
 
     def answer(self, frame: Frame) -> Frame:
-        """The reply to one of the server's requests; it never raises."""
-        kinds: Mapping[str, Callable[[Frame], Frame]] = {"hello": self._hello, "train": self._train}
+        """The reply to one of the server's requests; it never raises, and says faults as codes."""
+        kinds: Mapping[object, Callable[[Frame], Frame]]
+        kinds = {"hello": self._hello, "train": self._train}
         try:
             _check_peer(frame.header)
-            return kinds[str(frame.header["kind"])](frame)
-        except FedexLoraError as error:
-            _log.error("%s", error)
-            return Frame({"failure": str(error)})
+            kind = frame.header.get("kind")
+            if not isinstance(kind, str) or kind not in kinds:
+                raise NodeError(NodeFault.REQUEST_INVALID, f"no such request: {short(kind)}")
+            return kinds[kind](frame)
         except Exception as error:  # noqa: BLE001 - the boundary of a client: its faults are its own
-            _log.exception("a request failed")
-            return Frame({"failure": f"{type(error).__name__}: {error}"})
+            return fault_frame(error)
 
     def _hello(self, frame: Frame) -> Frame:
         """Load what the recipe names, and say what is there."""
-        trainer, client = self._ready(frame.header), self._node.client
-        found, wanted = trainer.model.base_fingerprint, frame.header["base"]
-        if found != wanted:
-            raise RunError(f"the base model is another one: {found} here, {wanted} at the server")
+        trainer, client = self._ready(frame.header), self.node.client
         rows = trainer.num_examples[client]
-        _log.info("ready as %r: %d rows, base %s", client, rows, found)
+        _log.info("ready as %r: %d rows, base %s", client, rows, trainer.model.base_fingerprint)
         return Frame({"client": client, "rows": rows})
 
     def _train(self, frame: Frame) -> Frame:
@@ -72,29 +75,38 @@ class Session:
         return self._answered[1]
 
     def _trained(self, frame: Frame) -> Frame:
-        trainer, client = self._ready(frame.header), self._node.client
-        round_ = number(frame.header, "round")
+        trainer, client = self._ready(frame.header), self.node.client
+        round_ = _round_of(frame)
         try:
             held = self._land(frame.parts)
         except RunError as error:
             _log.warning("round %d: %s", round_, error)
-            return Frame({"missed": str(error)})
+            return Frame({"missed": str(NodeFault.VERSION_MISSING)})
         _log.info("round %d: training from version %d", round_, held.version)
         started = time.perf_counter()
-        update = trainer.update(client, held, round_, lambda *_: None)
+        with _told_as(Exception, NodeFault.TRAINING_FAILED):
+            update = trainer.update(client, held, round_, lambda *_: None)
         seconds = time.perf_counter() - started
         _log.info("round %d: trained in %.1f s", round_, seconds)
         return Frame({"seconds": seconds}, {"update": update})
 
     def _ready(self, header: Mapping[str, Any]) -> LocalTrainer:
         """The model and rows of the server's recipe, loaded once."""
-        sent = header["recipe"]
+        sent = header.get("recipe")
         if self._trainer is None or sent != self._recipe:
             self._trainer = None  # two models may not fit in memory
-            recipe = self._node.recipe(sent)
-            share = self._node.data.share
-            self._trainer = prepare_client(recipe, self._node.client, share, Observer())
+            recipe = local_recipe(sent, self.node)
+            share, client = self.node.data.share, self.node.client
+            with (
+                _told_as((DataError, RecipeError), NodeFault.TASK_REFUSED),
+                _told_as(BridgeError, NodeFault.MODEL_UNFIT),
+            ):
+                self._trainer = prepare_client(recipe, client, share, Observer())
             self._recipe = sent
+        found, wanted = self._trainer.model.base_fingerprint, header.get("base")
+        if found != wanted:
+            said = f"the base model is another one: {found} here, {short(wanted)} at the server"
+            raise NodeError(NodeFault.BASE_DIFFERS, said)
         return self._trainer
 
     def _land(self, parts: Mapping[str, bytes]) -> GlobalState:
@@ -105,7 +117,7 @@ class Session:
             replace_bytes(self._stored, pack(state_tensors(state), {"version": state.version}))
         self._held = state
         if "own" in parts:
-            return receive_own(state, self._node.client, parts["own"])
+            return receive_own(state, self.node.client, parts["own"])
         return state
 
 
@@ -113,14 +125,46 @@ def _check_peer(header: Mapping[str, Any]) -> None:
     """Refuse a server that speaks otherwise, or whose arithmetic may differ.
 
     Raises:
-        RunError: naming both versions.
+        NodeError: naming both versions.
     """
     theirs, ours = (header.get("protocol"), header.get("fedexlora")), (PROTOCOL, __version__)
     if theirs != ours:
-        raise RunError(
-            f"the server runs fedexlora {theirs[1]} (protocol {theirs[0]}), "
-            f"this node {ours[1]} (protocol {ours[0]}): install the same version"
+        raise NodeError(
+            NodeFault.RELEASE_DIFFERS,
+            f"the server runs fedexlora {short(theirs[1])} (protocol {short(theirs[0])}), "
+            f"this node {ours[1]} (protocol {ours[0]}): install the same version",
         )
+
+
+def _round_of(frame: Frame) -> int:
+    """The round of a request to train that is whole.
+
+    Raises:
+        NodeError: if it is not.
+    """
+    with _told_as(ValueError, NodeFault.REQUEST_INVALID):
+        if "message" not in frame.parts:
+            raise ValueError("a request to train has no message")
+        return number(frame.header, "round")
+
+
+@contextmanager
+def _told_as(
+    kinds: type[Exception] | tuple[type[Exception], ...], code: NodeFault
+) -> Iterator[None]:
+    """Give errors of these kinds the code that the server is told; memory has one of its own.
+
+    Raises:
+        NodeError: in their place.
+    """
+    try:
+        yield
+    except NodeError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise NodeError(NodeFault.OUT_OF_MEMORY, f"{type(error).__name__}: {error}") from error
+    except kinds as error:
+        raise NodeError(code, f"{type(error).__name__}: {error}") from error
 
 
 def _read(path: Path) -> GlobalState | None:

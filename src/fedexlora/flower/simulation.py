@@ -70,10 +70,10 @@ def simulate(
     app = ServerApp()
     app.main()(main)
     used: dict[str, ConfigRecordValues] = {"num_cpus": taken.cpus, "num_gpus": taken.gpus}
-    # What goes wrong in a client's process is its reply; the rest is other libraries' notices.
+    # A client's reply says what kind of fault it met, and Ray's own log files have the rest.
     quiet: dict[str, ConfigRecordValues] = {"log_to_driver": False}
     backend = {"client_resources": used, "init_args": quiet}
-    run_simulation(app, client_app(), count, backend_config=backend)
+    run_simulation(app, client_app(recipe), count, backend_config=backend)
     if failed:
         raise failed[0]
     if not done:

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from fedexlora import __version__
 from fedexlora.engine.transport import ClientProgress, Reply
 from fedexlora.errors import RunError
+from fedexlora.exchange.node_faults import fault_text
 from fedexlora.exchange.untrusted import seconds, sentence
 from fedexlora.flower.frames import PROTOCOL, Frame, from_records, to_records
 from fedexlora.flower.membership import Membership
@@ -216,9 +217,9 @@ class FlowerTransport:
         try:
             frame = _frame_of(message)
             if "missed" in frame.header:
-                return Reply(client, round_, missed=sentence(frame.header["missed"]))
+                return Reply(client, round_, missed=fault_text(frame.header["missed"]))
             if "failure" in frame.header:
-                raise ValueError(sentence(frame.header["failure"]))
+                raise ValueError(fault_text(frame.header["failure"]))
             if "update" not in frame.parts:
                 raise ValueError("its reply has no update")
             spent = seconds(frame.header, "seconds")

@@ -18,13 +18,19 @@ import time
 from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from fedexlora.engine.quiet import quiet_libraries
-from fedexlora.errors import RunError
+from fedexlora.errors import NodeError, RecipeError
+from fedexlora.exchange.node_faults import NodeFault
+from fedexlora.flower.fault_frames import LogFormatter, fault_frame
 from fedexlora.flower.frames import Frame, receive, send
 from fedexlora.flower.node import Node, load_node
+
+if TYPE_CHECKING:
+    from fedexlora.flower.session import Session
 
 _log = logging.getLogger(__name__)
 _START_SECONDS = 120.0
@@ -39,16 +45,17 @@ def ask_worker(path: Path, frame: Frame) -> Frame:
         frame: the request.
 
     Raises:
-        RecipeError: if the configuration is wrong.
-        RunError: if the worker does not start, or goes while it works.
+        NodeError: if the configuration is wrong, or the worker does not start or goes while it
+            works.
     """
-    node = load_node(path)
+    node = _configured(path)
     with closing(_connected(path, node)) as connection:
         try:
             send(connection, frame)
             return receive(connection)
         except (EOFError, OSError) as error:
-            raise RunError(f"the worker has gone; its log is {log_file(node)}") from error
+            said = f"the worker has gone; its log is {log_file(node)}"
+            raise NodeError(NodeFault.WORKER_LOST, said) from error
 
 
 def log_file(node: Node) -> Path:
@@ -67,12 +74,12 @@ def serve(path: Path) -> None:
     node.home.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(node.home / "worker.lock", timeout=0):
-            _serve(node)
+            _serve(path, node)
     except Timeout:
         _log.info("another worker serves %s", node.home)
 
 
-def _serve(node: Node) -> None:
+def _serve(path: Path, node: Node) -> None:
     address = _address(node)
     address.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
@@ -81,29 +88,64 @@ def _serve(node: Node) -> None:
         listener.settimeout(node.idle)
         pid_file(node).write_text(str(os.getpid()), encoding="utf-8")
         try:
-            _loop(node, listener)
+            _loop(path, node.idle, listener)
         finally:
             address.unlink(missing_ok=True)
             pid_file(node).unlink(missing_ok=True)
 
 
-def _loop(node: Node, listener: socket.socket) -> None:
-    from fedexlora.flower.session import Session  # loads the training libraries
-
+def _loop(path: Path, idle: float, listener: socket.socket) -> None:
+    desk = Desk(path)
     gc.freeze()  # every training ends in a full collection; it need not go through all libraries
-    session = Session(node, node.home / "held.safetensors")
     while True:
         try:
             accepted, _ = listener.accept()
         except TimeoutError:
-            _log.info("idle for %g s: going", node.idle)
+            _log.info("idle for %g s: going", idle)
             return
         accepted.settimeout(None)
         with closing(Connection(accepted.detach())) as connection:
             try:
-                send(connection, session.answer(receive(connection)))
+                send(connection, desk.answer(receive(connection)))
             except (EOFError, OSError):
                 _log.warning("whoever asked has gone; its answer is dropped")
+
+
+class Desk:
+    """A node's session under the configuration of now.
+
+    Args:
+        path: the configuration; read again for every request, as what it allows may have changed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from fedexlora.flower import session  # loads the training libraries
+
+        self._open = session.Session
+        self._path = path
+        self._session: Session | None = None
+
+    def answer(self, frame: Frame) -> Frame:
+        """The reply to one of the server's requests; it never raises."""
+        try:
+            node = _configured(self._path)
+            if self._session is None or self._session.node != node:
+                self._session = self._open(node, node.home / "held.safetensors")
+            return self._session.answer(frame)
+        except Exception as error:  # noqa: BLE001 - its text must not leave the node
+            return fault_frame(error)
+
+
+def _configured(path: Path) -> Node:
+    """The node's configuration as it is now.
+
+    Raises:
+        NodeError: if it cannot be read, or is wrong.
+    """
+    try:
+        return load_node(path)
+    except RecipeError as error:
+        raise NodeError(NodeFault.CONFIGURATION_INVALID, error.summary, error.faults) from error
 
 
 def _connected(path: Path, node: Node) -> Connection:
@@ -121,7 +163,8 @@ def _connected(path: Path, node: Node) -> Connection:
             time.sleep(0.2)
             continue
         return Connection(link.detach())
-    raise RunError(f"the worker does not start; its log is {log_file(node)}")
+    said = f"the worker does not start; its log is {log_file(node)}"
+    raise NodeError(NodeFault.WORKER_LOST, said)
 
 
 def _start(path: Path, node: Node) -> subprocess.Popen[bytes]:
@@ -140,7 +183,8 @@ def _address(node: Node) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise RunError(f"{folder} is open to other users: expected a folder of mode 700")
+        said = f"{folder} is open to other users: expected a folder of mode 700"
+        raise NodeError(NodeFault.WORKER_LOST, said)
     name = hashlib.sha256(str(node.home.resolve()).encode()).hexdigest()[:16]
     return folder / f"{name}.sock"
 
@@ -149,5 +193,7 @@ if __name__ == "__main__":
     # Flower's processes must start within 30 s, also where training takes every processor.
     os.nice(5)
     quiet_libraries()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     serve(Path(sys.argv[1]))
