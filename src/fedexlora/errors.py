@@ -13,12 +13,18 @@
         ├── NoUpdatesError        no client delivered a usable update
         └── ExactnessError        the applied update is not the ideal one
 
-Errors that collect several faults say all of them at once, one a line.
+Errors that collect several faults say all of them at once, one a line. Names in them may come from
+somebody else's files or messages, so that nothing which is not printable is part of any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from fedexlora.texts import few, outside, printable
+
+_LONGEST, _MOST = 4000, 200
+"""Characters of a summary or a fault, and faults."""
 
 
 class FedexLoraError(Exception):
@@ -32,9 +38,9 @@ class FedexLoraError(Exception):
     exit_code = 1
 
     def __init__(self, summary: str, faults: Sequence[str] = ()) -> None:
-        self.summary = summary
-        self.faults = tuple(faults)
-        super().__init__("\n  ".join((summary, *self.faults)))
+        self.summary = printable(summary, _LONGEST)
+        self.faults = few((printable(fault, _LONGEST) for fault in faults), _MOST)
+        super().__init__("\n  ".join((self.summary, *self.faults)))
 
 
 class InputError(FedexLoraError):
@@ -83,14 +89,16 @@ class UpdateError(FedexLoraError):
     Args:
         round_: the round, from 1.
         client: the client's name.
-        faults: every fault of the update.
+        faults: every fault of the update. All are counted and the first few are kept, as texts
+            that hold nothing but printable ASCII: names in them are the client's.
     """
 
     def __init__(self, round_: int, client: str, faults: Sequence[str]) -> None:
         self.round = round_
         self.client = client
         super().__init__(
-            f"round {round_}, client {client!r}: {len(faults)} fault(s) in the update", faults
+            f"round {round_}, client {client!r}: {len(faults)} fault(s) in the update",
+            few(map(outside, faults)),
         )
 
 

@@ -89,7 +89,7 @@ def content(held: GlobalState) -> str:
 
 def read_update(message: bytes) -> str:
     try:
-        found = decode_update(message, 3, "a")
+        found = decode_update(message, SPEC, 3, "a")
         check_update(found, SPEC, client="a", round_=3, version=2, base="the base")
     except UpdateError as error:
         return REFUSED if error.faults else "no fault is named"

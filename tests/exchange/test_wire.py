@@ -59,7 +59,7 @@ def test_special_values_survive_bit_for_bit():
 
 def test_an_update_survives():
     sent = update()
-    found = decode_update(sent.encode(), 3, "a")
+    found = decode_update(sent.encode(), SPEC, 3, "a")
     assert (found.client, found.round, found.version) == ("a", 3, 2)
     assert (found.num_examples, found.loss) == (9, 0.5)
     assert all(torch.equal(found.tensors[name], sent.tensors[name]) for name in sent.tensors)
@@ -69,13 +69,13 @@ def test_an_update_survives():
 @pytest.mark.parametrize("cut", [0, 4, 8, 60, -1])
 def test_a_truncated_message_is_an_update_error_that_names_the_client(cut):
     with pytest.raises(UpdateError, match="round 3, client 'a'.*\n.*not a safetensors message"):
-        decode_update(update().encode()[:cut], 3, "a")
+        decode_update(update().encode()[:cut], SPEC, 3, "a")
 
 
 def test_a_header_of_other_types_is_refused_with_every_fault():
     message = pack({}, {"client": 4, "round": "3", "version": 2, "num_examples": 9})
     with pytest.raises(UpdateError) as caught:
-        decode_update(message, 3, "a")
+        decode_update(message, SPEC, 3, "a")
     assert caught.value.faults == (
         "header 'client': expected str, found 4",
         "header 'round': expected int, found '3'",

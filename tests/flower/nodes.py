@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from flwr.app import Error, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from fedexlora.flower.frames import Frame, from_records, to_records
@@ -19,6 +20,8 @@ class FakeGrid(Grid):
     """Nodes by id; what a test changes takes effect at the next message."""
 
     nodes: dict[int, Answer]
+    keys: dict[int, bytes] = field(default_factory=dict)
+    """Public keys by node; a node without one is told by its id."""
     pushed: list[tuple[int, Frame]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -40,6 +43,9 @@ class FakeGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=n, public_key=self.keys.get(n, b"")) for n in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str | None]:
         ids: list[str | None] = []

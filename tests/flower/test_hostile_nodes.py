@@ -52,7 +52,9 @@ def quick(monkeypatch):
 
 
 def greeted(answer: Frame | RecordDict) -> FlowerTransport:
-    made = FlowerTransport(FakeGrid({7: lambda _: answer}), {}, "base", in_order=True)
+    made = FlowerTransport(
+        FakeGrid({7: lambda _: answer}), {}, "base", largest_update=1000, in_order=True
+    )
     made.gather(1, 0.05)
     return made
 
@@ -68,9 +70,11 @@ def greeted(answer: Frame | RecordDict) -> FlowerTransport:
         ('{"client": "north", "rows": -1}', "header 'rows': expected a whole number, found -1"),
         ('{"client": "north", "rows": 1e300}', "header 'rows': expected a whole number"),
         ('{"client": "north"}', "header 'rows': expected a whole number, found None"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 4000, "nested too deeply"),
+        ("[" * 100_000, "a header of 100000 characters, at most 4096"),
         ("7", "expected a JSON object"),
-        ('{"failure": "\\u001b[2J' + "x" * 9000 + '"}', "none of the agreed codes"),
+        ('{"failure": "\\u001b[2J' + "x" * 900 + '"}', "a reason that is none of the agreed codes"),
+        ('{"failure": "out-of-memory"}', "it ran out of memory"),
     ],
 )
 @pytest.mark.usefixtures("quick")
@@ -123,7 +127,7 @@ def test_a_request_that_nobody_answers_is_lost_and_the_others_are_handed_on(monk
         return answer
 
     grid = FakeGrid({7: node("north"), 8: node("south")})
-    made = FlowerTransport(grid, {}, "base", in_order=True)
+    made = FlowerTransport(grid, {}, "base", largest_update=1000, in_order=True)
     made.gather(2, 5.0)
     monkeypatch.setattr(module, "_TTL_SECONDS", 0.02)
     for client in ("north", "south"):
@@ -145,8 +149,8 @@ def test_a_node_whose_greeting_failed_is_greeted_again_more_and_more_rarely(monk
         greeted.append(module.time.monotonic())
         return answers[len(greeted) - 1]
 
-    made = FlowerTransport(FakeGrid({7: slow}), {}, "base")
-    with pytest.raises(RunError, match="it could not be greeted: no answer in time"):
+    made = FlowerTransport(FakeGrid({7: slow}), {}, "base", largest_update=1000)
+    with pytest.raises(RunError, match="it could not be greeted: node unavailable"):
         made.gather(1, 0.05)
     made.gather(1, 10.0)
     assert len(greeted) == 4
@@ -160,7 +164,7 @@ def test_a_node_whose_greeting_failed_is_greeted_again_more_and_more_rarely(monk
 def test_a_node_that_is_known_by_another_id_takes_its_place_once_the_old_one_is_gone(monkeypatch):
     monkeypatch.setattr(membership, "_FIRST_PAUSE", 0.05)
     grid = FakeGrid({7: lambda _: HELLO})
-    made = FlowerTransport(grid, {}, "base")
+    made = FlowerTransport(grid, {}, "base", largest_update=1000)
     made.gather(1, 5.0)
     grid.nodes[8] = lambda frame: (
         HELLO if frame.header["kind"] == "hello" else Frame({"seconds": 1.0}, {"update": b"8"})
@@ -168,10 +172,9 @@ def test_a_node_that_is_known_by_another_id_takes_its_place_once_the_old_one_is_
     with pytest.raises(RunError, match="node 8: node 7 is client 'north' already"):
         made.gather(2, 0.05)
     del grid.nodes[7]
-    made._members.see(grid.get_node_ids())
-    while made._members.nodes["north"] != 8:
-        made._look()
-        made._pull()
+    made._look()
+    assert made.clients == []
+    made.gather(1, 5.0)
     made.ask(1, "north", b"version", None)
     (reply,) = made.replies(1, 5.0, lambda *_: None)
     assert reply.message == b"8"

@@ -144,7 +144,8 @@ def forged(**changes):
     def train(msg):
         honest = trainer(partial(adapted, CASE))(msg)
         message = read_bytes(honest["arrays"], UPDATE)
-        update = decode_update(message, 1, str(msg.metadata.dst_node_id))
+        spec = unpack_shared(msg.content["arrays"]).spec
+        update = decode_update(message, spec, 1, str(msg.metadata.dst_node_id))
         lie = {key: change(update) for key, change in changes.items()}
         arrays = byte_record(UPDATE, replace(update, **lie).encode())
         return RecordDict({**honest, "arrays": arrays})

@@ -63,7 +63,8 @@ def grid_of(sessions: dict[int, Session]) -> FakeGrid:
 
 
 def start(grid: FakeGrid, document: dict, out: Path, **changes):
-    settings = Settings(out=out, nodes=len(grid.nodes), wait=5.0, in_order=True, **changes)
+    fields = {"nodes": len(grid.nodes), "wait": 0.2, "in_order": True} | changes
+    settings = Settings(out=out, **fields)  # every node answers when it is asked
     return serve(grid, parse_recipe(document, "test"), settings, Observer())
 
 
@@ -71,11 +72,13 @@ def start(grid: FakeGrid, document: dict, out: Path, **changes):
 def test_the_result_is_that_of_one_process_to_the_bit(document, sessions, homes, tmp_path, whole):
     """Also where it is resumed by another server, with nodes that were started anew."""
     grid = grid_of(sessions)
+    grid.keys = {7 + i: name.encode() for i, name in enumerate(CLIENTS)}
     document["federation"]["rounds"] = 2
     start(grid, document, tmp_path / "out")
     document["federation"]["rounds"] = 3
-    again = {n: session(c, document, homes) for n, c in enumerate(CLIENTS)}
-    result = start(grid_of(again), document, tmp_path / "out")
+    again = grid_of({n: session(c, document, homes) for n, c in enumerate(CLIENTS)})
+    again.keys = {i: name.encode() for i, name in enumerate(CLIENTS)}
+    result = start(again, document, tmp_path / "out")
     assert records_without_times(tmp_path / "out") == records_without_times(whole)
     assert files(result.adapter) == files(whole / "adapter")
     moved = [record.bytes.down for record in result.records]
@@ -110,7 +113,7 @@ def test_a_node_that_goes_and_comes_back_catches_up(document, sessions, tmp_path
     result = start(grid, document, tmp_path / "out")
     assert [len(r.clients) for r in result.records] == [3, 2, 3, 3]
     assert result.records[1].left_out[0].client == "site-south"
-    assert "Node Unavailable" in result.records[1].left_out[0].reasons[0]
+    assert "node unavailable" in result.records[1].left_out[0].reasons[0]
     back = next(c for c in result.records[2].clients if c.client == "site-south")
     assert back.since == 0
     assert all(r.certificate.held for r in result.records)
@@ -145,7 +148,9 @@ def test_a_request_whose_process_was_lost_is_asked_again_and_not_trained_again(
         "site-south",
         5 * second.clients[0].downloaded_bytes,
     )
-    assert out.reasons == ("ClientApp stopped responding. (code 8)",)
+    assert out.reasons == (
+        "the process of the message did not start in time, or stopped (Flower's code 8)",
+    )
 
 
 def test_a_node_that_lost_its_disk_takes_the_total_in_the_same_round(document, sessions, tmp_path):
@@ -255,7 +260,52 @@ def test_another_version_of_the_package_or_another_base_is_refused(document, ses
     assert FAULT_TEXTS[NodeFault.BASE_DIFFERS] in str(caught.value)
 
 
-def test_a_second_node_of_the_same_name_is_refused(document, sessions, tmp_path):
+@pytest.mark.parametrize(
+    ("authenticated", "fault"),
+    [
+        (True, "node 9: the name 'site-south' belongs to another key in this run"),
+        (False, "node 9: node 8 is client 'site-south' already"),
+    ],
+)
+def test_a_second_node_of_the_same_name_is_refused(
+    document, sessions, tmp_path, authenticated, fault
+):
     sessions[9] = session("site-south", document, tmp_path / "twin")
-    with pytest.raises(RunError, match="node 8 is client 'site-south' already"):
+    with pytest.raises(RunError, match=fault):
+        start(grid_of(sessions), document, tmp_path / "out", authenticated=authenticated)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_belongs_to_the_key_that_had_it_first_until_somebody_frees_it(
+    document, sessions, homes, tmp_path
+):
+    document["federation"]["rounds"] = 1
+    grid = grid_of(sessions)
+    grid.keys = {7 + i: name.encode() for i, name in enumerate(CLIENTS)}
+    start(grid, document, tmp_path / "out")
+    owners = tmp_path / "out" / "clients.jsonl"
+    lines = owners.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["client"] for line in lines] == list(CLIENTS)
+    document["federation"]["rounds"] = 2
+    grid.keys[8] = b"another key"
+    with pytest.raises(RunError, match="node 8: the name 'site-south' belongs to another key"):
+        start(grid, document, tmp_path / "out")
+    owners.write_text(lines[0] + lines[2])
+    result = start(grid, document, tmp_path / "out")
+    assert [c.client for c in result.records[1].clients] == list(CLIENTS)
+    assert len(owners.read_text().splitlines()) == 3
+
+
+def test_a_client_that_is_excluded_is_not_let_in_and_the_run_goes_on_without_it(
+    document, sessions, tmp_path
+):
+    document["federation"]["rounds"] = 1
+    start(grid_of(sessions), document, tmp_path / "out")
+    document["federation"] |= {"rounds": 3, "exclude": ["site-south"]}
+    result = start(grid_of(sessions), document, tmp_path / "out", nodes=2)
+    for record in result.records[1:]:
+        assert [c.client for c in record.clients] == ["site-north", "site-west"]
+        assert (record.registered, record.left_out) == (2, ())
+    document["federation"] |= {"exclude": [], "allow": ["site-east", "site-south"], "rounds": 4}
+    with pytest.raises(RunError, match="node 7, 9: federation.allow does not name it"):
         start(grid_of(sessions), document, tmp_path / "out")

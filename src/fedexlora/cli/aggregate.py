@@ -75,7 +75,7 @@ def aggregate(
             print_merged(target, base, out, record, as_json=as_json)
             return
     if as_json:
-        typer.echo(record.model_dump_json())
+        typer.echo(record.model_dump_json(ensure_ascii=True))
         return
     print_aggregation(record)
     Console(highlight=False).print(f"adapter      [bold]{escape(str(out))}[/]", soft_wrap=True)

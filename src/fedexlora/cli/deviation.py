@@ -54,7 +54,7 @@ def deviation(
     if plot:
         draw_deviation(record, plot)
     if as_json:
-        typer.echo(record.model_dump_json())
+        typer.echo(record.model_dump_json(ensure_ascii=True))
         return
     console = Console(highlight=False)
     console.print(_modules(record))

@@ -62,7 +62,7 @@ def export(
     with progress_over("exporting") as progress:
         record = export_run(run, out, options, progress=progress)
     if as_json:
-        typer.echo(record.model_dump_json())
+        typer.echo(record.model_dump_json(ensure_ascii=True))
         return
     _print(record, out, kind)
 

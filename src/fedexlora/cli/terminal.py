@@ -25,7 +25,7 @@ class JsonLines(Observer):
 
     def finished_round(self, record: RoundRecord) -> None:
         """Print the record."""
-        typer.echo(record.model_dump_json())
+        typer.echo(record.model_dump_json(ensure_ascii=True))
 
 
 class Terminal(Observer):

@@ -138,9 +138,11 @@ def enforce(certificate: Certificate, sums: RoundSums, round_: int) -> None:
     ]
     if not certificate.overall.dense_error <= TOLERANCE:
         faults.append(f"heads and biases: error {certificate.overall.dense_error:.2e}")
-    faults += [
-        f"client {client}: {strain_reason(strain)}" for client, strain in sums.strained().items()
-    ]
+    strained = sums.strained()
+    faults += [f"client {client}: {strain_reason(strain)}" for client, strain in strained.items()]
+    if strained:
+        named = ", ".join(f'"{client}"' for client in strained)
+        faults.append(f"to go on without: --resume --set 'federation.exclude=[{named}]'")
     raise ExactnessError(f"round {round_}: the applied update is not the ideal one", faults)
 
 

@@ -240,14 +240,16 @@ class Collector:
         if reply.message is None:
             self._refuse(client, reply.failure)
         start = self._before if reply.round >= self._round else self._stale_start(reply)
-        update = decode_update(reply.message or b"", self._round, client)
+        spec = self._specs.get(client, self._spec)
+        update = decode_update(reply.message or b"", spec, self._round, client)
         check_update(
             update,
-            self._specs.get(client, self._spec),
+            spec,
             client=client,
             round_=min(reply.round, self._round),
             version=start.version,
             base=self._base,
+            rows=reply.rows,
         )
         staleness = self._round - reply.round
         weight = self._rule.weight(update.num_examples, staleness)
@@ -287,8 +289,7 @@ class Collector:
         self.got.left_out.append(
             LeftOutRecord(
                 client=client,
-                # Text that cannot be written, as of a file name in another encoding, is escaped.
-                reasons=tuple(r.encode("utf-8", "backslashreplace").decode() for r in reasons),
+                reasons=tuple(reasons),
                 since=self._holdings.versions.get(client),
                 downloaded_bytes=self.got.downloads.get(client, 0),
                 uploaded_bytes=uploaded,

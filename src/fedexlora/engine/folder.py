@@ -3,6 +3,7 @@
 recipe.toml     the resolved recipe        run.json      versions, data, score before round 1
 rounds.jsonl    one record a round         checkpoints/  the last versions of the global model
 adapter/        the final global model     updates/      with --keep-updates, what clients sent
+clients.jsonl   over Flower, the key that each client's name belongs to
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from fedexlora.exchange.untrusted import json_object, number, short
 from fedexlora.exchange.wire import pack
 
 LOCK = ".lock"
+_CHANGEABLE = ("federation.rounds:", "federation.allow:", "federation.exclude:")
+"""Keys in which a resumed run may differ from the one that is in the folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,8 @@ class RunFolder:
     def check_same(self, recipe: Recipe) -> bool:
         """Whether there is a run to continue.
 
-        The number of rounds may differ: a run may be continued for longer.
+        The number of rounds may differ, as a run may be continued for longer, and so may the
+        clients that are admitted.
 
         Returns:
             False if the folder is empty or absent, so that the run starts from the beginning.
@@ -111,7 +115,7 @@ class RunFolder:
         except (ValueError, OSError) as error:
             raise ResumeError(f"{path} cannot be read: {error}") from error
         differences = [
-            line for line in held.differences(recipe) if not line.startswith("federation.rounds:")
+            line for line in held.differences(recipe) if not line.startswith(_CHANGEABLE)
         ]
         if differences:
             raise ResumeError(f"{self.path} holds a run of another recipe", differences)

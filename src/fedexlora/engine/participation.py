@@ -15,6 +15,22 @@ Stale = Literal["refuse", "accept"]
 
 
 @dataclass(frozen=True, slots=True)
+class Admission:
+    """Which clients may take part in a run at all; everybody, by default."""
+
+    allow: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+
+    def fault(self, client: str) -> str:
+        """Why a client may not take part; empty if it may."""
+        if client in self.exclude:
+            return "federation.exclude names it"
+        if self.allow is not None and client not in self.allow:
+            return "federation.allow does not name it"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
 class Participation:
     """The rules of a run; those of a federation in which all clients take part, by default."""
 

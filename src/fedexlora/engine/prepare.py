@@ -94,8 +94,9 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
     observer.preparing("reading the data")
     splits = load_splits(recipe.data, seed)
     task = prepare_task(recipe.task, splits)
-    shares = _shares(recipe, task, splits.train)
-    check_clients(recipe, list(shares))
+    every = _shares(recipe, task, splits.train)
+    check_clients(recipe, list(every))
+    shares = _admitted(recipe, every)
     task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
@@ -174,7 +175,8 @@ def client_rows(recipe: Recipe) -> dict[str, int]:
     """
     splits = load_splits(recipe.data, recipe.federation.seed)
     task = prepare_task(recipe.task, splits)
-    return {name: len(share) for name, share in _shares(recipe, task, splits.train).items()}
+    shares = _admitted(recipe, _shares(recipe, task, splits.train))
+    return {name: len(share) for name, share in shares.items()}
 
 
 def check_clients(recipe: Recipe, clients: Sequence[str]) -> None:
@@ -188,6 +190,28 @@ def check_clients(recipe: Recipe, clients: Sequence[str]) -> None:
             "the recipe names clients that there are not",
             [f'clients."{client}": expected one of {", ".join(clients)}' for client in unknown],
         )
+
+
+def _admitted(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """The shares of the clients that ``[federation]`` admits; nobody gets those of the others.
+
+    Raises:
+        RecipeError: naming every client in ``allow`` or ``exclude`` that there is not, or if none
+            is left.
+    """
+    table = recipe.federation
+    faults = [
+        f"federation.{key}: there is no client {name!r}; expected some of {', '.join(shares)}"
+        for key, names in (("allow", table.allow or ()), ("exclude", table.exclude))
+        for name in names
+        if name not in shares
+    ]
+    admitted = {name: rows for name, rows in shares.items() if not recipe.admission.fault(name)}
+    if not admitted and not faults:
+        faults.append(f"federation.exclude: it names all of {', '.join(shares)}")
+    if faults:
+        raise RecipeError("the recipe admits clients that there are not", faults)
+    return admitted
 
 
 def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:

@@ -6,16 +6,17 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedexlora.data.config import DataConfig, PartitionConfig, TaskConfig
-from fedexlora.engine.participation import Participation
+from fedexlora.engine.participation import Admission, Participation
 from fedexlora.engine.recipe_file import read_document
 from fedexlora.engine.screening import Screening
 from fedexlora.errors import RecipeError
+from fedexlora.exchange.untrusted import CLIENT_NAME
 from fedexlora.methods import METHODS, Method
 from fedexlora.methods.options import option_faults, with_options
 
@@ -23,6 +24,8 @@ Width = Literal["float32", "bfloat16", "float16"]
 """The floating-point types of weights and products."""
 _CHOICES = ("next_adapter", "remainder_rank", "remainder_energy")
 _OF_ONE_CLIENT = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+ClientName = Annotated[str, Field(pattern=CLIENT_NAME)]
 
 
 class _Table(BaseModel):
@@ -81,6 +84,11 @@ class FederationTable(_Table):
     ``trimmed_mean``."""
     history: int = Field(default=4, ge=0)
     """How many rounds a client may have missed and still get no more than their pieces."""
+    allow: tuple[ClientName, ...] | None = Field(default=None, min_length=1)
+    """The clients that may take part, by name; all if not given. A resumed run may change it."""
+    exclude: tuple[ClientName, ...] = ()
+    """Clients that may not, by name: one whose updates strain the certificate, say. A resumed run
+    may change it."""
     rounds: int = Field(default=10, ge=1)
     """Number of federated rounds."""
     seed: int = Field(default=0, ge=0)
@@ -153,6 +161,11 @@ class Recipe(_Table):
             table.weight_cap,
             table.stale,
         )
+
+    @property
+    def admission(self) -> Admission:
+        """Which clients may take part at all."""
+        return Admission(self.federation.allow, self.federation.exclude)
 
     @property
     def screening(self) -> Screening | None:
@@ -249,6 +262,8 @@ def _participation_faults(table: FederationTable) -> list[str]:
             faults.append(f"federation.stale: {table.method} averages factors; use fedex")
         if table.history == 0:
             faults.append("federation.history: 0 keeps no version that a late update can be of")
+    if both := sorted(set(table.allow or ()) & set(table.exclude)):
+        faults.append(f"federation.exclude: {', '.join(both)} cannot be in federation.allow too")
     if (table.weighting == "capped") != (table.weight_cap is not None):
         faults.append("federation.weight_cap: needed by weighting = 'capped', and by no other")
     return faults

@@ -28,6 +28,9 @@ class Reply:
     """Whether the client is known to have come to the round's version, if it did not miss it."""
     seconds: float = 0.0
     """Local training."""
+    rows: int | None = None
+    """The training rows that the client had declared when it was asked, which its update must be
+    of; None where the rows are the server's own."""
     resent: int = 0
     """Bytes that were sent to the client once more, because something on the way was lost."""
 
@@ -37,7 +40,7 @@ class Transport(Protocol):
 
     @property
     def clients(self) -> Sequence[str]:
-        """The clients of the federation, in the order in which sums are taken."""
+        """The clients that can be asked now, in the order in which sums are taken."""
 
     @property
     def waiting(self) -> Mapping[str, int]:

@@ -6,7 +6,17 @@ bit, however often a run is repeated or resumed.
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from fedexlora.texts import few, printable
+
+_LONGEST = 400
+
+
+def _bounded(reasons: tuple[str, ...]) -> tuple[str, ...]:
+    return few(printable(reason.replace("\n", "\\n"), _LONGEST) for reason in reasons)
 
 
 class Record(BaseModel):
@@ -50,7 +60,8 @@ class LeftOutRecord(Record):
     """A client that took part but whose update is not in the aggregate."""
 
     client: str
-    reasons: tuple[str, ...]
+    reasons: Annotated[tuple[str, ...], AfterValidator(_bounded)]
+    """The first few, cut; whatever a client sends, what is written of it is bounded."""
     since: int | None
     """The version that it held before the round; None for nothing."""
     downloaded_bytes: int

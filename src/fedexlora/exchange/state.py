@@ -15,6 +15,7 @@ from fedexlora.algebra.lowrank import LowRank
 from fedexlora.exchange.spec import TensorSpec
 from fedexlora.exchange.untrusted import short
 from fedexlora.exchange.wire import digest, unpack
+from fedexlora.texts import few
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What factors, remainders, heads and biases are held in."""
@@ -157,7 +158,7 @@ def unpack_state(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if tensor.dtype not in _DTYPES or not tensor.reshape(-1).isfinite().all()
     ]
     if faults:
-        raise ValueError("; ".join(faults))
+        raise ValueError("; ".join(few(faults)))
     return tensors, header
 
 
@@ -179,7 +180,7 @@ def state_from(version: int, tensors: Mapping[str, Tensor]) -> GlobalState:
     """
     modules = [name.removeprefix("A/") for name in tensors if name.startswith("A/")]
     if missing := [name for name in modules if f"B/{name}" not in tensors]:
-        raise ValueError(f"factor B is missing for {missing}")
+        raise ValueError(f"factor B is missing for {short(missing)}")
     adapter = {name: Factors(tensors[f"A/{name}"], tensors[f"B/{name}"]) for name in modules}
     total = lowrank_from("total", tensors, {name: f.shape for name, f in adapter.items()})
     if narrow := [name for name, matrix in total.items() if matrix.value.dtype != torch.float64]:

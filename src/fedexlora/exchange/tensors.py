@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedexlora.exchange.spec import TensorSpec
+from fedexlora.exchange.untrusted import tensor_names
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -49,7 +50,7 @@ class TensorFile:
 
         Raises:
             ValueError: if it is no safetensors file, is cut off, or holds a dtype that is not
-                supported.
+                supported or a name that no tensor has.
             OSError: if it cannot be read.
         """
         with path.open("rb"):  # a missing or unreadable file, by the system's own error
@@ -57,6 +58,7 @@ class TensorFile:
         try:
             with safe_open(path, framework="pt") as file:
                 found = {}
+                tensor_names(file.keys())
                 for name in file.offset_keys():
                     part = file.get_slice(name)
                     found[name] = TensorSpec(tuple(part.get_shape()), _dtype(part.get_dtype()))

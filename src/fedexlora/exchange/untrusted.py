@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from fedexlora.texts import cut
 
 LARGEST = 2**53
 """The largest number of rounds or examples: up to here, floating point holds whole numbers."""
 CLIENT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a client may call itself: a name that is safe as part of a file's."""
-_LONGEST_TEXT = 4000
+_LONGEST = 160
+_LONGEST_NAME = 1000
 _SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 160
+_SHORT.maxstring = _SHORT.maxother = _LONGEST
+_SHORT.maxlevel = 2
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
@@ -68,13 +72,20 @@ def client_name(header: Mapping[str, Any], key: str) -> str:
     return found
 
 
-def sentence(value: object) -> str:
-    """Text that is to be shown: a bounded length of it, without control characters."""
-    found = str(value)
-    cut = found if len(found) <= _LONGEST_TEXT else f"{found[:_LONGEST_TEXT]} ..."
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in cut)
+def tensor_names(names: Iterable[str]) -> None:
+    """Refuse names of tensors that no module of a model has.
+
+    Raises:
+        ValueError: saying how many there are, and the first.
+    """
+    odd = [name for name in names if len(name) > _LONGEST_NAME or not name.isprintable()]
+    if odd:
+        raise ValueError(
+            f"{len(odd)} name(s) of tensors that are too long or hold characters that cannot be "
+            f"shown, as {short(odd[0])}"
+        )
 
 
 def short(value: object) -> str:
     """``repr`` of what somebody else sent, of bounded length and depth."""
-    return _SHORT.repr(value)
+    return cut(_SHORT.repr(value), _LONGEST)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, prod
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from fedexlora.exchange.spec import AdapterSpec, TensorSpec
 from fedexlora.exchange.untrusted import LARGEST, short
 from fedexlora.exchange.wire import pack, unpack
 
+_ENTRY, _FIELDS = 256, 4096
+"""Bytes of a message's header: of one tensor beside its name, and of everything else."""
 _LARGEST_VALUE = 1e15
 """Beyond, the product of two finite factors may overflow float32, and with it everybody's model."""
 
@@ -55,12 +58,38 @@ class ClientUpdate:
         return pack(self.tensors, header)
 
 
-def decode_update(message: bytes, round_: int, client: str) -> ClientUpdate:
+def largest_header(spec: AdapterSpec) -> int:
+    """Bytes that the header of an update may have: names, shapes and a few numbers."""
+    return _FIELDS + sum(len(json.dumps(name)) + _ENTRY for name in spec.tensors())
+
+
+def largest_update(spec: AdapterSpec) -> int:
+    """Bytes that a whole update may have."""
+    tensors = spec.tensors().values()
+    content = sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+    return 8 + largest_header(spec) + content
+
+
+def decode_update(message: bytes, spec: AdapterSpec, round_: int, client: str) -> ClientUpdate:
     """The update in ``message``, which came from ``client`` in ``round_``; not yet checked.
 
+    Nothing of a message is read that is larger than what ``spec`` asks for.
+
     Raises:
-        UpdateError: if the message is damaged, or its header lacks a field or has another type.
+        UpdateError: if the message is too large or damaged, or its header lacks a field or has
+            another type.
     """
+    sizes = {
+        "an update": (len(message), largest_update(spec)),
+        "its header": (int.from_bytes(message[:8], "little"), largest_header(spec)),
+    }
+    large = [
+        f"{what} of {found} bytes, expected at most {most}"
+        for what, (found, most) in sizes.items()
+        if found > most
+    ]
+    if large:
+        raise UpdateError(round_, client, large)
     try:
         tensors, header = unpack(message)
     except ValueError as error:
@@ -93,6 +122,7 @@ def check_update(
     round_: int,
     version: int,
     base: str,
+    rows: int | None = None,
 ) -> None:
     """Hold an update against what was agreed.
 
@@ -103,11 +133,13 @@ def check_update(
         round_: the round that is open.
         version: the version that clients train from in this round.
         base: fingerprint of the base model that the run is about.
+        rows: the training rows that the client has declared; None if they are not known.
 
     Raises:
         UpdateError: naming every fault: tensors that are missing, unexpected, of another shape or
             dtype, not finite or too large; another client, round, version or base model; no
-            examples, or more than can be counted; a loss that is not finite.
+            examples, more than can be counted, or another number than was declared; a loss that is
+            not finite.
     """
     said = (("client", client), ("round", round_), ("version", version), ("base", base))
     faults = [
@@ -118,6 +150,8 @@ def check_update(
     if not 1 <= update.num_examples <= LARGEST:
         bound = "at least 1" if update.num_examples < 1 else f"at most {LARGEST}"
         faults.append(f"num_examples: expected {bound}, found {short(update.num_examples)}")
+    elif rows not in (None, update.num_examples):
+        faults.append(f"num_examples: expected the {rows} declared, found {update.num_examples}")
     if not isfinite(update.loss):
         faults.append(f"loss: expected a finite number, found {update.loss}")
     expected_tensors = spec.tensors()

@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord
 from fedexlora.errors import RunError
 from fedexlora.exchange.spec import AdapterSpec, ModuleSpec, TensorSpec
 from fedexlora.exchange.state import GlobalState, state_from, state_tensors, unpack_state
-from fedexlora.exchange.untrusted import number
+from fedexlora.exchange.untrusted import number, short
 from fedexlora.exchange.wire import pack
 from fedexlora.flower.byte_arrays import to_array, to_bytes
 from fedexlora.methods.fedex import FEDEX
@@ -71,18 +71,23 @@ def byte_record(key: str, message: bytes) -> ArrayRecord:
     return ArrayRecord({key: to_array(message)})
 
 
-def read_bytes(record: ArrayRecord, key: str) -> bytes:
+def read_bytes(record: ArrayRecord, key: str, most: int | None = None) -> bytes:
     """The message under ``key``.
 
+    Args:
+        record: of a message.
+        key: of its one array.
+        most: the bytes that it may have; any number by default.
+
     Raises:
-        ValueError: if the record has other keys, or another array than one of bytes.
+        ValueError: if the record has other keys, another array than one of bytes, or a larger one.
     """
     if list(record) != [key]:
         raise ValueError(f"expected one array {key!r}, found {_some(list(record))}")
-    return to_bytes(key, record[key])
+    return to_bytes(key, record[key], most)
 
 
 def _some(keys: list[str]) -> str:
     """The first of many keys: an adapter's state dict has hundreds."""
-    shown = ", ".join(repr(key) for key in keys[:3])
+    shown = ", ".join(short(key) for key in keys[:3])
     return f"{len(keys)}: {shown}{', ...' if len(keys) > 3 else ''}" if keys else "none"

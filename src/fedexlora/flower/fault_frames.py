@@ -6,8 +6,8 @@ import logging
 
 from fedexlora.errors import NodeError
 from fedexlora.exchange.node_faults import NodeFault
-from fedexlora.exchange.untrusted import sentence
 from fedexlora.flower.frames import Frame
+from fedexlora.texts import printable
 
 _log = logging.getLogger(__name__)
 _HEAD, _TAIL = 1000, 2800
@@ -34,4 +34,4 @@ class LogFormatter(logging.Formatter):
         text = super().format(record)
         if len(text) > _HEAD + _TAIL:
             text = f"{text[:_HEAD]} ... {text[-_TAIL:]}"
-        return sentence(text).replace("\n", "\n    ")
+        return printable(text, 4 * len(text)).replace("\n", "\n    ")

@@ -5,18 +5,30 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
 
+from fedexlora.engine.participation import Admission
 from fedexlora.exchange.node_faults import fault_text
-from fedexlora.exchange.untrusted import client_name, number, sentence
-from fedexlora.flower.frames import from_records
+from fedexlora.exchange.untrusted import client_name, number
+from fedexlora.flower.frames import Bounds, error_text, from_records
+from fedexlora.flower.names import Names
+from fedexlora.texts import outside
 
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 300.0
 """Seconds until a node whose greeting failed is greeted again; doubled every time."""
+_IN_FLIGHT = 256
+"""Greetings that wait for an answer at a time."""
+_PATIENCE = 600.0
+"""Seconds after which a greeting that was not answered no longer holds up the next one; a node
+loads its model before it answers."""
+_LINES = 500
+"""Lines of the log about nodes that are no clients: whoever comes and goes does not fill it."""
+_BOUNDS = Bounds()
 _chance = random.Random()
 """Nodes that failed together, as those that share a machine, are not greeted again together."""
 
@@ -25,12 +37,18 @@ _chance = random.Random()
 class _Guest:
     """A node that is connected."""
 
+    key: str
+    """What tells it from others when it comes back."""
     fault: str = "it has not answered yet"
     """Why it is not a client; empty for a client."""
     pause: float = 0.0
     """Seconds until it was greeted again, the last time; half as many more or less."""
-    again: float | None = None
-    """When it is greeted once more, if it is."""
+    again: float | None = 0.0
+    """When it is greeted, if it is."""
+    greeting: str | None = None
+    """The message that waits for its answer."""
+    client: str = ""
+    """Its name, if it is a client."""
 
     def postpone(self, fault: str) -> None:
         """Greet it once more after a while, which grows."""
@@ -42,22 +60,31 @@ class _Guest:
 class Membership:
     """Nodes are greeted when they are seen first, and say their names.
 
-    One that refuses is no client. Neither is one that has the name of another node while that is
-    there: it is greeted again later, as a node that was started anew may be known by another id
-    before Flower has missed the old one.
+    One that refuses is no client. Neither is one that is another client already, has a name that
+    belongs to another node, or that ``[federation]`` does not admit. One that has the name of a
+    node which is still there is greeted again later, as a node that was started anew may be known
+    by another id before Flower has missed the old one. A client that is no longer connected is
+    none until it comes back and says its name, with its rows, again.
 
     Args:
         greet: push a greeting to a node; the id of its message, or None if Flower does not take it.
+        names: which node has which name.
+        admission: whom the recipe admits.
     """
 
-    def __init__(self, greet: Callable[[int], str | None]) -> None:
+    def __init__(
+        self, greet: Callable[[int], str | None], names: Names, admission: Admission
+    ) -> None:
         self._greet = greet
+        self._names = names
+        self._admission = admission
         self._guests: dict[int, _Guest] = {}
-        self._greetings: dict[str, int] = {}
+        self._greetings: dict[str, tuple[int, float]] = {}
+        self._lines = 0
         self.nodes: dict[str, int] = {}
-        """By client that was ever there, the node that it was last."""
+        """By client, its node."""
         self.rows: dict[str, int] = {}
-        """Training rows by client."""
+        """By client, the training rows that it has declared."""
 
     @property
     def greetings(self) -> Sequence[str]:
@@ -66,46 +93,93 @@ class Membership:
 
     @property
     def faults(self) -> list[str]:
-        """Why nodes that are connected are no clients."""
-        return [f"node {n}: {guest.fault}" for n, guest in self._guests.items() if guest.fault]
+        """Why nodes that are connected are no clients: one line for those of one reason."""
+        nodes: dict[str, list[int]] = defaultdict(list)
+        for node, guest in self._guests.items():
+            if guest.fault:
+                nodes[guest.fault].append(node)
+        return [
+            f"node {', '.join(map(str, found[:3]))}"
+            f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}: {fault}"
+            for fault, found in nodes.items()
+        ]
 
-    def see(self, here: Iterable[int]) -> None:
-        """Greet those of the connected nodes that are new, or whose greeting failed a while ago."""
-        connected = set(here)
-        for gone in self._guests.keys() - connected:
-            del self._guests[gone]  # it is greeted again if it comes back
-        for node in sorted(connected):
-            guest = self._guests.get(node)
-            if guest is not None and (guest.again is None or time.monotonic() < guest.again):
-                continue
+    def see(self, here: Mapping[int, str]) -> bool:
+        """Take note of the connected nodes, by id with their keys; whether any came or went."""
+        gone = [node for node in self._guests if node not in here]
+        for node in gone:
+            self._forget(node)
+        new = [node for node in here if node not in self._guests]
+        self._guests |= {node: _Guest(here[node]) for node in new}
+        return bool(gone or new)
+
+    def greet(self) -> None:
+        """Greet nodes that are new, or whose greeting failed a while ago; not too many at once."""
+        now = time.monotonic()
+        waiting = sum(now - since < _PATIENCE for _, since in self._greetings.values())
+        due = (n for n, g in self._guests.items() if g.again is not None and g.again <= now)
+        for node in sorted(due)[: max(0, _IN_FLIGHT - waiting)]:
             pushed = self._greet(node)
             if pushed is not None:
-                self._greetings[pushed] = node
-                self._guests.setdefault(node, _Guest()).again = None
+                self._greetings[pushed] = node, now
+                self._guests[node].again, self._guests[node].greeting = None, pushed
 
     def hear(self, message: Message) -> None:
         """Make a node that has answered a client of the run, or remember why not."""
-        node = self._greetings.pop(message.metadata.reply_to_message_id)
-        guest = self._guests.setdefault(node, _Guest())
+        node, _ = self._greetings.pop(message.metadata.reply_to_message_id, (None, 0.0))
+        if node is None:  # it went meanwhile
+            return
+        guest = self._guests[node]
+        guest.greeting = None
         if message.has_error():  # it said nothing itself, as where its process was killed
-            guest.postpone(f"it could not be greeted: {sentence(message.error.reason)}")
-            _log.warning("node %d: %s", node, guest.fault)
+            guest.postpone(f"it could not be greeted: {error_text(message.error)}")
+            self._warn(f"node {node}: {guest.fault}")
             return
         try:
-            header = from_records(message.content).header
-            if "failure" in header:
-                raise ValueError(fault_text(header["failure"]))
-            client, rows = client_name(header, "client"), number(header, "rows")
+            client, rows = _introduction(message)
+            if fault := self._admission.fault(client) or self._names.fault(client, guest.key):
+                raise ValueError(fault)
         except ValueError as error:
             guest.fault = str(error)
-            _log.warning("node %d is not part of the federation: %s", node, error)
+            self._warn(f"node {node} is not part of the federation: {guest.fault}")
             return
         holder = self.nodes.get(client)
-        if holder not in (None, node) and holder in self._guests:
+        if holder is not None and holder != node:
             guest.postpone(f"node {holder} is client {client!r} already")
-            _log.warning("node %d: %s", node, guest.fault)
+            self._warn(f"node {node}: {guest.fault}")
             return
-        guest.fault = ""
-        self.nodes[client] = node
-        self.rows[client] = rows
+        self._names.take(client, guest.key)
+        guest.fault, guest.client = "", client
+        self.nodes[client], self.rows[client] = node, rows
         _log.info("node %d is client %r: %d rows", node, client, rows)
+
+    def _forget(self, node: int) -> None:
+        """A node has gone; it is greeted again if it comes back."""
+        guest = self._guests.pop(node)
+        if guest.greeting is not None:
+            del self._greetings[guest.greeting]
+        if guest.client:
+            del self.nodes[guest.client], self.rows[guest.client]
+            _log.info("client %r is no longer connected", guest.client)
+
+    def _warn(self, line: str) -> None:
+        self._lines += 1
+        if self._lines <= _LINES:
+            _log.warning("%s", line)
+        elif self._lines == _LINES + 1:
+            _log.warning("more such nodes are not named here")
+
+
+def _introduction(message: Message) -> tuple[str, int]:
+    """What a node says of itself: its client's name and rows.
+
+    Raises:
+        ValueError: why it is no client, in words of ours.
+    """
+    try:
+        header = from_records(message.content, _BOUNDS).header
+        if "failure" in header:
+            raise ValueError(fault_text(header["failure"]))
+        return client_name(header, "client"), number(header, "rows")
+    except ValueError as error:
+        raise ValueError(outside(str(error))) from error

@@ -10,6 +10,11 @@ from math import isfinite
 
 from flwr.app import Message, MetricRecord, RecordDict
 
+from fedexlora.exchange.untrusted import short
+from fedexlora.texts import few, outside
+
+_METRICS, _NAME, _VALUES = 100, 100, 1000
+"""Of a reply: metrics, characters of a metric's name, and numbers of a metric that is a list."""
 logger = logging.getLogger("flwr")
 """Flower's own, so that its log has everything of a run."""
 
@@ -58,10 +63,10 @@ def usable_replies(
 
 
 def leave_out(step: str, node: int, faults: Sequence[str]) -> None:
-    """Say which node takes no part, and why."""
-    logger.warning("%s: node %d is left out: %d fault(s)", step, node, len(faults))
-    for fault in faults:
-        logger.warning("\t> %s", fault)
+    """Say which node takes no part, and why: what it sent itself is escaped, cut and counted."""
+    logger.warning("%s: node %d is left out:", step, node)
+    for fault in few(faults):
+        logger.warning("\t> %s", outside(fault))
 
 
 def with_like_metrics(replies: Sequence[NodeReply], step: str) -> list[RecordDict]:
@@ -75,20 +80,46 @@ def with_like_metrics(replies: Sequence[NodeReply], step: str) -> list[RecordDic
     for node, layout in layouts.items():
         if layout != usual:
             odd = sorted(key for key, _ in set(layout) ^ set(usual))
-            leave_out(f"{step} (metrics only)", node, [f"metrics {odd} are not those of most"])
+            fault = f"metrics {short(odd)} are not those of most"
+            leave_out(f"{step} (metrics only)", node, [fault])
     return [reply.content for reply in replies if layouts[reply.node] == usual]
 
 
 def _opened(message: Message, node: int, weighted_by_key: str) -> NodeReply:
     if message.has_error():
-        raise ValueError(f"error {message.error.code}: {message.error.reason}")
+        raise ValueError(f"error {message.error.code}: {outside(str(message.error.reason))}")
     records = list(message.content.metric_records.values())
     if len(records) != 1:
         raise ValueError(f"expected one MetricRecord, found {len(records)}")
+    _check_metrics(records[0])
     weight = records[0].get(weighted_by_key)
     if not isinstance(weight, int | float) or not isfinite(weight) or weight <= 0:
-        raise ValueError(f"metric {weighted_by_key!r}: expected a positive number, found {weight}")
+        raise ValueError(
+            f"metric {weighted_by_key!r}: expected a positive number, found {short(weight)}"
+        )
     return NodeReply(node, message.content, records[0], float(weight))
+
+
+def _check_metrics(metrics: MetricRecord) -> None:
+    """Refuse metrics that Flower's log could not show.
+
+    Raises:
+        ValueError: saying how many there are, and the first.
+    """
+    if len(metrics) > _METRICS:
+        raise ValueError(f"{len(metrics)} metrics, expected at most {_METRICS}")
+    odd = [
+        key
+        for key, value in metrics.items()
+        if len(key) > _NAME
+        or not (key.isascii() and key.isprintable())
+        or (isinstance(value, list) and len(value) > _VALUES)
+    ]
+    if odd:
+        raise ValueError(
+            f"{len(odd)} metric(s) with a name of more than {_NAME} plain characters, or with more "
+            f"than {_VALUES} numbers, as {short(odd[0])}"
+        )
 
 
 def _layout(metrics: MetricRecord) -> tuple[tuple[str, int | None], ...]:

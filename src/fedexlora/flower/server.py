@@ -17,6 +17,9 @@ from fedexlora.engine.prepare import check_clients, prepare, prepare_server
 from fedexlora.engine.recipe import Recipe
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.update import largest_update
+from fedexlora.flower import names
+from fedexlora.flower.names import Names
 from fedexlora.flower.node import recipe_for_nodes
 from fedexlora.flower.transport import FlowerTransport
 
@@ -38,6 +41,10 @@ class Settings(BaseModel):
     """Store what every client sent, as PEFT adapters."""
     resume: bool = True
     """Continue the run in ``out``, if there is one."""
+    authenticated: bool = True
+    """Whether the SuperLink lets in registered keys only (``--enable-supernode-auth``), which
+    Flower does not tell: a client's name then belongs to the key that had it first in the run.
+    Without, every start of a node is another key, and whoever connects may be any client."""
     in_order: bool = False
     """Add up updates in the order of the clients' names, so that a run can be repeated to the bit;
     those that come early wait in memory."""
@@ -111,10 +118,15 @@ def serve(
     prepared = prepare(recipe, observer)[0] if simulated else prepare_server(recipe, observer)
     task = stated(prepared.task).model_dump(mode="json", exclude_none=True)
     sent = recipe_for_nodes(recipe, task)
+    specs = [prepared.model.spec, *prepared.specs.values()]
+    owners = Names(folder.path / names.FILE if settings.authenticated and not simulated else None)
     transport = FlowerTransport(
         grid,
         sent,
         prepared.model.base_fingerprint,
+        largest_update=max(map(largest_update, specs)),
+        names=owners,
+        admission=recipe.admission,
         in_order=settings.in_order,
     )
     observer.preparing(f"waiting for {settings.nodes} clients")
@@ -123,6 +135,7 @@ def serve(
 
     def connect(progress: Progress) -> FlowerTransport:
         del progress  # what nodes hold is on their own disks
+        owners.keep()
         return transport
 
     return conduct(

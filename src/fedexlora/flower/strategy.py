@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import hypot
+from math import hypot, sqrt
 from typing import NoReturn
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import FedAvg
+from torch import bfloat16, finfo, float16
 
 from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.lowrank import difference_norm
 from fedexlora.engine.aggregation import RoundSums
 from fedexlora.engine.certificate import TOLERANCE
+from fedexlora.engine.screening import strain_reason
 from fedexlora.errors import UpdateError
 from fedexlora.exchange.shipment import Step
 from fedexlora.exchange.spec import AdapterSpec
-from fedexlora.exchange.update import ClientUpdate, check_update, decode_update
+from fedexlora.exchange.update import ClientUpdate, check_update, decode_update, largest_update
 from fedexlora.flower.arrays import UPDATE, Shared, pack_shared, read_bytes, unpack_shared
 from fedexlora.flower.replies import (
     NodeReply,
@@ -29,6 +31,10 @@ from fedexlora.flower.replies import (
     with_like_metrics,
 )
 from fedexlora.methods.fedex import FEDEX
+from fedexlora.texts import few
+
+_SHOWN = 50
+"""Modules and nodes that an error names; the others are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +169,10 @@ class FedExLoRA(FedAvg):
         try:
             if len(records) != 1:
                 raise ValueError(f"expected one ArrayRecord, found {len(records)}")
-            message = read_bytes(records[0], UPDATE)
+            message = read_bytes(records[0], UPDATE, largest_update(sent.spec))
         except ValueError as error:
             raise UpdateError(server_round, client, [str(error)]) from error
-        update = decode_update(message, server_round, client)
+        update = decode_update(message, sent.spec, server_round, client)
         check_update(
             update,
             sent.spec,
@@ -185,30 +191,57 @@ def _certify(sums: RoundSums, after: Step, spec: AdapterSpec) -> None:
     """Hold the next version against the naive float64 sum of what was received, and log it.
 
     Raises:
-        AggregationError: if it is off by more than ``TOLERANCE`` of the update.
+        AggregationError: naming every module, head and bias that is off by more than is allowed of
+            its own update, and nodes that may be the cause.
     """
+    version = after.state.version
+    errors = _module_errors(sums, after, spec) | _dense_errors(sums, after)
+    worst = max(errors, key=lambda name: errors[name][0] / errors[name][1])
     deviations = sums.deviations()
-    error = norm = lost = mean = 0.0
-    for name, module in spec.modules.items():
-        ideal = sums.ideal(name)
-        held = after.state.total[name].plus([after.state.adapter[name]])
-        error = hypot(error, module.scaling * difference_norm(held, ideal))
-        norm = hypot(norm, module.scaling * ideal.squared_norm() ** 0.5)
-        lost = hypot(lost, module.scaling * deviations[name].residual)
-        mean = hypot(mean, module.scaling * deviations[name].ideal)
-    relative = ratio(error, norm)
+    lost = hypot(*(m.scaling * deviations[name].residual for name, m in spec.modules.items()))
+    mean = hypot(*(m.scaling * deviations[name].ideal for name, m in spec.modules.items()))
     logger.info(
-        "aggregate_train: version %d is off the ideal by %.1e of the update; "
+        "aggregate_train: version %d is off the ideal by at most %.1e of a module's update, in %s; "
         "averaging the factors would lose %.1f %%",
-        after.state.version,
-        relative,
+        version,
+        errors[worst][0],
+        worst,
         100 * ratio(lost, mean),
     )
-    if not relative <= TOLERANCE:  # NaN is neither
+    faults = [
+        f"{name}: off by {error:.1e} of its update, allowed is {allowed:.1e}"
+        for name, (error, allowed) in errors.items()
+        if not error <= allowed  # NaN is neither
+    ]
+    if faults:
+        faults += [f"node {n}: {strain_reason(s)}" for n, s in sums.strained().items()]
         raise AggregationError(
-            f"version {after.state.version} is off the ideal by {relative:.1e} of the update, "
-            f"allowed is {TOLERANCE:g}"
+            f"version {version} is not the ideal one: " + "; ".join(few(faults, _SHOWN))
         )
+
+
+def _module_errors(
+    sums: RoundSums, after: Step, spec: AdapterSpec
+) -> dict[str, tuple[float, float]]:
+    """By module, the error relative to its ideal, and what is allowed."""
+    errors = {}
+    for name in spec.modules:
+        ideal = sums.ideal(name)
+        held = after.state.total[name].plus([after.state.adapter[name]])
+        relative = ratio(difference_norm(held, ideal), sqrt(ideal.squared_norm()))
+        errors[name] = relative, TOLERANCE
+    return errors
+
+
+def _dense_errors(sums: RoundSums, after: Step) -> dict[str, tuple[float, float]]:
+    """The same of heads and biases, whose mean is rounded to their dtype."""
+    errors = {}
+    for name, ideal in sums.dense_ideal().items():
+        held = after.state.dense[name]
+        relative = ratio(float((held.double() - ideal).norm()), float(ideal.norm()))
+        rounding = finfo(held.dtype).eps / 2 if held.dtype in (bfloat16, float16) else 0.0
+        errors[name] = relative, TOLERANCE + rounding
+    return errors
 
 
 def _no_fresh(spec: AdapterSpec) -> NoReturn:

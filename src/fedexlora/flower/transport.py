@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,18 +13,24 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedexlora import __version__
+from fedexlora.engine.participation import Admission
 from fedexlora.engine.transport import ClientProgress, Reply
 from fedexlora.errors import RunError
 from fedexlora.exchange.node_faults import fault_text
-from fedexlora.exchange.untrusted import seconds, sentence
-from fedexlora.flower.frames import PROTOCOL, Frame, from_records, to_records
+from fedexlora.exchange.untrusted import seconds
+from fedexlora.flower.frames import PROTOCOL, Bounds, Frame, error_text, from_records, to_records
 from fedexlora.flower.membership import Membership
+from fedexlora.flower.names import Names
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 5.0
-"""How often new nodes are looked for."""
+"""How often new nodes are looked for, where some came or went a while ago."""
 _POLL_SECONDS = 0.5
-"""Between two looks for replies."""
+"""Between two looks for replies, where some came a while ago."""
+_SLOWER, _LONGEST_LOOK, _LONGEST_POLL = 1.2, 6.0, 6.0
+"""A pause in which nothing happened is followed by a longer one, up to so many times the first."""
+_GREETINGS = 32
+"""Answers to greetings that are pulled at once; updates, which are large, are pulled one by one."""
 _TTL_SECONDS = 12 * 3600.0
 """After which a request that was not answered counts as lost; Flower keeps it no longer, either."""
 
@@ -38,6 +45,9 @@ class _Asked:
     """A request that waits for its reply."""
 
     client: str
+    node: int
+    rows: int
+    """Training rows that the client had declared by then."""
     round: int
     at: float
     frame: Frame
@@ -59,6 +69,9 @@ class FlowerTransport:
         grid: Flower's.
         recipe: what nodes are sent, from :func:`fedexlora.flower.node.recipe_for_nodes`.
         base: fingerprint of the server's base model.
+        largest_update: the most bytes that an update of any client may have.
+        names: which node has which name; by default as where nodes are not authenticated.
+        admission: whom the recipe admits; by default everybody.
         in_order: hand on the updates of a round in the order in which their clients were asked.
     """
 
@@ -68,18 +81,23 @@ class FlowerTransport:
         recipe: Mapping[str, Any],
         base: str,
         *,
+        largest_update: int,
+        names: Names | None = None,
+        admission: Admission | None = None,
         in_order: bool = False,
     ) -> None:
         self._grid = grid
         self._recipe = recipe
         self._base = base
         self._in_order = in_order
-        self._members = Membership(self._greet)
+        self._bounds = Bounds(parts={"update": largest_update})
+        self._members = Membership(self._greet, names or Names(), admission or Admission())
         self._asked: dict[str, _Asked] = {}
         self._answers: list[Reply] = []
         self._order: list[str] = []
         self._round = 0
         self._looked = float("-inf")
+        self._slower_look = self._slower_poll = 1.0
 
     @property
     def rows(self) -> Mapping[str, int]:
@@ -88,7 +106,7 @@ class FlowerTransport:
 
     @property
     def clients(self) -> Sequence[str]:
-        """All clients that were ever there, by name."""
+        """The clients that are connected, by name."""
         return sorted(self._members.nodes)
 
     @property
@@ -110,8 +128,9 @@ class FlowerTransport:
                     self._members.faults,
                 )
             self._look()
-            self._pull()
-            time.sleep(_POLL_SECONDS)
+            heard = sum(1 for _ in self._pull())
+            if len(self.clients) < count:
+                self._pause(heard, ends)
 
     def ask(self, round_: int, client: str, message: bytes, own: bytes | None) -> None:
         """Push the client's part of the round; what goes wrong is its reply."""
@@ -120,27 +139,34 @@ class FlowerTransport:
         self._round = round_
         if client not in self._order:
             self._order.append(client)
-        pushed = self._push(self._members.nodes[client], MessageType.TRAIN, frame, str(round_))
-        if pushed is None:
+        node = self._members.nodes.get(client)
+        pushed = None
+        if node is not None:
+            pushed = self._push(node, MessageType.TRAIN, frame, str(round_))
+        if node is None or pushed is None:
             failure = "its node is not connected"
             self._answers.append(Reply(client, round_, failure=failure, landed=False))
         else:
-            self._asked[pushed] = _Asked(client, round_, time.monotonic(), frame)
+            rows = self._members.rows[client]
+            self._asked[pushed] = _Asked(client, node, rows, round_, time.monotonic(), frame)
 
     def replies(
         self, round_: int, deadline: float | None, progress: ClientProgress
     ) -> Iterator[Reply]:
         """Replies as they land, until all clients of the round have answered, or the deadline."""
         del progress  # a node's steps are in its own log
-        started = time.monotonic()
+        ends = float("inf") if deadline is None else time.monotonic() + deadline
         while True:
             self._look()
-            self._pull()
+            heard = 0
+            for _ in self._pull():
+                heard += 1
+                yield from self._take(round_)  # before the next one is pulled: they are large
             yield from self._take(round_)
             left = [asked for asked in self._asked.values() if asked.round == round_]
             if not left and not self._answers:
                 break
-            if deadline is not None and time.monotonic() - started > deadline:
+            if time.monotonic() > ends:
                 failure = f"late: no answer within the round's deadline, {deadline:g} s"
                 self._answers += [
                     Reply(asked.client, round_, failure=failure, landed=False) for asked in left
@@ -148,7 +174,7 @@ class FlowerTransport:
                 yield from self._take(round_)
                 break
             if left:
-                time.sleep(_POLL_SECONDS)
+                self._pause(heard, ends)
         self._order.clear()
 
     def _take(self, round_: int) -> Iterator[Reply]:
@@ -164,36 +190,52 @@ class FlowerTransport:
             return True
         return not self._order or reply.client == self._order[0] or reply.client not in self._order
 
+    def _pause(self, heard: int, ends: float) -> None:
+        """Wait before the next look for replies, but not beyond a time."""
+        self._slower_poll = 1.0 if heard else min(self._slower_poll * _SLOWER, _LONGEST_POLL)
+        left = max(0.0, ends - time.monotonic())
+        time.sleep(min(self._slower_poll * _POLL_SECONDS, left))
+
     def _look(self) -> None:
-        """Look for nodes, every now and then."""
-        if time.monotonic() - self._looked < _LOOK_SECONDS:
-            return
-        self._looked = time.monotonic()
-        self._members.see(self._grid.get_node_ids())
+        """Look for nodes, every now and then, and greet those that are due."""
+        if time.monotonic() - self._looked >= self._slower_look * _LOOK_SECONDS:
+            changed = self._members.see(
+                {n.node_id: _identity(n.node_id, n.public_key) for n in self._grid.get_nodes()}
+            )
+            self._looked = time.monotonic()
+            slower = min(self._slower_look * _SLOWER, _LONGEST_LOOK)
+            self._slower_look = 1.0 if changed else slower
+        self._members.greet()
 
     def _greet(self, node: int) -> str | None:
         return self._push(node, MessageType.QUERY, self._frame("hello", {}, {}), "hello")
 
-    def _pull(self) -> None:
-        """Take in what has arrived."""
-        waiting = [*self._asked, *self._members.greetings]
-        if not waiting:
-            return
-        for message in self._grid.pull_messages(waiting):
-            key = message.metadata.reply_to_message_id
-            if key in self._asked:
-                asked = self._asked.pop(key)
-                if not self._repeated(asked, message):
-                    reply = self._reply(asked, message)
-                    if reply.message is not None:  # an error may be Flower's, of a lost node
-                        _log.info("round %d: %s has answered", asked.round, asked.client)
-                    self._answers.append(replace(reply, resent=asked.resent))
-            elif key in self._members.greetings:
-                self._members.hear(message)
+    def _pull(self) -> Iterator[None]:
+        """Take in what has arrived; comes back after every message."""
+        greetings = self._members.greetings
+        batches = [greetings[i : i + _GREETINGS] for i in range(0, len(greetings), _GREETINGS)]
+        for batch in [*batches, *([key] for key in list(self._asked))]:
+            for message in self._grid.pull_messages(batch):
+                self._hear(message)
+                yield
         old = time.monotonic() - _TTL_SECONDS
         for key in [key for key, asked in self._asked.items() if asked.at < old]:
             lost, failure = self._asked.pop(key), f"lost: no answer within {_TTL_SECONDS:g} s"
             self._answers.append(Reply(lost.client, lost.round, failure=failure, landed=False))
+
+    def _hear(self, message: Message) -> None:
+        """One message: an answer to a greeting, or to a request."""
+        key = message.metadata.reply_to_message_id
+        if key in self._asked:
+            asked = self._asked.pop(key)
+            if self._repeated(asked, message):
+                return
+            reply = self._reply(asked, message)
+            if reply.message is not None:  # an error may be Flower's, of a lost node
+                _log.info("round %d: %s has answered", asked.round, asked.client)
+            self._answers.append(replace(reply, rows=asked.rows, resent=asked.resent))
+        else:
+            self._members.hear(message)
 
     def _repeated(self, asked: _Asked, message: Message) -> bool:
         """Ask once more, where only the process that Flower started for the message was lost.
@@ -204,18 +246,19 @@ class FlowerTransport:
             return False
         if asked.times == _TIMES or asked.round != self._round:
             return False
-        node = self._members.nodes[asked.client]
-        pushed = self._push(node, MessageType.TRAIN, asked.frame, str(asked.round))
+        pushed = self._push(asked.node, MessageType.TRAIN, asked.frame, str(asked.round))
         if pushed is None:
             return False
-        _log.warning("%s is asked again: %s", asked.client, sentence(message.error.reason))
+        _log.warning("%s is asked again: %s", asked.client, error_text(message.error))
         self._asked[pushed] = replace(asked, times=asked.times + 1)
         return True
 
     def _reply(self, asked: _Asked, message: Message) -> Reply:
         client, round_ = asked.client, asked.round
         try:
-            frame = _frame_of(message)
+            if message.has_error():
+                raise ValueError(error_text(message.error))
+            frame = from_records(message.content, self._bounds)
             if "missed" in frame.header:
                 return Reply(client, round_, missed=fault_text(frame.header["missed"]))
             if "failure" in frame.header:
@@ -240,13 +283,6 @@ class FlowerTransport:
         return pushed[0] if pushed and pushed[0] else None
 
 
-def _frame_of(message: Message) -> Frame:
-    """A node's frame.
-
-    Raises:
-        ValueError: if Flower reports an error instead, or it is something else.
-    """
-    if message.has_error():
-        reason = sentence(message.error.reason or "no reason given")
-        raise ValueError(f"{reason} (code {message.error.code})")
-    return from_records(message.content)
+def _identity(node: int, key: bytes) -> str:
+    """What tells a node from others: a digest of its key; its id, where Flower tells no key."""
+    return f"sha256:{hashlib.sha256(key).hexdigest()}" if key else f"node {node}"
