@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedexlora.errors import NodeError
 from fedexlora.exchange.node_faults import NodeFault
+from fedexlora.exchange.untrusted import sentence
 from fedexlora.flower.fault_frames import fault_frame
 from fedexlora.flower.frames import Frame, from_records, to_records
 
@@ -88,7 +89,7 @@ def _request(message: Message) -> Frame:
     try:
         return from_records(message.content)
     except ValueError as error:
-        raise NodeError(NodeFault.REQUEST_INVALID, str(error)) from error
+        raise NodeError(NodeFault.REQUEST_INVALID, sentence(error)) from error
 
 
 def _responder(context: Context, recipe: Path | Recipe | None) -> Callable[[Frame], Frame]:
