@@ -245,7 +245,7 @@ def test_a_client_that_comes_back_with_another_state_trains_on_the_right_one(fat
 
 
 def test_what_a_client_names_its_tensors_cannot_spoil_the_record(tmp_path):
-    """Characters that end a line for some readers, in a record that is one line."""
+    """Characters that end a line for some readers, or move a terminal's cursor, are escaped."""
     model = AdaptedModel(adapted("roberta"))
     names = ["a\u2028b", "\x85", "\0\n", '"', "\x1b[31m"]
 
@@ -255,7 +255,9 @@ def test_what_a_client_names_its_tensors_cannot_spoil_the_record(tmp_path):
 
     parts, state = federation(model, "fedex", with_fault(model, fault))
     state, record = run_round(parts, state)
-    assert set(record.left_out[0].reasons) == {f"{name}: unexpected" for name in names}
+    assert set(record.left_out[0].reasons) == {
+        f"{name}: unexpected" for name in ("a\\u2028b", "\\x85", "\\x00\\n", '"', "\\x1b[31m")
+    }
     folder = RunFolder(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     folder.save(Progress(state, (record,), parts.transport.holdings))

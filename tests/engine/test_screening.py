@@ -407,6 +407,8 @@ def test_without_a_rule_an_extreme_gauge_stops_the_run_and_names_the_client():
     blamed = [fault for fault in caught.value.faults if fault.startswith("client")]
     assert len(blamed) == 1
     assert blamed[0].startswith("client site-2: its factors B and A are so unlike the others'")
+    way = """to go on without: --resume --set 'federation.exclude=["site-2"]'"""
+    assert caught.value.faults[-1] == way
 
 
 @pytest.mark.parametrize("gauge", [1e-6, 60.0, 1e3, 1e6])

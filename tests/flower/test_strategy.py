@@ -24,6 +24,7 @@ from flwr.serverapp.strategy import (
 )
 from peft import PeftModel, get_peft_model_state_dict
 
+from fedexlora.engine.aggregation import RoundSums
 from fedexlora.errors import BridgeError, RunError
 from fedexlora.exchange.update import decode_update
 from fedexlora.flower import FedExLoRA, initial_arrays, load_arrays, save_adapter, update_arrays
@@ -409,6 +410,69 @@ def test_an_adapter_is_not_written_over_something(tmp_path):
     model = adapted(CASE)
     with pytest.raises(BridgeError, match="already exists"):
         save_adapter(model, initial_arrays(model), tmp_path)
+
+
+SMALL = "roberta.encoder.layer.0.attention.self.query"
+
+
+def hardly_moved(msg, model):
+    """Training that hardly moves one module: among all together it does not show."""
+    with torch.no_grad():
+        dict(model.base_model.model.named_modules())[SMALL].lora_B["default"].weight *= 1e-4
+
+
+def off(kind):
+    """An aggregate of which one module, or one head, is off by 2e-3 of its update."""
+    right = RoundSums.aggregate
+
+    def wrong(sums, method, fresh):
+        step = right(sums, method, fresh)
+        adapter, dense = dict(step.state.adapter), dict(step.state.dense)
+        if kind == "module":
+            name = SMALL
+            adapter[name] = replace(adapter[name], B=adapter[name].B * 1.002)
+        else:
+            name = min(dense)
+            dense[name] = dense[name] * 1.002
+        return replace(step, state=replace(step.state, adapter=adapter, dense=dense))
+
+    return wrong
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("kind", ["module", "head"])
+def test_one_module_or_head_that_is_off_is_named_however_small_it_is(kind, monkeypatch):
+    make = partial(adapted, "roberta")
+    apps = {node: app(trainer(make, hardly_moved)) for node in WEIGHTS}
+    start(apps, make())
+    monkeypatch.setattr(RoundSums, "aggregate", off(kind))
+    with pytest.raises(AggregationError, match="version 1 is not the ideal one") as caught:
+        start(apps, make())
+    name = SMALL if kind == "module" else "classifier"
+    assert name in str(caught.value)
+    assert str(caught.value).count(": off by ") == 1
+
+
+def test_strange_texts_of_a_node_are_escaped_and_cut_in_the_log(said):
+    nasty = "\x1b[2J\u202e\n[red]" * 5000
+
+    def failing(msg):
+        raise RuntimeError(nasty)
+
+    def named(msg):
+        honest = trainer(partial(adapted, CASE))(msg)
+        values = {"train_loss": 1.0, "num-examples": 5, nasty: 1.0}
+        return RecordDict({**honest, "metrics": MetricRecord(values)})
+
+    def keyed(msg):
+        return content(ArrayRecord({nasty: Array(np.zeros(3, np.uint8))}), 14)
+
+    bad = {14: app(keyed), 15: app(named), 16: app(failing)}
+    start({11: good(), 12: good(), **bad}, adapted(CASE))
+    for node in bad:
+        assert f"node {node} is left out" in said()
+    assert len(said()) < 20_000
+    assert all(c.isprintable() or c in "\n\t" for c in said())
 
 
 def test_aggregating_without_a_round_is_an_error():

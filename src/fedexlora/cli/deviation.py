@@ -14,7 +14,8 @@ from rich.text import Text
 
 from fedexlora.cli.options import numbers, progress_over
 from fedexlora.cli.tables import folding_table, width
-from fedexlora.cli.text import plain, printable
+from fedexlora.cli.text import plain
+from fedexlora.texts import printable
 
 if TYPE_CHECKING:
     from fedexlora.exchange.adapter_records import DeviationModuleRecord, DeviationRecord

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from fedexlora.cli.options import progress_bars
 from fedexlora.cli.tables import print_blocks, print_entry
-from fedexlora.cli.text import plain, printable
+from fedexlora.cli.text import plain
 from fedexlora.engine.conduct import RunResult
 from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.recipe import Recipe
-from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.records import MOST_FORWARD, RoundRecord
 from fedexlora.methods import METHODS, Method
+from fedexlora.texts import printable
 
 
 class JsonLines(Observer):
@@ -55,7 +56,7 @@ class Terminal(Observer):
 
     def note(self, what: str) -> None:
         """One line."""
-        self.console.print(f"[yellow]note[/] {escape(what)}", soft_wrap=True)
+        self.console.print(f"[yellow]note[/] {plain(what)}", soft_wrap=True)
 
     def passed_over(self, fault: str) -> None:
         """Say which checkpoint could not be read."""
@@ -158,6 +159,7 @@ def _verdict(result: RunResult, method: Method) -> list[tuple[str, str]]:
     down = sum(record.bytes.down for record in result.records)
     return [
         ("certificate", _certificate(result, method)),
+        ("arithmetic", _arithmetic(result)),
         (
             "averaging",
             f"FedIT's mean of the factors would have lost up to {lost:.1%} of a round's update",
@@ -187,6 +189,19 @@ def _certificate(result: RunResult, method: Method) -> str:
         f"[green]exact[/]: in every round the model applied the clients' mean update; worst "
         f"module off by {worst.error:.1e} of it, allowed {worst.allowed:.1e}"
     )
+
+
+def _arithmetic(result: RunResult) -> str:
+    """What the layers make of the update, as training and scoring multiply."""
+    worst = max(record.certificate.worst_forward for record in result.records)
+    kept = [c.kept for c in (record.certificate for record in result.records) if c.kept is not None]
+    said = f"as the layers multiply, their update is off by up to {worst:.1e}"
+    if kept:
+        furthest = max(kept, key=lambda share: abs(share - 1.0))
+        said += f"; {furthest:.1%} of the remainder comes out of them"
+    if worst <= MOST_FORWARD:
+        return said
+    return f"[yellow]lossy[/]: {said}; federation.placement = 'auto' keeps it beside the weight"
 
 
 def _next_commands(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:

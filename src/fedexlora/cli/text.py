@@ -1,26 +1,16 @@
-"""What other people wrote, as it may be printed."""
+"""What other people wrote, as rich may print it."""
 
 from __future__ import annotations
 
 from rich.markup import escape
 
-
-def printable(text: object) -> str:
-    r"""Text whose control characters a terminal shows instead of obeying them; lines are kept.
-
-    >>> printable("site\x1b[2J")
-    'site\\x1b[2J'
-    """
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode()
-        for c in str(text)
-    )
+from fedexlora.texts import printable
 
 
 def plain(text: object) -> str:
-    r"""The same as rich's markup, which shows its brackets.
+    r"""Text without power over the terminal, as rich's markup, which shows its brackets.
 
-    >>> plain("site[red]")
-    'site\\[red]'
+    >>> plain("site[red]\x1b[2J")
+    'site\\[red]\\x1b[2J'
     """
-    return escape(printable(text))
+    return escape(printable(str(text)))

@@ -10,7 +10,7 @@ from fedexlora.engine.card_source import Source, data_name
 from fedexlora.engine.finished import FinishedRun
 from fedexlora.engine.markdown import code_span
 from fedexlora.exchange.adapter_records import ExportRecord
-from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.records import CertificateRecord, RoundRecord
 
 _PIPELINES: Mapping[str, str] = {
     "classification": "text-classification",
@@ -155,4 +155,17 @@ def _certificate(last: RoundRecord) -> list[str]:
         f"error {certificate.error:.1e}: {distance}; {certificate.allowed:.1e} is allowed",
         f"worst module {code_span(certificate.worst_module)}: {certificate.worst_error:.1e}",
         f"averaging the factors would have lost {last.deviation:.2%} of the last round's update",
+        *_through_layers(certificate),
     ]
+
+
+def _through_layers(certificate: CertificateRecord) -> list[str]:
+    """What the layers make of the update, in the run's own arithmetic and in a server's."""
+    narrowed = "the same distance, with every operand rounded as its layer rounds it"
+    out = "how much of what the trained rank does not hold came out of the layers"
+    served = "rounds W·x before it adds B·A·x of an adapter, and loses what is below that rounding"
+    lines = [f"forward {certificate.forward:.1e}: {narrowed} in training or scoring"]
+    if certificate.kept is not None:
+        lines.append(f"kept {certificate.kept:.1%}: {out}, over validation rows")
+    lines.append(f"a server that computes in bfloat16 {served}; one in float32 loses nothing")
+    return lines

@@ -140,6 +140,10 @@ class BytesRecord(Record):
     down: int
 
 
+MOST_FORWARD = 1e-2
+"""Largest forward error of a module that needs no word: 16-bit factors are a fifth of that off."""
+
+
 class RoundRecord(Record):
     """One round."""
 

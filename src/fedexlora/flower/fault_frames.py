@@ -12,6 +12,8 @@ from fedexlora.texts import printable
 _log = logging.getLogger(__name__)
 _HEAD, _TAIL = 1000, 2800
 """Characters that are kept of an entry that is too long."""
+_MOST = 4000
+"""Characters of an entry once it is escaped."""
 
 
 def fault_frame(error: Exception) -> Frame:
@@ -34,4 +36,4 @@ class LogFormatter(logging.Formatter):
         text = super().format(record)
         if len(text) > _HEAD + _TAIL:
             text = f"{text[:_HEAD]} ... {text[-_TAIL:]}"
-        return printable(text, 4 * len(text)).replace("\n", "\n    ")
+        return printable(text, _MOST).replace("\n", "\n    ")

@@ -123,7 +123,7 @@ def load_base(
 
 
 def quantization_fields(
-    quantization: Quantization, dtype: Dtype, unquantised: Iterable[str] = ()
+    quantization: Quantization, dtype: Width, unquantised: Iterable[str] = ()
 ) -> dict[str, Any]:
     """What ``BitsAndBytesConfig`` is told of a base; arguments as of :func:`load_base`."""
     # transformers looks for these at the start of a module's name, PEFT at its end.
