@@ -16,6 +16,7 @@ from fedexlora.errors import DataError
 
 _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe")
 _STATED = ("max_position_embeddings", "max_seq_len")
+_HEADED = "ForSequenceClassification"
 _SHOWN = 5
 
 
@@ -36,18 +37,33 @@ def load_config(path: str, revision: str | None) -> PretrainedConfig:
 
 
 def check_config(
-    task: TaskConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    task: TaskConfig,
+    outputs: int | None,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Refuse what cannot fit a model, before it is loaded.
 
+    Args:
+        task: the task's configuration.
+        outputs: of the head that the task needs; None if it needs none of its own.
+        config: the model's configuration.
+        tokenizer: the model's.
+
     Raises:
         DataError: with all faults: a ``max_length`` above the positions that the configuration
-            states, a padding token without an embedding.
+            states, a padding token without an embedding, a trained head of another size.
     """
     faults = _length_faults(task.max_length, min(_stated(config), default=None))
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if isinstance(rows, int):
         faults += _padding_faults(tokenizer, rows)
+    headed = any(x.endswith(_HEADED) for x in config.architectures or ())
+    if headed and outputs is not None and outputs != config.num_labels:
+        faults.append(
+            f"the model's files have a trained head with {config.num_labels} output(s), and the "
+            f"{task.kind} task needs {outputs}; use the model that it was made from"
+        )
     if faults:
         raise DataError("the recipe does not fit the model", faults)
 

@@ -174,7 +174,7 @@ def _load_model(
     seed = recipe.federation.seed
     source, revision = resolve_source(recipe.model.source), recipe.model.revision
     own_config, tokenizer = load_config(source, revision), prepare_tokenizer(source, revision)
-    check_config(recipe.task, own_config, tokenizer)
+    check_config(recipe.task, task.model_config.get("num_labels"), own_config, tokenizer)
     head = head_labels(own_config)
     stated, task = task, in_head_order(task, head)
     config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
