@@ -128,6 +128,16 @@ def test_tokens_without_an_embedding_are_named_with_their_rows(gpt2, splits):
     ]
 
 
+def test_kinds_of_tokens_that_a_model_does_not_know_are_refused(bert, splits):
+    tokenizer = prepare_tokenizer(bert, None)
+    rows = splits([{"a": "w1", "b": "w2", "label": x} for x in "xy"])
+    config = BertConfig(**SMALL, intermediate_size=8, type_vocab_size=1)
+    model = BertForSequenceClassification(config)
+    check(ClassificationTask(text="a", max_length=8), model, tokenizer, rows)
+    with pytest.raises(DataError, match="the tokenizer makes 2, the model knows 1"):
+        check(ClassificationTask(text=("a", "b"), max_length=8), model, tokenizer, rows)
+
+
 def test_labels_are_numbers_of_the_arithmetic(bert, splits):
     tokenizer, model = prepare_tokenizer(bert, None), roberta()
     rows = splits([{"a": "w1", "label": x} for x in (1.0, -7e4, 2.0)])

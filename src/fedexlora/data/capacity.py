@@ -95,6 +95,9 @@ def check_capacity(
         faults += _padding_faults(tokenizer, rows)
         for split, found in tokenized.items():
             faults += _token_faults(split, found, tokenizer, rows)
+    kinds = getattr(getattr(model, "config", None), "type_vocab_size", None)
+    for split, found in tokenized.items():
+        faults += _kind_faults(split, found, kinds)
     if task.kind == "regression" and half:
         for split, found in tokenized.items():
             faults += _range_faults(split, found)
@@ -166,6 +169,17 @@ def _token_faults(
     ]
     more = len(beyond) - _SHOWN
     return faults + ([f"{split}: and {more} more such token(s)"] if more > 0 else [])
+
+
+def _kind_faults(split: str, tokenized: Dataset, kinds: int | None) -> list[str]:
+    """Faults of the numbers that tell the two texts of a pair apart."""
+    if kinds is None or "token_type_ids" not in tokenized.column_names:
+        return []
+    numbers = pc.list_flatten(tokenized.with_format("arrow")["token_type_ids"][:])
+    if (pc.max(numbers).as_py() or 0) < kinds:
+        return []
+    found = f"the tokenizer makes {pc.max(numbers).as_py() + 1}, the model knows {kinds}"
+    return [f"{split}: kinds of tokens, for the texts of a pair: {found}; use its own tokenizer"]
 
 
 def _range_faults(split: str, tokenized: Dataset) -> list[str]:
