@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetsError
 
 from fedexlora.data.columns import Columns
 from fedexlora.data.config import DataConfig
-from fedexlora.data.delimited import add_csv, add_tsv
+from fedexlora.data.csv_rows import add_csv, add_tsv
 from fedexlora.data.encoding import read_content, read_text
 from fedexlora.data.files import FORMATS, RowFile, split_files
 from fedexlora.data.json_rows import add_json, add_json_lines

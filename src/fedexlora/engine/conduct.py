@@ -248,7 +248,7 @@ def _header(
         "base": prepared.model.base_fingerprint,
         "precision": prepared.model.precision(),
         "clients": dict(rows),
-        **prepared.found.record(),
+        **prepared.summary.record(),
         "validation_rows": len(prepared.validation),
         "headline": prepared.recipe.task.headline,
         "model_config": dict(prepared.task.model_config),

@@ -19,7 +19,7 @@ from fedexlora.data.tokenizer import prepare_tokenizer
 from fedexlora.engine.local import LocalTrainer, training_device
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import ClientTable, Recipe
-from fedexlora.engine.rows import RowsFound, find_rows
+from fedexlora.engine.rows import RowSummary, check_rows
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.peft_bridge.inspect import check_new_weights
@@ -40,7 +40,7 @@ class Prepared:
     validation: Dataset
     """Tokenised."""
     data_fingerprint: str
-    found: RowsFound
+    summary: RowSummary
 
     def evaluate(self, observer: Observer) -> dict[str, float]:
         """Scores of the model as it is now."""
@@ -72,10 +72,10 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
     validation = task.tokenize(splits.validation, tokenizer)
     tokenized = {"training": rows, "validation": validation}
-    found = find_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
-    found = replace(found, client_values=client_values(splits.train, recipe.partition, shares))
+    summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
+    summary = replace(summary, client_values=client_values(splits.train, recipe.partition, shares))
     prepared = Prepared(
-        recipe, task, tokenizer, model, specs, validation, splits.fingerprint, found
+        recipe, task, tokenizer, model, specs, validation, splits.fingerprint, summary
     )
     collator = task.collator(tokenizer)
     return prepared, LocalTrainer(model, rows, shares, collator, recipe.training, seed, specs)
@@ -95,8 +95,8 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
     observer.preparing("tokenising the data")
     validation = task.tokenize(rows, tokenizer)
     tokenized = {"validation": validation}
-    found = find_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
-    return Prepared(recipe, task, tokenizer, model, specs, validation, fingerprint(rows), found)
+    summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
+    return Prepared(recipe, task, tokenizer, model, specs, validation, fingerprint(rows), summary)
 
 
 def prepare_client(
@@ -131,7 +131,7 @@ def prepare_client(
     observer.preparing("tokenising the data")
     rows = task.tokenize(rows, tokenizer)
     tokenized = {"training": rows}
-    find_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
+    check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
     everything = {client: range(len(rows))}
     collator = task.collator(tokenizer)
     return LocalTrainer(model, rows, everything, collator, recipe.training, seed, specs)
