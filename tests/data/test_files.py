@@ -112,6 +112,13 @@ def test_what_could_be_meant_twice_is_refused(tmp_path):
     assert "train-00001-of-00001.csv" in error_of(tmp_path, "train-*")
 
 
+def test_another_files_number_makes_it_no_part(tmp_path):
+    (tmp_path / "train.jsonl").write_text(LINES)
+    (tmp_path / "train2.jsonl").write_text("{}")
+    (tmp_path / "train-extra.jsonl").write_text("{}")
+    assert read(tmp_path).to_list() == ROWS
+
+
 def test_other_files_are_listed_and_hidden_ones_passed_over(tmp_path):
     (tmp_path / "train.txt").write_text("x")
     (tmp_path / "._train.jsonl").write_bytes(b"\x00")

@@ -18,7 +18,7 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 # As the hub names them: train-00000-of-00002, older ones with a hash behind.
-_PART = re.compile(r"[-_.]?(?P<number>\d+)(?:-of-(?P<count>\d+))?(?:-[0-9a-f]{16})?")
+_PART = re.compile(r"[-_.](?P<number>\d+)(?:-of-(?P<count>\d+))?(?:-[0-9a-f]{16})?")
 _SAVED = "state.json"
 _NAMES_SHOWN = 20
 
