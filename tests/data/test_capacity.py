@@ -87,14 +87,26 @@ def test_a_row_may_be_as_long_as_the_model_reads(bert, splits):
 def test_what_the_configuration_states_is_checked_before_a_model_is_loaded(gpt2):
     tokenizer = prepare_tokenizer(gpt2, None)
     config = gpt2_model().config
-    check_config(CausalLMTask(text="t", max_length=30), config, tokenizer)
+    check_config(CausalLMTask(text="t", max_length=30), None, config, tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     config.vocab_size = 21
     with pytest.raises(DataError) as caught:
-        check_config(CausalLMTask(text="t", max_length=31), config, tokenizer)
+        check_config(CausalLMTask(text="t", max_length=31), None, config, tokenizer)
     length, padding = caught.value.faults
     assert "expected at most 30, the positions that the model has; found 31" in length
     assert "pads with '[PAD]', id 21, but the model has 21 embeddings" in padding
+
+
+def test_a_trained_head_of_another_size_is_refused(bert):
+    tokenizer, config = prepare_tokenizer(bert, None), bert_model().config
+    task = ClassificationTask(text="a", max_length=8)
+    check_config(task, 5, config, tokenizer)
+    config.architectures = ["BertForSequenceClassification"]
+    check_config(task, 2, config, tokenizer)
+    with pytest.raises(
+        DataError, match=r"trained head with 2 output\(s\), and the class.* needs 5"
+    ):
+        check_config(task, 5, config, tokenizer)
 
 
 def test_tokens_without_an_embedding_are_named_with_their_rows(gpt2, splits):
@@ -114,6 +126,16 @@ def test_tokens_without_an_embedding_are_named_with_their_rows(gpt2, splits):
         f"{start}'<tool>', id 21, which 2 row(s) hold, the first is row 2",
         f"{start}'<call>', id 22, which 1 row(s) hold, the first is row 3",
     ]
+
+
+def test_kinds_of_tokens_that_a_model_does_not_know_are_refused(bert, splits):
+    tokenizer = prepare_tokenizer(bert, None)
+    rows = splits([{"a": "w1", "b": "w2", "label": x} for x in "xy"])
+    config = BertConfig(**SMALL, intermediate_size=8, type_vocab_size=1)
+    model = BertForSequenceClassification(config)
+    check(ClassificationTask(text="a", max_length=8), model, tokenizer, rows)
+    with pytest.raises(DataError, match="the tokenizer makes 2, the model knows 1"):
+        check(ClassificationTask(text=("a", "b"), max_length=8), model, tokenizer, rows)
 
 
 def test_labels_are_numbers_of_the_arithmetic(bert, splits):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedexlora.data.columns import Columns
 from fedexlora.data.config import DataConfig
-from fedexlora.data.delimited import add_csv, add_tsv
+from fedexlora.data.csv_rows import add_csv, add_tsv
 from fedexlora.data.json_rows import add_json, add_json_lines
 from fedexlora.data.source import read_split
 from fedexlora.errors import DataError

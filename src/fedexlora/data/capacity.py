@@ -16,6 +16,7 @@ from fedexlora.errors import DataError
 
 _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "positions_embed", "wpe")
 _STATED = ("max_position_embeddings", "max_seq_len")
+_HEADED = "ForSequenceClassification"
 _SHOWN = 5
 
 
@@ -36,18 +37,33 @@ def load_config(path: str, revision: str | None) -> PretrainedConfig:
 
 
 def check_config(
-    task: TaskConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    task: TaskConfig,
+    outputs: int | None,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Refuse what cannot fit a model, before it is loaded.
 
+    Args:
+        task: the task's configuration.
+        outputs: of the head that the task needs; None if it needs none of its own.
+        config: the model's configuration.
+        tokenizer: the model's.
+
     Raises:
         DataError: with all faults: a ``max_length`` above the positions that the configuration
-            states, a padding token without an embedding.
+            states, a padding token without an embedding, a trained head of another size.
     """
     faults = _length_faults(task.max_length, min(_stated(config), default=None))
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if isinstance(rows, int):
         faults += _padding_faults(tokenizer, rows)
+    headed = any(x.endswith(_HEADED) for x in config.architectures or ())
+    if headed and outputs is not None and outputs != config.num_labels:
+        faults.append(
+            f"the model's files have a trained head with {config.num_labels} output(s), and the "
+            f"{task.kind} task needs {outputs}; use the model that it was made from"
+        )
     if faults:
         raise DataError("the recipe does not fit the model", faults)
 
@@ -79,6 +95,9 @@ def check_capacity(
         faults += _padding_faults(tokenizer, rows)
         for split, found in tokenized.items():
             faults += _token_faults(split, found, tokenizer, rows)
+    kinds = getattr(getattr(model, "config", None), "type_vocab_size", None)
+    for split, found in tokenized.items():
+        faults += _kind_faults(split, found, kinds)
     if task.kind == "regression" and half:
         for split, found in tokenized.items():
             faults += _range_faults(split, found)
@@ -150,6 +169,17 @@ def _token_faults(
     ]
     more = len(beyond) - _SHOWN
     return faults + ([f"{split}: and {more} more such token(s)"] if more > 0 else [])
+
+
+def _kind_faults(split: str, tokenized: Dataset, kinds: int | None) -> list[str]:
+    """Faults of the numbers that tell the two texts of a pair apart."""
+    if kinds is None or "token_type_ids" not in tokenized.column_names:
+        return []
+    numbers = pc.list_flatten(tokenized.with_format("arrow")["token_type_ids"][:])
+    if (pc.max(numbers).as_py() or 0) < kinds:
+        return []
+    found = f"the tokenizer makes {pc.max(numbers).as_py() + 1}, the model knows {kinds}"
+    return [f"{split}: kinds of tokens, for the texts of a pair: {found}; use its own tokenizer"]
 
 
 def _range_faults(split: str, tokenized: Dataset) -> list[str]:

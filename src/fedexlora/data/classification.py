@@ -17,7 +17,7 @@ from fedexlora.data import metrics
 from fedexlora.data.batches import Collator, Progress
 from fedexlora.data.checks import dtype, missing_columns, named_splits, null_faults, text_faults
 from fedexlora.data.config import ClassificationTask
-from fedexlora.data.labels import Label, column_labels, in_order, look_alikes, written
+from fedexlora.data.labels import Label, column_labels, in_order, label_text, look_alikes
 from fedexlora.data.load import Splits
 from fedexlora.data.sequence import encode_rows, padding_collator, predict, text_columns
 from fedexlora.errors import DataError
@@ -77,7 +77,7 @@ class Classification:
     def tokenize(self, rows: Dataset, tokenizer: Tokenizer) -> Dataset:
         """Rows as tokens; ``labels`` are classes, int64."""
         config = self.config
-        text = written(rows.features[config.label], by_number=self.by_number)
+        text = label_text(rows.features[config.label], by_number=self.by_number)
         classes: Mapping[str | None, int] = {name: i for i, name in enumerate(self.labels)}
         return encode_rows(
             rows,

@@ -18,7 +18,7 @@ _NAME = re.compile(
     re.IGNORECASE,
 )
 # As the hub names them: train-00000-of-00002, older ones with a hash behind.
-_PART = re.compile(r"[-_.]?(?P<number>\d+)(?:-of-(?P<count>\d+))?(?:-[0-9a-f]{16})?")
+_PART = re.compile(r"[-_.](?P<number>\d+)(?:-of-(?P<count>\d+))?(?:-[0-9a-f]{16})?")
 _SAVED = "state.json"
 _NAMES_SHOWN = 20
 
@@ -54,6 +54,8 @@ def split_files(folder: Path, split: str) -> Path | list[RowFile]:
     Raises:
         DataError: if there are none, several that could be meant, or a part is missing.
     """
+    if Path(split).is_absolute() or ".." in Path(split).parts:
+        raise DataError(f"{folder}: expected a name in it, found {split!r}, which leads out of it")
     if is_saved(folder):
         raise DataError(
             f"{folder}: expected splits, found one saved data set; name the folder above as "
@@ -110,8 +112,6 @@ def _files(folder: Path) -> list[RowFile]:
 
 
 def _by_pattern(folder: Path, pattern: str) -> list[RowFile]:
-    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise DataError(f"data: the pattern {pattern!r} leads out of {folder}")
     parsed = (_parsed(x) for x in sorted(folder.glob(pattern)) if x.is_file())
     return [x for x in parsed if x is not None]
 

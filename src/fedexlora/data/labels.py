@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset
 Label: TypeAlias = str | int | bool
 
 
-def written(feature: object, *, by_number: bool) -> Callable[[Any], str | None]:
+def label_text(feature: object, *, by_number: bool) -> Callable[[Any], str | None]:
     """What a value of a label column is as text; None for no label.
 
     Args:
@@ -27,7 +27,7 @@ def written(feature: object, *, by_number: bool) -> Callable[[Any], str | None]:
 
 def column_labels(rows: Dataset, column: str, *, by_number: bool) -> list[str | None]:
     """The label of every row as it is written."""
-    text = written(rows.features[column], by_number=by_number)
+    text = label_text(rows.features[column], by_number=by_number)
     return [text(value) for value in rows[column][:]]
 
 

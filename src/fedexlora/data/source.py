@@ -6,9 +6,9 @@ written anywhere, and what is read is what the files hold now.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TypeAlias
 
 import pyarrow as pa
@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetsError
 
 from fedexlora.data.columns import Columns
 from fedexlora.data.config import DataConfig
-from fedexlora.data.delimited import add_csv, add_tsv
+from fedexlora.data.csv_rows import add_csv, add_tsv
 from fedexlora.data.encoding import read_content, read_text
 from fedexlora.data.files import FORMATS, RowFile, split_files
 from fedexlora.data.json_rows import add_json, add_json_lines
@@ -34,7 +34,6 @@ _READERS: Mapping[str, Reader] = {
     "csv": add_csv,
     "tsv": add_tsv,
 }
-_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOSPC}
 
 
 def read_split(config: DataConfig, split: str) -> Dataset:
@@ -117,7 +116,7 @@ def _read_hub(config: DataConfig, split: str) -> Dataset:
     try:
         return load_dataset(config.source, config.config, split=split, revision=config.revision)
     except (ValueError, OSError, RuntimeError, DatasetsError) as error:
-        if cache := _unwritable_cache(error):
+        if cache := _unwritable_cache():
             raise DataError(
                 f"the cache of data sets from the hub cannot be written: {cache}; "
                 "HF_HOME, or HF_DATASETS_CACHE, names another folder"
@@ -130,15 +129,15 @@ def _read_hub(config: DataConfig, split: str) -> Dataset:
         ) from error
 
 
-def _unwritable_cache(error: BaseException | None) -> str | None:
-    """The file or folder of the cache that an error is about, and why it cannot be written."""
-    roots = (datasets_config.HF_CACHE_HOME, datasets_config.HF_DATASETS_CACHE)
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename:
-            path = Path(str(error.filename))
-            if any(path.is_relative_to(root) or Path(root).is_relative_to(path) for root in roots):
-                return f"{path}: {error.strerror}"
-        error = error.__cause__ or error.__context__
+def _unwritable_cache() -> str | None:
+    """The folder of the cache that cannot be written, and why; None if all can."""
+    for folder in (datasets_config.HF_CACHE_HOME, datasets_config.HF_DATASETS_CACHE):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            return f"{folder}: {error.strerror}"
     return None
 
 

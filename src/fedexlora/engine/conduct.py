@@ -254,7 +254,7 @@ def _header(
             "scoring": str(scoring_arithmetic(prepared.recipe)),
         },
         "clients": dict(rows),
-        **prepared.found.record(),
+        **prepared.summary.record(),
         "validation_rows": len(prepared.validation),
         "headline": prepared.recipe.task.headline,
         "model_config": dict(prepared.task.model_config),

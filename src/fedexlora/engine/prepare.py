@@ -21,7 +21,7 @@ from fedexlora.data.tokenizer import prepare_tokenizer
 from fedexlora.engine.local import LocalTrainer, training_arithmetic, training_device
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import ClientTable, Recipe
-from fedexlora.engine.rows import RowsFound, find_rows
+from fedexlora.engine.rows import RowSummary, check_rows
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.peft_bridge.arithmetic import Arithmetic
@@ -46,7 +46,7 @@ class Prepared:
     validation: Dataset
     """Tokenised."""
     data_fingerprint: str
-    found: RowsFound
+    summary: RowSummary
 
     def evaluate(self, observer: Observer, model: Module | None = None) -> dict[str, float]:
         """Scores on the validation rows, in the recipe's arithmetic.
@@ -102,10 +102,10 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
     validation = task.tokenize(splits.validation, tokenizer)
     tokenized = {"training": rows, "validation": validation}
-    found = find_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
-    found = replace(found, client_values=client_values(splits.train, recipe.partition, shares))
+    summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
+    summary = replace(summary, client_values=client_values(splits.train, recipe.partition, shares))
     prepared = Prepared(
-        recipe, task, tokenizer, model, specs, validation, splits.fingerprint, found
+        recipe, task, tokenizer, model, specs, validation, splits.fingerprint, summary
     )
     collator = task.collator(tokenizer)
     return prepared, LocalTrainer(model, rows, shares, collator, recipe.training, seed, specs)
@@ -125,8 +125,8 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
     observer.preparing("tokenising the data")
     validation = task.tokenize(rows, tokenizer)
     tokenized = {"validation": validation}
-    found = find_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
-    return Prepared(recipe, task, tokenizer, model, specs, validation, fingerprint(rows), found)
+    summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
+    return Prepared(recipe, task, tokenizer, model, specs, validation, fingerprint(rows), summary)
 
 
 def prepare_client(
@@ -161,7 +161,7 @@ def prepare_client(
     observer.preparing("tokenising the data")
     rows = task.tokenize(rows, tokenizer)
     tokenized = {"training": rows}
-    find_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
+    check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
     everything = {client: range(len(rows))}
     collator = task.collator(tokenizer)
     return LocalTrainer(model, rows, everything, collator, recipe.training, seed, specs)
@@ -227,7 +227,7 @@ def _load_model(
     seed = recipe.federation.seed
     source, revision = resolve_source(recipe.model.source), recipe.model.revision
     own_config, tokenizer = load_config(source, revision), prepare_tokenizer(source, revision)
-    check_config(recipe.task, own_config, tokenizer)
+    check_config(recipe.task, task.model_config.get("num_labels"), own_config, tokenizer)
     head = head_labels(own_config)
     stated, task = task, in_head_order(task, head)
     config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}

@@ -1,4 +1,4 @@
-"""What preparing a run found of its rows: kept in its header, and said to whoever watches."""
+"""A run's tokenised rows: checked against the model, and summed up for its header and watchers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedexlora.engine.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class RowsFound:
+class RowSummary:
     """What is known of the rows, beside how many there are."""
 
     cut: Mapping[str, CutRows]
@@ -32,12 +32,12 @@ class RowsFound:
         """For ``run.json``, which stays in the run's folder."""
         return {
             "client_values": dict(self.client_values),
-            "cut_rows": {split: found.record() for split, found in self.cut.items()},
+            "cut_rows": {split: rows.record() for split, rows in self.cut.items()},
             "notes": list(self.notes),
         }
 
 
-def find_rows(
+def check_rows(
     recipe: Recipe,
     task: Task,
     model: nn.Module,
@@ -45,7 +45,7 @@ def find_rows(
     tokenized: Mapping[str, Dataset],
     notes: Sequence[str | None],
     observer: Observer,
-) -> RowsFound:
+) -> RowSummary:
     """Check tokenised rows against the model, count what was cut, and say what is odd.
 
     Args:
@@ -65,7 +65,7 @@ def find_rows(
     cut = {split: CutRows.of(rows) for split, rows in tokenized.items()}
     length = recipe.task.max_length
     said = [*notes, *task.notes, *(x.note(split, length) for split, x in cut.items())]
-    found = RowsFound(cut, [x for x in said if x is not None])
-    for what in found.notes:
+    summary = RowSummary(cut, [x for x in said if x is not None])
+    for what in summary.notes:
         observer.note(what)
-    return found
+    return summary

@@ -44,7 +44,7 @@ def add_csv(path: Path, text: str, columns: Columns) -> None:
     delimiter = _delimiter(path, text)
     records = _csv_records(path, text, delimiter)
     if records.spans:
-        _check_melted(path, text, delimiter, records)
+        _check_lost_lines(path, text, delimiter, records)
     _add(path, records, columns)
 
 
@@ -112,7 +112,7 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _check_melted(path: Path, text: str, delimiter: str, records: _Records) -> None:
+def _check_lost_lines(path: Path, text: str, delimiter: str, records: _Records) -> None:
     """Refuse records of several lines if each of the lines is a record of its own without quotes.
 
     Two lone quotes in a file that was written without quoting make such a record, and its other
