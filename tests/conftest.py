@@ -57,7 +57,7 @@ def bert(tmp_path_factory):
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=20,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         pad_token_id=0,
         initializer_range=0.5,
     )
@@ -76,7 +76,7 @@ def gpt2(tmp_path_factory):
         n_embd=12,
         n_layer=2,
         n_head=2,
-        n_positions=64,
+        n_positions=256,
         bos_token_id=0,
         eos_token_id=0,
         initializer_range=0.5,

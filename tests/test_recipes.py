@@ -19,13 +19,20 @@ from fedexlora.engine.recipe import load_recipe
 from fedexlora.engine.run import run
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+"""Those below ``base`` are none by themselves."""
 DATA_SETS = {"cola": "cola", "sst2": "sst2", "rte": "rte", "stsb": "stsb", "e2e": "e2e_nlg"}
 
 
 def test_all_recipes_are_seen():
-    assert len(RECIPES) >= 6
+    assert len(RECIPES) >= 8
     assert {path.stem for path in RECIPES} >= DATA_SETS.keys()
+
+
+def test_a_base_is_extended_by_recipes():
+    bases = {f'extends = "base/{path.name}"' for path in (ROOT / "recipes" / "base").glob("*")}
+    said = {line for path in RECIPES for line in path.read_text().splitlines()}
+    assert bases <= said
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -12,6 +12,8 @@ FEW = 5
 """How many faults of somebody else's message are listed; the others are counted."""
 _LINE = 400
 """Characters of a text that somebody else sent."""
+_LONG = 10_000
+"""Characters of a text of the user's own machine."""
 _ELLIPSIS = " ..."
 
 
@@ -24,7 +26,7 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - len(_ELLIPSIS)] + _ELLIPSIS
 
 
-def printable(text: str, most: int) -> str:
+def printable(text: str, most: int = _LONG) -> str:
     r"""``text`` of the user's own machine: letters of every language and line ends stay.
 
     Control characters, those that turn the direction of text, separators of lines that are no line

@@ -18,14 +18,14 @@ class Done:
     stderr: str
 
 
-def fedexlora(*arguments: object) -> Done:
+def fedexlora(*arguments: object, columns: int = 120) -> Done:
     """What ``fedexlora ARGUMENTS`` prints, and the code that it exits with."""
     out, err = io.StringIO(), io.StringIO()
     words: Iterable[str] = ["fedexlora", *map(str, arguments)]
     code: object = 0
     with (
         patch("sys.argv", list(words)),
-        patch.dict("os.environ", {"COLUMNS": "120"}),
+        patch.dict("os.environ", {"COLUMNS": str(columns)}),
         redirect_stdout(out),
         redirect_stderr(err),
     ):

@@ -7,7 +7,7 @@ from fedexlora.data.config import DataConfig
 from fedexlora.data.load import load_splits
 from fedexlora.errors import DataError
 
-ROWS = [{"text": f"row {i}", "label": i % 3} for i in range(40)]
+ROWS = [{"text": f"row {i}", "label": str(i % 3)} for i in range(40)]
 
 
 def error_of(config):
@@ -98,8 +98,8 @@ def test_two_files_of_one_name_are_ambiguous(write):
         ("train.jsonl", "\n\n", "train.jsonl: "),
         ("train.json", "[]", "train.json"),
         ("train.csv", "a,b\n", "train.csv: "),
-        ("train.csv", "", "train.csv: No columns"),
-        ("train.csv", "a,b\n1,2\n1,2,3\n", "Expected 2 fields in line 3, saw 3"),
+        ("train.csv", "", "train.csv: expected a line of column names"),
+        ("train.csv", "a,b\n1,2\n1,2,3\n", "line 3: found 3 value(s)"),
         ("train.parquet", "no parquet", "train.parquet: "),
     ],
 )

@@ -1,8 +1,11 @@
+import re
 import warnings
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedexlora.data.config import (
     ByColumnPartition,
@@ -11,8 +14,9 @@ from fedexlora.data.config import (
     IidPartition,
 )
 from fedexlora.data.load import load_splits
-from fedexlora.data.partition import split_clients
+from fedexlora.data.partition import client_values, split_clients
 from fedexlora.errors import DataError
+from fedexlora.exchange.untrusted import CLIENT_NAME
 
 TRAIN = Dataset.from_dict(
     {
@@ -113,7 +117,7 @@ def test_named_labels_can_be_divided_by():
 
 def test_clients_of_a_column_have_safe_and_different_names():
     shares = split(ByColumnPartition(column="name"))
-    assert set(shares) == {"lady-b-1", "lady-b-2", "zoe", "unnamed", "c-d"}
+    assert set(shares) == {"lady-b-1", "lady-b-2", "zoe", "name-1", "c-d"}
     assert {share["name"][0] for share in shares.values()} == set(TRAIN["name"])
     assert all(len(set(share["name"])) == 1 for share in shares.values())
     assert shares["zoe"]["row"][:] == list(range(2, 300, 5))
@@ -125,6 +129,42 @@ def test_a_number_after_a_name_never_takes_another_name():
     shares = split(ByColumnPartition(column="name"), train=train)
     assert set(shares) == {"a-b-1", "a-b-2", "a-b-3", "a-b-4"}
     assert shares["a-b-1"]["name"][:] == ["a b 1"]
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        (
+            ["Łódź", "Tromsø", "Straße", "Ærø", "İzmir", "naïve"],
+            ["aero", "izmir", "lodz", "naive", "strase", "tromso"],
+        ),
+        (["東京", "北京", "東京 East"], ["east", "site-1", "site-2"]),
+        (["Москва", "site 1", ""], ["site-1", "site-2", "site-3"]),
+        (["München", "Munchen", "munchen-1"], ["munchen-1", "munchen-2", "munchen-3"]),
+        (["-", "..", "/"], ["site-1", "site-2", "site-3"]),
+    ],
+)
+def test_names_of_other_scripts_are_legible_and_a_record_says_whose_they_are(values, names):
+    train = Dataset.from_dict({"site": values})
+    partition = ByColumnPartition(column="site")
+    shares = split_clients(train, partition, default_column=None, seed=0)
+    assert list(shares) == names
+    found = client_values(train, partition, shares)
+    assert {name: values[rows[0]] for name, rows in shares.items()} == found
+    assert client_values(train, IidPartition(clients=1), {"client-00": range(3)}) == {}
+
+
+@given(st.lists(st.text(max_size=80), min_size=1, max_size=6, unique=True))
+@settings(max_examples=25, deadline=None)
+def test_every_value_has_a_name_of_the_alphabet_of_clients(values):
+    values = [x.encode("utf-8", "ignore").decode() for x in values]
+    train = Dataset.from_dict({"site": values})
+    partition = ByColumnPartition(column="病院")
+    shares = split_clients(
+        train.rename_column("site", "病院"), partition, default_column=None, seed=0
+    )
+    assert len(shares) == len(set(values))
+    assert all(re.fullmatch(CLIENT_NAME, name) for name in shares)
 
 
 def test_numbers_are_as_wide_as_the_last_one():

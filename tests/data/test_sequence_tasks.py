@@ -38,6 +38,11 @@ def no_value(place, row):
     return f"{place}: expected a value in every row, {found}"
 
 
+def unknown(split, label):
+    found = f"found {label!r} in 1 row(s), the first is row 2"
+    return f"{split}, column 'label': expected one of 'x', 'y', {found}"
+
+
 def one_by_one(model, tokenized):
     """Logits ``(n, outputs)`` without padding or batches, in float64."""
     model = model.double().eval()
@@ -93,11 +98,11 @@ def test_labels_may_be_booleans_or_any_whole_numbers(values, splits, bert):
     assert tokenized["labels"][:] == [0, 1]
 
 
-def test_single_texts_have_only_the_four_columns(splits, bert):
+def test_single_texts_have_no_token_types(splits, bert):
     tokenizer = prepare_tokenizer(bert, None)
     config = ClassificationTask(text="a", max_length=6)
     tokenized = prepare_task(config, splits(ROWS)).tokenize(Dataset.from_list(ROWS), tokenizer)
-    assert tokenized.column_names == ["input_ids", "attention_mask", "labels", "length"]
+    assert tokenized.column_names == ["input_ids", "attention_mask", "labels", "cut", "length"]
     assert tokenized["length"][:] == [min(6, 3 + i % 11) for i in range(17)]
     assert tokenized.cache_files == []
 
@@ -187,7 +192,7 @@ def test_all_faults_of_a_classification_are_listed(splits):
         no_value("training, column 'b'", 1),
         "validation, column 'a': expected text, found int64",
         no_value("validation, column 'label'", 3),
-        "validation, column 'label': expected one of 'x', 'y', found 'new' in 1 row(s)",
+        unknown("validation", "new"),
     ]
 
 
@@ -195,9 +200,7 @@ def test_a_fault_of_a_side_that_has_one_split_is_listed_once():
     rows = Dataset.from_list([{"a": "w1", "label": "x"}, {"a": "w2", "label": "email"}])
     with pytest.raises(DataError) as caught:
         prepare_task(ClassificationTask(text="a", labels=("x", "y")), Splits.one("training", rows))
-    assert list(caught.value.faults) == [
-        "training, column 'label': expected one of 'x', 'y', found 'email' in 1 row(s)"
-    ]
+    assert list(caught.value.faults) == [unknown("training", "email")]
 
 
 def test_training_labels_must_be_among_the_given_ones(splits):
@@ -219,7 +222,7 @@ def test_all_faults_of_a_regression_are_listed(splits):
     assert list(error.faults) == [
         no_value("training, column 'score'", 2),
         "training, column 'score': expected finite numbers, found inf in row 1 (1 such row(s))",
-        "validation, column 'score': expected numbers, found string",
+        "validation, column 'score': expected numbers, found 'high' in row 1 (1 such row(s))",
     ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fedexlora.engine.recipe import load_recipe, parse_recipe
@@ -98,3 +100,64 @@ def test_seeds_depend_on_seed_round_and_client_alone():
     seeds = {derive_seed(s, r, c) for s in (0, 1) for r in (1, 2, 11) for c in ("a", "1a", "b")}
     assert len(seeds) == 18
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def write_recipe(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_takes_what_it_does_not_say_from_the_one_it_extends(tmp_path):
+    write_recipe(
+        tmp_path,
+        "base.toml",
+        """
+        [model]
+        source = "some/model"
+        [task]
+        kind = "classification"
+        text = "text"
+        [data]
+        source = "some/data"
+        config = "one"
+        [partition]
+        kind = "dirichlet"
+        clients = 3
+        alpha = 0.5
+        [lora]
+        r = 4
+        target_modules = ["query"]
+        """,
+    )
+    write_recipe(tmp_path, "middle.toml", 'extends = "base.toml"\n[data]\nconfig = "two"')
+    path = write_recipe(
+        tmp_path,
+        "recipe.toml",
+        """
+        extends = "middle.toml"
+        [lora]
+        r = 1
+        [partition]
+        kind = "iid"
+        clients = 7
+        """,
+    )
+    recipe = load_recipe(path, ["lora.lora_alpha=9"])
+    assert (recipe.data.source, recipe.data.config) == ("some/data", "two")
+    assert recipe.lora == {"r": 1, "target_modules": ["query"], "lora_alpha": 9}
+    assert recipe.partition.kind == "iid"  # nothing is left of the other kind's keys
+    assert recipe.partition.clients == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('extends = "recipe.toml"', "it extends itself: recipe.toml -> recipe.toml"),
+        ('extends = "missing.toml"', "missing.toml, which .*recipe.toml extends: cannot be read"),
+        ("extends = 3", "extends: expected a file, found 3"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(tmp_path, text, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write_recipe(tmp_path, "recipe.toml", text))

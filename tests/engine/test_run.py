@@ -320,9 +320,9 @@ def test_ffa_uploads_half_and_downloads_no_remainder(document, tmp_path):
         for method in ("fedex", "fedit", "ffa")
     }
     found = {method: records[1] for method, records in runs.items()}
-    # The digits of a loss may make a message's header one step of its padding longer.
-    assert found["fedit"].bytes.up == pytest.approx(found["fedex"].bytes.up, abs=3 * 8)
-    assert found["ffa"].bytes.up < found["fedit"].bytes.up - 3 * 8
+    # An update's header has its loss as text, which has more or fewer digits.
+    assert abs(found["fedit"].bytes.up - found["fedex"].bytes.up) < 64
+    assert found["ffa"].bytes.up < found["fedit"].bytes.up - 1000
     assert found["ffa"].bytes.down < found["fedit"].bytes.down < found["fedex"].bytes.down
     assert found["ffa"].certificate.held
     assert found["ffa"].deviation == 0.0

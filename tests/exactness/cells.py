@@ -19,6 +19,7 @@ from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import METHODS
 from fedexlora.methods.options import with_options
+from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.load import load_base, probe_shapes
 from fedexlora.peft_bridge.model import AdaptedModel
 from tests import models
@@ -28,6 +29,8 @@ from tests.models import EVERY, base_of, inputs, lora_layers
 
 ROUNDS = 5
 STEPS = 3
+ROWS_READ = 64
+"""Rows over which is measured what comes out of the layers."""
 
 MODELS = {
     "Llama, grouped-query attention": "llama-gqa",
@@ -66,9 +69,16 @@ class Cell:
     ranks: str
     next_adapter: str
     placement: str = "auto"
+    autocast: bool = False
+    """Whether clients train, and what comes out is measured, under bfloat16 autocast."""
 
     def __str__(self) -> str:
-        return f"{self.model}-{self.dtype}-{self.ranks.split(',')[0]}-{self.next_adapter}"
+        plain = f"{self.model}-{self.dtype}-{self.ranks.split(',')[0]}-{self.next_adapter}"
+        return f"{plain}-autocast" if self.autocast else plain
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic(torch.bfloat16) if self.autocast else Arithmetic()
 
     @property
     def case(self) -> str:
@@ -89,13 +99,20 @@ def cells() -> Iterator[Cell]:
             yield Cell(*values)
 
 
+def autocast_cells() -> list[Cell]:
+    """Every model on every base under bfloat16 autocast, once; float16 does not mix with it."""
+    bases = [dtype for dtype in DTYPES if dtype != "float16"]
+    every = (Cell(m, d, "equal", "mean", autocast=True) for m in MODELS.values() for d in bases)
+    return [x for x in every if x.dtype not in ("int8", "nf4") or x.model in _QUANTISABLE]
+
+
 def core() -> list[Cell]:
     """A choice in which every model, precision, mix of ranks and next adapter meets others."""
     every = list(cells())
     chosen = [cell for i, cell in enumerate(every) if i % 8 == 6]
     present = {value for cell in chosen for value in vars(cell).values()}
     assert present >= {*MODELS.values(), *DTYPES, *RANKS, *NEXT}
-    return chosen
+    return chosen + [x for x in autocast_cells() if x.model in ("llama-gqa", "gpt2", "patches")]
 
 
 def _options(cell: Cell) -> dict:
@@ -116,7 +133,7 @@ _BUILDERS = {
     "patches": models.vit,
     "embedding": models.llama,
 }
-for _cell in cells():
+for _cell in (*cells(), *autocast_cells()):
     models.EVERY[_cell.case] = (partial(_BUILDERS[_cell.model], layers=1), _options(_cell))
 
 
@@ -130,7 +147,7 @@ class Outcome:
     """The largest error of a layer over what is allowed there."""
     own: float
     """The same error in the models that clients with their own adapters hold."""
-    forward: float
+    output: float
     """Largest relative error of a layer's output, in float32 arithmetic beside the weight."""
     averaging: float
     """What averaging the factors would have lost of the last round's update; NaN: mixed ranks."""
@@ -141,9 +158,12 @@ class Outcome:
 class Training:
     """Clients that train on tokens or pixels of their own, by AdamW."""
 
-    def __init__(self, model: AdaptedModel, specs: Mapping[str, AdapterSpec]) -> None:
+    def __init__(
+        self, model: AdaptedModel, specs: Mapping[str, AdapterSpec], arithmetic: Arithmetic
+    ) -> None:
         self.model = model
         self.specs = specs
+        self.arithmetic = arithmetic
         self.started: dict[str, dict[str, Tensor]] = {}
         self.sent: dict[str, dict[str, Tensor]] = {}
 
@@ -171,7 +191,8 @@ class Training:
             fed = {k: _redrawn(v, peft.dtype) for k, v in inputs(peft, 4).items()}
             causal = peft.peft_config["default"].task_type == "CAUSAL_LM"
             labels = fed["input_ids"] if causal else torch.randint(0, 3, (4,))
-            loss = peft(**fed, labels=labels).loss
+            with self.arithmetic.active(torch.device("cpu")):
+                loss = peft(**fed, labels=labels).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -202,11 +223,13 @@ def play(cell: Cell, rounds: int = ROUNDS) -> Outcome:
     torch.manual_seed(5)
     peft: PeftModel = get_peft_model(base, LoraConfig(**options))
     untouched = untouched_weights(peft)
-    model = AdaptedModel(peft, placement=cell.placement)
+    how = cell.arithmetic
+    model = AdaptedModel(peft, placement=cell.placement, arithmetics=[how])
     specs = {client: model.spec.reshaped(shape) for client, shape in shapes.items()}
-    training = Training(model, specs)
+    training = Training(model, specs, how)
     method = with_options(METHODS["fedex"], cell.next_adapter, None, None)
-    parts, state = federation(model, method, training, specs=specs)
+    read = {how: partial(_read, peft, how)}
+    parts, state = federation(model, method, training, specs=specs, forwards=read)
     oracle = Oracle(cell.case, {c: overrides.get(c, {}) for c in WEIGHTS}, WEIGHTS)
     records = []
     for _ in range(rounds):
@@ -214,7 +237,7 @@ def play(cell: Cell, rounds: int = ROUNDS) -> Outcome:
         oracle.round(training.started, training.sent)
         records.append(record)
     found = list(errors(peft, oracle, untouched))
-    forward = _forward(peft, oracle)
+    output = _output_error(peft, oracle)
     own = 0.0
     for client in state.own:
         model.enter(state, client, specs.get(client))
@@ -224,14 +247,22 @@ def play(cell: Cell, rounds: int = ROUNDS) -> Outcome:
         error=max(e for _, e, _ in found),
         share=max(e / allowed for _, e, allowed in found),
         own=own,
-        forward=forward,
+        output=output,
         averaging=float("nan") if overrides else oracle.averaged(training.sent),
         records=tuple(records),
         placements=records[-1].certificate.placement,
     )
 
 
-def _forward(peft: PeftModel, oracle: Oracle) -> float:
+def _read(peft: PeftModel, arithmetic: Arithmetic) -> None:
+    """A forward pass over many tokens or images, each time the same."""
+    torch.manual_seed(7)
+    fed = {k: _redrawn(v, peft.dtype) for k, v in inputs(peft, ROWS_READ).items()}
+    with torch.inference_mode(), arithmetic.active(torch.device("cpu")):
+        peft.eval()(**fed)
+
+
+def _output_error(peft: PeftModel, oracle: Oracle) -> float:
     """How far the output of a layer is off that computes in float32 beside an untouched weight."""
     worst = 0.0
     torch.manual_seed(9)

@@ -14,7 +14,18 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from tests.exactness.cells import DTYPES, MODELS, NEXT, RANKS, ROUNDS, Cell, Outcome, cells, play
+from tests.exactness.cells import (
+    DTYPES,
+    MODELS,
+    NEXT,
+    RANKS,
+    ROUNDS,
+    Cell,
+    Outcome,
+    autocast_cells,
+    cells,
+    play,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "exactness.md"
 START, END = (
@@ -32,10 +43,15 @@ def main() -> None:
         for cell in (Cell(model, d, "equal", "mean") for d in DTYPES if d != "float32")
     ]
     outcomes = {cell: play(cell) for cell in track(list(cells()), "cells")}
+    narrow = [
+        (cell, play(cell), play(replace(cell, placement="fold")) if _may_fold(cell) else None)
+        for cell in track(autocast_cells(), "autocast")
+    ]
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    made = "\n".join([START, "", *_summary(outcomes), *_by_base(outcomes), *_folding(folded), END])
+    parts = _summary(outcomes), _by_base(outcomes), _folding(folded), _autocast(narrow)
+    made = "\n".join([START, "", *(line for part in parts for line in part), END])
     PAGE.write_text(before + made + after, encoding="utf-8")
     failed = [cell for cell, outcome in outcomes.items() if outcome.share > 1.0]
     sys.exit(f"not exact: {failed}" if failed else 0)
@@ -45,25 +61,26 @@ def _summary(outcomes: dict[Cell, Outcome]) -> list[str]:
     every = list(outcomes.values())
     error = max(o.error for o in every)
     beside = max(o.error for o in every if o.placements == "side")
-    share, own, forward = (max(getattr(o, x) for o in every) for x in ("share", "own", "forward"))
+    share, own, output = (max(getattr(o, x) for o in every) for x in ("share", "own", "output"))
     return [
         (
             f"{len(outcomes)} federations, {ROUNDS} rounds each; torch {torch.__version__}, "
             f"{platform.machine()}, one thread. Largest error of a layer: "
             f"{error:.1e}; beside the weight {beside:.1e}; largest share of what is allowed "
             f"{share:.2f}; in the models of clients with their own adapters {own:.1e}; of a "
-            f"layer's output in float32 beside the weight {forward:.1e}."
+            f"layer's output in float32 beside the weight {output:.1e}."
         ),
         "",
     ]
 
 
 def _by_base(outcomes: dict[Cell, Outcome]) -> list[str]:
+    titles = ["model", "base", "remainder", *RANKS, "forward", "kept", "averaging loses"]
     lines = [
         "Largest error by ranks, over all next adapters; and what averaging factors would lose:",
         "",
-        f"| {' | '.join(['model', 'base', 'remainder', *RANKS, 'averaging loses'])} |",
-        f"|---|---|---|{'---:|' * (len(RANKS) + 1)}",
+        f"| {' | '.join(titles)} |",
+        f"|---|---|---|{'---:|' * (len(RANKS) + 3)}",
     ]
     groups: dict[tuple[str, str], dict[str, list[Outcome]]] = defaultdict(lambda: defaultdict(list))
     for cell, outcome in outcomes.items():
@@ -72,8 +89,10 @@ def _by_base(outcomes: dict[Cell, Outcome]) -> list[str]:
         worst = " | ".join(f"{max(o.error for o in by_ranks[r]):.1e}" for r in RANKS)
         lost = [o.averaging for r in RANKS for o in by_ranks[r] if o.averaging == o.averaging]
         where = by_ranks["equal"][0].placements
+        through = _through([o for r in RANKS for o in by_ranks[r]])
         lines.append(
-            f"| {NAMES[model]} | {dtype} | {where} | {worst} | {min(lost):.0%} to {max(lost):.0%} |"
+            f"| {NAMES[model]} | {dtype} | {where} | {worst} | {through} "
+            f"| {min(lost):.0%} to {max(lost):.0%} |"
         )
     lines += ["", "Largest error by next adapter:", ""]
     lines += [f"| next adapter | {' | '.join(DTYPES)} |", f"|---|{'---:|' * len(DTYPES)}"]
@@ -83,6 +102,36 @@ def _by_base(outcomes: dict[Cell, Outcome]) -> list[str]:
             for dtype in DTYPES
         ]
         lines.append(f"| `{name}` | {' | '.join(f'{error:.1e}' for error in found)} |")
+    return [*lines, ""]
+
+
+def _through(outcomes: list[Outcome]) -> str:
+    """The largest forward error of a layer, and the share of remainders furthest from all."""
+    certificates = [o.records[-1].certificate for o in outcomes]
+    forward = max(c.worst_forward for c in certificates)
+    kept = max((c.kept for c in certificates), key=lambda share: abs(share - 1.0))
+    return f"{forward:.1e} | {kept:.4f}"
+
+
+def _may_fold(cell: Cell) -> bool:
+    """A tied weight must not change for the layer that shares it."""
+    return cell.model != "gemma2"
+
+
+def _autocast(narrow: list[tuple[Cell, Outcome, Outcome | None]]) -> list[str]:
+    lines = [
+        "Under bfloat16 autocast (equal ranks, `mean`): error of the weights, forward error and",
+        "share kept, beside the weight and folded into it:",
+        "",
+        "| model | base | beside: error | forward | kept | folded: error | forward | kept |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for cell, beside, fold in narrow:
+        shown = " | ".join(
+            f"{o.records[-1].certificate.error:.1e} | {_through([o])}" if o else "refused | | "
+            for o in (beside, fold)
+        )
+        lines.append(f"| {NAMES[cell.model]} | {cell.dtype} | {shown} |")
     return [*lines, ""]
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.exactness.cells import Cell, cells, core, play
+from tests.exactness.cells import Cell, autocast_cells, cells, core, play
 
 CORE = core()
-REST = [cell for cell in cells() if cell not in CORE]
+REST = [cell for cell in (*cells(), *autocast_cells()) if cell not in CORE]
 
 
 def check(cell: Cell) -> None:
@@ -15,7 +15,12 @@ def check(cell: Cell) -> None:
     assert outcome.share <= 1.0, "the model that the server holds"
     assert outcome.own <= 1e-6 or "fold" in outcome.placements
     assert outcome.own <= 2e-6, "the models that clients with adapters of their own hold"
-    assert outcome.forward <= 1e-5
+    assert outcome.output <= 1e-5
+    certificate = outcome.records[-1].certificate
+    assert certificate.worst_forward <= (1e-2 if cell.autocast else 2e-6)
+    assert abs(certificate.kept - 1.0) <= 1e-2
+    if cell.autocast:
+        assert outcome.placements == "side"
     assert all(record.certificate.held for record in outcome.records)
     if cell.next_adapter == "keep":
         assert len(outcome.records[-1].certificate.own) == 3
@@ -47,3 +52,12 @@ def test_folding_into_a_narrow_weight_loses_what_the_record_says(dtype):
     assert fold.records[-1].certificate.error > 1e-4
     assert fold.error == pytest.approx(max(m.error for m in fold.records[-1].modules), rel=1e-3)
     assert beside.error <= 1e-6
+
+
+@pytest.mark.exactness
+def test_folding_under_autocast_loses_what_the_record_says():
+    """Held in the float32 weights, and lost in the products: the forward error says so."""
+    fold = play(Cell("llama-gqa", "float32", "equal", "mean", placement="fold", autocast=True))
+    beside = play(Cell("llama-gqa", "float32", "equal", "mean", autocast=True))
+    assert fold.records[-1].certificate.held
+    assert fold.records[-1].certificate.forward > 1.5 * beside.records[-1].certificate.forward

@@ -168,7 +168,8 @@ def tasks(ward: Ward) -> st.SearchStrategy[dict[str, Any]]:
         st.fixed_dictionaries({"kind": st.just("causal-lm"), "text": column}, optional=length),
         st.fixed_dictionaries(
             {"kind": st.just("causal-lm"), "prompt": column, "completion": column},
-            optional={"prompt_template": st.sampled_from(["{prompt}", "Say {prompt}!", ""])},
+            optional={"prompt_template": st.sampled_from(["{prompt}", "Say {prompt}!", ""])}
+            | {"completion_template": column.map("{{completion}} {{{}}}".format)},
         ),
         *[st.just(ward.recipe()["task"])] * 2,
     )

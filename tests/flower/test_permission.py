@@ -37,6 +37,9 @@ NODE = {
 }
 
 
+COMPLETION = {"kind": "causal-lm", "prompt": "note", "completion": "note"}
+
+
 def sent(**changes: object) -> dict:
     """A recipe that the node takes, but for the changes, by ``table__key``."""
     document: dict = {
@@ -97,6 +100,9 @@ def test_of_every_field_it_is_known_whether_it_names_a_column(tables, known):
         {"task": {"kind": "causal-lm", "text": "diagnosis"}},
         {"task": {"kind": "causal-lm", "prompt": "note", "completion": "diagnosis"}},
         {"task": {"kind": "causal-lm", "prompt": "diagnosis", "completion": "note"}},
+        {"task": COMPLETION | {"prompt_template": "{prompt} {diagnosis}"}},
+        {"task": COMPLETION | {"completion_template": "{completion} {diagnosis}"}},
+        {"task": {"kind": "causal-lm", "prompt_template": "{diagnosis}", "completion": "note"}},
         {"partition": {"kind": "by_column", "column": "diagnosis"}},
         {"partition": {"kind": "dirichlet", "clients": 2, "alpha": 1.0, "column": "diagnosis"}},
         {"task__labels": ["low", "high", "other"]},

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from fedexlora.cli.options import numbers, progress_over
 from fedexlora.cli.results import print_aggregation, print_merged
+from fedexlora.cli.text import plain
 from fedexlora.errors import InputError
 
 
@@ -78,4 +78,4 @@ def aggregate(
         typer.echo(record.model_dump_json(ensure_ascii=True))
         return
     print_aggregation(record)
-    Console(highlight=False).print(f"adapter      [bold]{escape(str(out))}[/]", soft_wrap=True)
+    Console(highlight=False).print(f"adapter      [bold]{plain(out)}[/]", soft_wrap=True)

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fedexlora.cli.options import numbers, progress_over
+from fedexlora.cli.tables import folding_table, width
+from fedexlora.cli.text import plain
+from fedexlora.texts import printable
 
 if TYPE_CHECKING:
     from fedexlora.exchange.adapter_records import DeviationModuleRecord, DeviationRecord
 
-_BAR = 24
+_BARS = (24, 16, 8)
+"""Lengths of the longest bar, of which the first that fits is taken; none on a narrow terminal."""
 
 
 def deviation(
@@ -57,8 +60,8 @@ def deviation(
         typer.echo(record.model_dump_json(ensure_ascii=True))
         return
     console = Console(highlight=False)
-    console.print(_modules(record))
-    console.print(_grouped(record, "projection", lambda m: m.projection))
+    console.print(_fitting(console, "module", _modules(record)))
+    console.print(_fitting(console, "projection", _grouped(record, lambda m: m.projection)))
     shares = ", ".join(f"{source.weight:.3g}" for source in record.sources)
     console.print(
         f"averaging the factors of these {len(record.sources)} adapters (shares {shares}) loses "
@@ -66,48 +69,49 @@ def deviation(
         soft_wrap=True,
     )
     if plot:
-        console.print(f"heat map     [bold]{escape(str(plot))}[/]", soft_wrap=True)
+        console.print(f"heat map     [bold]{plain(plot)}[/]", soft_wrap=True)
 
 
-def _modules(record: DeviationRecord) -> Table:
-    table = _table("module")
-    top = max(m.deviation for m in record.modules)
-    for module in record.modules:
-        _row(table, module.module, module.deviation, module.ideal, top)
-    return table
+def _modules(record: DeviationRecord) -> list[tuple[str, float, float]]:
+    return [(module.module, module.deviation, module.ideal) for module in record.modules]
 
 
 def _grouped(
-    record: DeviationRecord, title: str, key: Callable[[DeviationModuleRecord], str]
-) -> Table:
+    record: DeviationRecord, key: Callable[[DeviationModuleRecord], str]
+) -> list[tuple[str, float, float]]:
     """All modules of one kind together: the norm of their residuals over that of their updates."""
     groups: dict[str, list[DeviationModuleRecord]] = {}
     for module in record.modules:
         groups.setdefault(key(module), []).append(module)
-    rows = {
-        name: (_norm(m.residual for m in group), _norm(m.ideal for m in group))
-        for name, group in groups.items()
-    }
-    table = _table(title)
-    top = max(residual / (ideal or 1.0) for residual, ideal in rows.values())
-    for name, (residual, ideal) in rows.items():
-        _row(table, name, residual / (ideal or 1.0), ideal, top)
+    found = []
+    for name, group in groups.items():
+        residual, ideal = _norm(m.residual for m in group), _norm(m.ideal for m in group)
+        found.append((name, residual / (ideal or 1.0), ideal))
+    return found
+
+
+def _fitting(console: Console, first: str, rows: list[tuple[str, float, float]]) -> Table:
+    """Names, deviations and norms; with bars if there is room for them."""
+    for length in _BARS:
+        table = _table(first, rows, length)
+        if width(console, table) <= console.width:
+            return table
+    return _table(first, rows, 0)
+
+
+def _table(first: str, rows: list[tuple[str, float, float]], bar: int) -> Table:
+    table = folding_table(first)
+    table.add_column("averaging\nloses", justify="right", overflow="fold")
+    if bar:
+        table.add_column("", overflow="fold")
+    table.add_column("norm of the\nmean update", justify="right", overflow="fold")
+    top = max(deviation for _, deviation, _ in rows)
+    for name, value, ideal in rows:
+        eighths = round(8 * bar * value / top) if top else 0
+        drawn = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+        bars = [Text(drawn, style="cyan")] if bar else []
+        table.add_row(Text(printable(name)), f"{value:.2%}", *bars, f"{ideal:.3g}")
     return table
-
-
-def _table(first: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column(first, overflow="fold")
-    table.add_column("averaging loses", justify="right")
-    table.add_column("")
-    table.add_column("norm of the mean update", justify="right")
-    return table
-
-
-def _row(table: Table, name: str, value: float, ideal: float, top: float) -> None:
-    eighths = round(8 * _BAR * value / top) if top else 0
-    bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-    table.add_row(escape(name), f"{value:.2%}", f"[cyan]{bar}[/]", f"{ideal:.3g}")
 
 
 def _norm(values: Iterable[float]) -> float:

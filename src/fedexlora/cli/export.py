@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from fedexlora.cli.options import progress_over
+from fedexlora.cli.text import plain
 from fedexlora.engine.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def export(
 
 def _print(record: ExportRecord, out: Path, kind: str) -> None:
     console = Console(highlight=False)
-    console.print(f"run          {escape(record.run)}, {record.rounds} rounds", soft_wrap=True)
+    console.print(f"run          {plain(record.run)}, {record.rounds} rounds", soft_wrap=True)
     lost = f"[yellow]{record.error:.2%}[/] of the update" if record.error else "[green]nothing[/]"
     console.print(f"left out     {lost}; rank {record.rank}")
     if kind == "merged":
@@ -78,7 +78,7 @@ def _print(record: ExportRecord, out: Path, kind: str) -> None:
         again = ""
         if record.exported_metrics is not None:
             again = f"  as exported {record.exported_metrics[name]:.4f}"
-        console.print(f"{name:<12} {value:.4f}{again}")
-    console.print(f"{kind:<12} [bold]{escape(str(out))}[/]", soft_wrap=True)
+        console.print(f"{plain(name):<12} {value:.4f}{again}")
+    console.print(f"{kind:<12} [bold]{plain(out)}[/]", soft_wrap=True)
     if record.pushed_to:
-        console.print(f"uploaded to  [bold]{escape(record.pushed_to)}[/]", soft_wrap=True)
+        console.print(f"uploaded to  [bold]{plain(record.pushed_to)}[/]", soft_wrap=True)

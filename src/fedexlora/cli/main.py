@@ -6,7 +6,6 @@ import sys
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from fedexlora import __version__
 from fedexlora.cli.aggregate import aggregate
@@ -14,6 +13,7 @@ from fedexlora.cli.deviation import deviation
 from fedexlora.cli.export import export
 from fedexlora.cli.methods import methods
 from fedexlora.cli.run import run
+from fedexlora.cli.text import plain
 from fedexlora.errors import FedexLoraError
 
 app = typer.Typer(
@@ -50,5 +50,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {escape(message)}")
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {plain(message)}")
     sys.exit(code)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
+
+from fedexlora.cli.tables import folding_table
 
 
 def methods(
@@ -20,10 +22,15 @@ def methods(
         keys = ("name", "title", "exact", "sends", "keeps", "trained", "paper")
         typer.echo(json.dumps([{k: getattr(m, k) for k in keys} for m in METHODS.values()]))
         return
-    table = Table(title="federation.method", title_justify="left")
-    for column in ("method", "exact", "sends", "keeps of the remainder", "paper"):
-        table.add_column(column)
+    table = folding_table("method", "exact", "sends", "keeps of the remainder", "paper")
+    table.columns[-1].no_wrap = True
     for method in METHODS.values():
-        exact = "[green]yes[/]" if method.exact else "[red]no[/]"
-        table.add_row(method.name, exact, method.sends, method.keeps, method.paper)
-    Console().print(table)
+        paper = method.paper.replace(" ", "\n", 1)
+        exact = Text("yes", style="green") if method.exact else Text("no", style="red")
+        table.add_row(method.name, exact, method.sends, method.keeps, paper)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        'Choose one in a recipe, [bold]method = "fedit"[/] in its table \\[federation], or with '
+        "[bold]--set federation.method=fedit[/]."
+    )

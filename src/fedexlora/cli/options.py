@@ -30,17 +30,22 @@ def numbers(option: str, text: str | None) -> list[float] | None:
     return found
 
 
+def progress_bars(console: Console) -> Progress:
+    """Bars that are gone at the end; nothing where ``console`` is no terminal."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=min(30, console.width // 4)),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+
+
 @contextmanager
 def progress_over(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error, gone at the end; nothing where that is no terminal."""
-    bar = Progress(
-        TextColumn(what),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    bar = progress_bars(Console(stderr=True))
     task = bar.add_task(what, total=None)
     with bar:
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from fedexlora.cli.options import progress_over, size
+from fedexlora.cli.text import plain
 from fedexlora.engine.quiet import quiet_libraries
 from fedexlora.exchange.adapter_records import AggregationRecord
 
@@ -31,21 +31,21 @@ def print_merged(
     console = Console(highlight=False)
     console.print(
         f"rounding     [yellow]{merged.error:.1e}[/] of the update is lost in {merged.dtype} "
-        f"weights; worst {merged.worst_error:.1e} in {escape(merged.worst_module)}",
+        f"weights; worst {merged.worst_error:.1e} in {plain(merged.worst_module)}",
         soft_wrap=True,
     )
-    console.print(f"model        [bold]{escape(str(out))}[/]", soft_wrap=True)
+    console.print(f"model        [bold]{plain(out)}[/]", soft_wrap=True)
 
 
 def print_aggregation(record: AggregationRecord) -> None:
     """What went in, what came out, and what was left out."""
     console = Console(highlight=False)
     for source in record.sources:
-        console.print(f"{source.weight:7.4f}      {escape(source.adapter)}", soft_wrap=True)
+        console.print(f"{source.weight:7.4f}      {plain(source.adapter)}", soft_wrap=True)
         if source.missing:
             console.print(
                 f"             [yellow]zero updates[/] for {len(source.missing)} modules that it "
-                f"lacks: {escape(', '.join(source.missing))}",
+                f"lacks: {plain(', '.join(source.missing))}",
                 soft_wrap=True,
             )
     ranks = sorted({module.rank for module in record.modules})
@@ -60,6 +60,6 @@ def print_aggregation(record: AggregationRecord) -> None:
         return
     console.print(
         f"error        [yellow]{record.error:.2%}[/] of the mean update over all modules; worst "
-        f"{worst.error:.2%} in {escape(worst.module)}",
+        f"{worst.error:.2%} in {plain(worst.module)}",
         soft_wrap=True,
     )

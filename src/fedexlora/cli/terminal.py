@@ -7,17 +7,17 @@ from types import TracebackType
 from typing import Self
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from fedexlora.cli.options import progress_bars
+from fedexlora.cli.tables import print_blocks, print_entry
+from fedexlora.cli.text import plain
 from fedexlora.engine.conduct import RunResult
 from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.recipe import Recipe
-from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.records import MOST_FORWARD, RoundRecord
 from fedexlora.methods import METHODS, Method
+from fedexlora.texts import printable
 
 
 class JsonLines(Observer):
@@ -33,14 +33,7 @@ class Terminal(Observer):
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-        )
+        self._progress = progress_bars(self.console)
         self._rounds = self._progress.add_task("preparing", total=None)
         self._work = self._progress.add_task("", total=None)
         self._info: RunInfo | None = None
@@ -61,9 +54,13 @@ class Terminal(Observer):
         """Show what is being prepared."""
         self._progress.update(self._work, description=what, total=None, completed=0)
 
+    def note(self, what: str) -> None:
+        """One line."""
+        self.console.print(f"[yellow]note[/] {plain(what)}", soft_wrap=True)
+
     def passed_over(self, fault: str) -> None:
         """Say which checkpoint could not be read."""
-        self.console.print(f"[yellow]passed over[/] {escape(fault)}", soft_wrap=True)
+        self.console.print(f"[yellow]passed over[/] {plain(fault)}", soft_wrap=True)
 
     def started(self, info: RunInfo) -> None:
         """Say who takes part, and where the rounds start."""
@@ -86,7 +83,7 @@ class Terminal(Observer):
 
     def training(self, round_: int, client: str, step: int, steps: int) -> None:
         """Show a client's steps."""
-        what = f"round {round_}: {client} trains"
+        what = printable(f"round {round_}: {client} trains")
         self._progress.update(self._work, description=what, total=steps, completed=step)
 
     def phase(self, round_: int, what: str) -> None:
@@ -113,8 +110,8 @@ class Terminal(Observer):
             f"{sum(record.seconds.values()):.1f} s"
         )
         for client in record.left_out:
-            reasons = escape("; ".join(client.reasons))
-            self.console.print(f"  [yellow]left out[/] {escape(client.client)}: {reasons}")
+            reasons = plain("; ".join(client.reasons))
+            self.console.print(f"  [yellow]left out[/] {plain(client.client)}: {reasons}")
         self._progress.update(self._rounds, completed=record.round)
 
 
@@ -122,28 +119,21 @@ def closing(result: RunResult, recipe: Recipe) -> None:
     """The table at the end of a run, where the adapter is, and what to do next."""
     console = Console(highlight=False)
     method = recipe.method
-    console.print(_table(result, method.title))
-    console.print(_verdict(result, method))
-    console.print(f"adapter      [bold]{escape(str(result.adapter))}[/]")
+    _print_table(console, result, method.title)
+    for label, text in _verdict(result, method):
+        print_entry(console, label, text)
+    console.print(f"adapter      [bold]{plain(result.adapter)}[/]", soft_wrap=True)
     console.print("next", style="bold")
     for what, command in _next_commands(result, recipe):
-        console.print(f"  {what}\n    {escape(command)}", soft_wrap=True)
+        console.print(f"  {what}\n    {plain(command)}", soft_wrap=True)
 
 
-def _table(result: RunResult, title: str) -> Table:
+def _print_table(console: Console, result: RunResult, title: str) -> None:
     names = list(result.initial_metrics)
-    table = Table(
-        title=f"{title}, scores on the validation rows",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-    )
-    for name in ("round", *names, "averaging\nloses", "error", "MB up", "MB down", "seconds"):
-        table.add_column(name, justify="right")
-    scores = (f"{result.initial_metrics[name]:.4f}" for name in names)
-    table.add_row("start", *scores, *[""] * 5)
-    for record in result.records:
-        table.add_row(
+    scores = [f"{result.initial_metrics[name]:.4f}" for name in names]
+    rows = [["start", *scores, *[""] * 5]]
+    rows += [
+        [
             str(record.round),
             *(f"{record.metrics[name]:.4f}" for name in names),
             f"{record.deviation:.2%}",
@@ -151,48 +141,67 @@ def _table(result: RunResult, title: str) -> Table:
             f"{record.bytes.up / 1e6:.2f}",
             f"{record.bytes.down / 1e6:.2f}",
             f"{sum(record.seconds.values()):.1f}",
-        )
-    return table
+        ]
+        for record in result.records
+    ]
+    header = ["round", *names, "averaging\nloses", "error", "MB up", "MB down", "seconds"]
+    print_blocks(console, f"{title}, scores on the validation rows", header, rows)
 
 
 def _folding(result: RunResult) -> str:
     return f"{result.precision} weights round away what is folded into them"
 
 
-def _verdict(result: RunResult, method: Method) -> str:
+def _verdict(result: RunResult, method: Method) -> list[tuple[str, str]]:
     """Whether the model was the clients' mean in every round, what averaging costs, the traffic."""
-    modules = [module for record in result.records for module in record.modules]
-    worst = max(modules, key=lambda module: module.error / module.allowed)
-    broken = sum(not record.certificate.held for record in result.records)
     lost = max(record.deviation for record in result.records)
     up = sum(record.bytes.up for record in result.records)
     down = sum(record.bytes.down for record in result.records)
-    left_out = max(record.certificate.truncated for record in result.records)
+    return [
+        ("certificate", _certificate(result, method)),
+        ("arithmetic", _arithmetic(result)),
+        (
+            "averaging",
+            f"FedIT's mean of the factors would have lost up to {lost:.1%} of a round's update",
+        ),
+        ("traffic", f"{up / 1e6:.2f} MB up, {down / 1e6:.2f} MB down, all clients and rounds"),
+    ]
+
+
+def _certificate(result: RunResult, method: Method) -> str:
+    modules = [module for record in result.records for module in record.modules]
+    worst = max(modules, key=lambda module: module.error / module.allowed)
+    broken = sum(not record.certificate.held for record in result.records)
     if broken:
         why = f"{method.name} drops the residual" if not method.certified else _folding(result)
-        verdict = (
-            f"[yellow]not exact[/]: {why};\n"
-            f"             in {broken} of {len(result.records)} rounds the model was not the "
-            f"clients' mean: off by up to\n"
-            f"             {max(r.certificate.error for r in result.records):.1%} of it"
+        off = max(record.certificate.error for record in result.records)
+        return (
+            f"[yellow]not exact[/]: {why}; in {broken} of {len(result.records)} rounds the model "
+            f"was not the clients' mean: off by up to {off:.1%} of it"
         )
-    elif method.truncates:
-        verdict = (
-            f"[yellow]truncated[/], as asked: rounds left out up to {left_out:.2%} of the update\n"
-            f"             and nothing else; worst module off by {worst.error:.1e}, allowed "
-            f"{worst.allowed:.1e}"
-        )
-    else:
-        verdict = (
-            f"[green]exact[/]: in every round the model applied the clients' mean update;\n"
-            f"             worst module off by {worst.error:.1e} of it, allowed {worst.allowed:.1e}"
+    if method.truncates:
+        left_out = max(record.certificate.truncated for record in result.records)
+        return (
+            f"[yellow]truncated[/], as asked: rounds left out up to {left_out:.2%} of the update "
+            f"and nothing else; worst module off by {worst.error:.1e}, allowed {worst.allowed:.1e}"
         )
     return (
-        f"certificate  {verdict}\n"
-        f"averaging    FedIT's mean of the factors would have lost up to {lost:.1%} of a\n"
-        f"             round's update\n"
-        f"traffic      {up / 1e6:.2f} MB up, {down / 1e6:.2f} MB down, all clients and rounds"
+        f"[green]exact[/]: in every round the model applied the clients' mean update; worst "
+        f"module off by {worst.error:.1e} of it, allowed {worst.allowed:.1e}"
     )
+
+
+def _arithmetic(result: RunResult) -> str:
+    """What the layers make of the update, as training and scoring multiply."""
+    worst = max(record.certificate.worst_forward for record in result.records)
+    kept = [c.kept for c in (record.certificate for record in result.records) if c.kept is not None]
+    said = f"as the layers multiply, their update is off by up to {worst:.1e}"
+    if kept:
+        furthest = max(kept, key=lambda share: abs(share - 1.0))
+        said += f"; {furthest:.1%} of the remainder comes out of them"
+    if worst <= MOST_FORWARD:
+        return said
+    return f"[yellow]lossy[/]: {said}; federation.placement = 'auto' keeps it beside the weight"
 
 
 def _next_commands(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 Score = TypeVar("Score")
 
 _ROWS_AT_ONCE = 1000
+_OF_ROWS = ("length", "cut")
 _INPUTS = {"input_ids": "int32", "attention_mask": "int8", "token_type_ids": "int8"}
 
 
@@ -29,8 +30,8 @@ def tokenized(
 
     Args:
         rows: at least one row.
-        encode: makes the columns ``input_ids``, ``attention_mask``, ``labels`` and, if the model
-            reads them, ``token_type_ids``, from a batch of rows by column.
+        encode: makes the columns ``input_ids``, ``attention_mask``, ``labels``, ``cut`` and, if the
+            model reads them, ``token_type_ids``, from a batch of rows by column.
         labels: the datasets feature of the column ``labels``.
 
     Returns:
@@ -41,16 +42,17 @@ def tokenized(
         columns = encode(batch)
         columns["length"] = [len(ids) for ids in columns["input_ids"]]
         inputs = {x: Sequence(Value(dtype)) for x, dtype in _INPUTS.items() if x in columns}
-        features = Features({**inputs, "labels": labels, "length": Value("int32")})
+        own = {"labels": labels, "length": Value("int32"), "cut": Value("int8")}
+        features = Features({**inputs, **own})
         parts.append(Dataset.from_dict(columns, features=features))
     return concatenate_datasets(parts)
 
 
-def without_length(pad: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]) -> Collator:
-    """A collator that leaves out ``length``, which no model reads, and pads the rest."""
+def model_inputs(pad: Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]) -> Collator:
+    """A collator that pads rows, without ``length`` and ``cut``, which no model reads."""
 
     def collate(rows: list[dict[str, Any]]) -> Batch:
-        return dict(pad([{k: v for k, v in row.items() if k != "length"} for row in rows]))
+        return dict(pad([{k: v for k, v in row.items() if k not in _OF_ROWS} for row in rows]))
 
     return collate
 

@@ -13,10 +13,12 @@ from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForSeq2Seq
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fedexlora.data.batches import Collator, Progress, map_batches, tokenized, without_length
-from fedexlora.data.checks import missing_columns, text_faults
+from fedexlora.data.batches import Collator, Progress, map_batches, model_inputs, tokenized
+from fedexlora.data.checks import missing_columns, named_splits, shown_columns, text_faults
 from fedexlora.data.config import CausalLMTask
+from fedexlora.data.cuts import Cut
 from fedexlora.data.load import Splits
+from fedexlora.data.template import fill
 from fedexlora.errors import DataError
 
 IGNORED = -100
@@ -46,6 +48,11 @@ class CausalLM:
         """Nothing: the model is used as it is."""
         return {}
 
+    @property
+    def notes(self) -> list[str]:
+        """None."""
+        return []
+
     def tokenize(self, rows: Dataset, tokenizer: Tokenizer) -> Dataset:
         """Rows as tokens that end with the end token; ``labels`` are ``IGNORED`` in the prompt.
 
@@ -58,20 +65,21 @@ class CausalLM:
         begin = _begin(tokenizer)
 
         def encode(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-            prompts, targets = self._texts(batch)
-            pairs = [
+            prompts, targets = self.texts(batch)
+            rows = [
                 _join(begin, prompt, [*target, end], self.config.max_length)
                 for prompt, target in zip(
                     _tokens(tokenizer, prompts), _tokens(tokenizer, targets), strict=True
                 )
             ]
             if self.config.text is not None:
-                pairs = [(ids, ids) for ids, _ in pairs]
-            ids, labels = (list(x) for x in zip(*pairs, strict=True))
+                rows = [(ids, ids, cut) for ids, _, cut in rows]
+            ids, labels, cuts = (list(x) for x in zip(*rows, strict=True))
             return {
                 "input_ids": ids,
                 "attention_mask": [[1] * len(x) for x in ids],
                 "labels": labels,
+                "cut": cuts,
             }
 
         result = tokenized(rows, encode, Sequence(Value("int32")))
@@ -80,7 +88,7 @@ class CausalLM:
 
     def collator(self, tokenizer: Tokenizer) -> Collator:
         """Makes a padded batch; ``labels`` are ``(n, tokens)`` int64, ``IGNORED`` in padding."""
-        return without_length(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED))
+        return model_inputs(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED))
 
     def evaluate(
         self,
@@ -104,13 +112,20 @@ class CausalLM:
             measured["perplexity"] = exp(loss) if loss <= _LARGEST_EXPONENT else inf
         return measured
 
-    def _texts(self, batch: Mapping[str, list[Any]]) -> tuple[list[str], list[str]]:
-        if self.config.text is not None:
-            texts = batch[self.config.text]
+    def texts(self, batch: Mapping[str, list[Any]]) -> tuple[list[str], list[str]]:
+        """Prompts and targets of a batch; a prompt is empty where all of a text is the target."""
+        config = self.config
+        if config.text is not None:
+            texts = batch[config.text]
             return [""] * len(texts), texts
-        template = self.config.prompt_template
-        prompts = [template.replace("{prompt}", x) for x in batch[str(self.config.prompt)]]
-        return prompts, batch[str(self.config.completion)]
+        columns = {x: [text or "" for text in batch[x]] for x in config.columns}
+        for part, column in (("prompt", config.prompt), ("completion", config.completion)):
+            if column is not None:
+                columns[part] = batch[column]
+        count = len(columns[config.columns[0]])
+        templates = (config.prompt_template, config.completion_template)
+        prompts, targets = (fill(template, columns, count) for template in templates)
+        return prompts, targets
 
 
 def prepare_causal_lm(config: CausalLMTask, splits: Splits) -> CausalLM:
@@ -119,8 +134,16 @@ def prepare_causal_lm(config: CausalLMTask, splits: Splits) -> CausalLM:
     Raises:
         DataError: with all faults.
     """
-    columns = [x for x in (config.text, config.prompt, config.completion) if x is not None]
-    faults = missing_columns(splits, columns) + text_faults(splits, columns)
+    faults = missing_columns(splits, config.main_columns)
+    faults += [
+        f"{split}: task.prompt_template and task.completion_template: {{{name}}} is no column; "
+        f"there are {shown_columns(rows)}"
+        for split, rows in named_splits(splits)
+        for name in config.template_columns
+        if name not in rows.column_names
+    ]
+    faults += text_faults(splits, config.main_columns)
+    faults += text_faults(splits, config.template_columns, in_every_row=False)
     if faults:
         raise DataError("the data set does not fit the causal-lm task", faults)
     return CausalLM(config)
@@ -140,12 +163,15 @@ def _tokens(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 def _join(
     begin: list[int], prompt: list[int], target: list[int], max_length: int
-) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one row: the prompt loses its beginning, then the target its end."""
-    target = target[: max_length - len(begin)]
-    room = max_length - len(begin) - len(target)
+) -> tuple[list[int], list[int], int]:
+    """Token ids, labels, and what was cut: a prompt's beginning first, then a target's end."""
+    kept = target[: max_length - len(begin)]
+    room = max_length - len(begin) - len(kept)
     context = begin + prompt[max(0, len(prompt) - room) :]
-    return context + target, [IGNORED] * len(context) + target
+    lost = Cut.PROMPT if len(prompt) > room else Cut.NOTHING
+    if len(kept) < len(target):
+        lost = Cut.ANSWER_END
+    return context + kept, [IGNORED] * len(context) + kept, int(lost)
 
 
 def _check_targets(rows: Dataset) -> None:

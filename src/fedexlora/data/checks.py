@@ -23,23 +23,28 @@ def missing_columns(splits: Splits, columns: Iterable[str]) -> list[str]:
     """A fault for each column that a split lacks."""
     wanted = list(dict.fromkeys(columns))
     return [
-        f"{split}: expected a column {column!r}, found {', '.join(rows.column_names)}"
+        f"{split}: expected a column {column!r}, found {shown_columns(rows)}"
         for split, rows in named_splits(splits)
         for column in wanted
         if column not in rows.column_names
     ]
 
 
-def text_faults(splits: Splits, columns: Iterable[str]) -> list[str]:
+def shown_columns(rows: Dataset) -> str:
+    """The names of all columns; those with spaces around them in quotes."""
+    return ", ".join(x if x and x == x.strip() else repr(x) for x in rows.column_names)
+
+
+def text_faults(splits: Splits, columns: Iterable[str], *, in_every_row: bool = True) -> list[str]:
     """A fault for each existing column that is not text, or not in every row."""
     wanted = list(dict.fromkeys(columns))
     faults = []
     for split, rows in named_splits(splits):
         for column in (x for x in wanted if x in rows.column_names):
             found = dtype(rows, column)
-            if found not in ("string", "large_string"):
+            if found not in ("string", "large_string", "null"):
                 faults.append(f"{split}, column {column!r}: expected text, found {found}")
-            else:
+            elif in_every_row:
                 faults += null_faults(split, column, rows[column][:])
     return faults
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+
+from fedexlora.data.template import placeholders
 
 ClassificationMetric: TypeAlias = Literal["accuracy", "f1", "matthews", "loss"]
 RegressionMetric: TypeAlias = Literal["pearson", "spearman", "mse", "loss"]
@@ -23,13 +25,15 @@ class DataConfig(_Config):
     """Where the training and validation rows come from, and how many of them are used."""
 
     source: str = Field(min_length=1)
-    """A folder with one file per split, or the name of a data set on the hub."""
+    """A folder with each split's files, or that `save_to_disk` wrote, or the name of a data set on
+    the hub."""
     config: str | None = None
     """The hub data set's configuration, e.g. "cola" of "glue"; not used for a folder."""
     revision: str | None = None
     """The hub's branch, tag or commit; the default branch if not given; not used for a folder."""
     train: str = Field(default="train", min_length=1)
-    """The training split: a hub split, or a file of the folder with or without its suffix."""
+    """The training split: a hub split, or in the folder a file with or without its suffix, the name
+    of numbered parts or of a folder of parts, or a pattern such as "train-*.parquet"."""
     validation: str = Field(default="validation", min_length=1)
     """The split that every metric is measured on; named as `train` is."""
     max_train_rows: int | None = Field(default=None, gt=0)
@@ -95,7 +99,19 @@ class _Task(_Config):
         return self.metrics[0]
 
 
-class ClassificationTask(_Task):
+class _TextTask(_Task):
+    if TYPE_CHECKING:
+        text: Column | tuple[Column, Column]
+        label: Column
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that is read."""
+        texts = (self.text,) if isinstance(self.text, str) else self.text
+        return tuple(dict.fromkeys((*texts, self.label)))
+
+
+class ClassificationTask(_TextTask):
     """Predict one of several labels for a text or a pair of texts."""
 
     kind: Literal["classification"] = "classification"
@@ -104,9 +120,9 @@ class ClassificationTask(_Task):
     """The text column, or the two columns of a pair of texts."""
     label: Column = "label"
     """The column of labels: text, whole numbers or booleans."""
-    labels: tuple[str | int, ...] | None = Field(default=None, min_length=2)
+    labels: tuple[StrictBool | str | int, ...] | None = Field(default=None, min_length=2)
     """All labels, in the model's order; the data set's own label names, or the sorted values of the
-    training split, if not given."""
+    training split, if not given. A base model whose head has the same names keeps its own order."""
     metrics: tuple[ClassificationMetric, ...] = ("accuracy",)
     """What is measured on the validation split; the first one is the headline."""
     max_length: int = Field(default=128, ge=1)
@@ -119,7 +135,7 @@ class ClassificationTask(_Task):
         return self
 
 
-class RegressionTask(_Task):
+class RegressionTask(_TextTask):
     """Predict a number for a text or a pair of texts."""
 
     kind: Literal["regression"] = "regression"
@@ -140,32 +156,71 @@ class CausalLMTask(_Task):
     kind: Literal["causal-lm"] = "causal-lm"
     """Selects this task."""
     text: Column | None = None
-    """The text column, every token of which is a target; excludes `prompt` and `completion`."""
+    """The text column, every token of which is a target; excludes prompts and completions."""
     prompt: Column | None = None
-    """The column of prompts, no token of which is a target; needs `completion`."""
+    """The column of prompts, no token of which is a target."""
     completion: Column | None = None
     """The column of completions; they follow the prompt directly and end with the end token."""
     prompt_template: str = "{prompt}"
-    """What the model reads before the completion; `{prompt}` stands for the prompt column."""
+    """What the model reads before the completion: `{prompt}` stands for the prompt column,
+    `{NAME}` for the column NAME, `{{` and `}}` for braces."""
+    completion_template: str = "{completion}"
+    """What the model learns to write: `{completion}` stands for the completion column, the rest is
+    as in `prompt_template`."""
     max_length: int = Field(default=256, ge=2)
     """Most tokens of a row; a prompt loses its beginning first, a text or completion its end."""
     metrics: tuple[CausalLMMetric, ...] = ("loss", "perplexity")
     """What is measured on the validation split; the first one is the headline."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that is read."""
+        return tuple(dict.fromkeys(self.main_columns + self.template_columns))
+
+    @property
+    def main_columns(self) -> tuple[str, ...]:
+        """The columns that need a text in every row."""
+        return tuple(x for x in (self.text, self.prompt, self.completion) if x is not None)
+
+    @property
+    def template_columns(self) -> tuple[str, ...]:
+        """The columns that the templates name, where a row may have nothing."""
+        if self.text is not None:
+            return ()
+        named = {"prompt": self.prompt, "completion": self.completion}
+        templates = (self.prompt_template, self.completion_template)
+        names = (named.get(x) or x for template in templates for x in placeholders(template))
+        return tuple(x for x in dict.fromkeys(names) if x not in self.main_columns)
+
     @model_validator(mode="after")
     def _one_way_to_get_text(self) -> Self:
-        given = [x for x in ("text", "prompt", "completion") if getattr(self, x) is not None]
-        if given not in (["text"], ["prompt", "completion"]):
+        pair = ("prompt", "completion")
+        given = [x for x in ("text", *pair) if getattr(self, x) is not None]
+        if self.text is not None:
+            for key in ("prompt_template", "completion_template"):
+                if key in self.model_fields_set:
+                    raise ValueError(f"{key}: has no effect with `text`; leave it out")
+        templated = [x for x in pair if self._stands_alone(x)]
+        if given != ["text"] and ("text" in given or set(given) | set(templated) != set(pair)):
             found = " and ".join(f"`{x}`" for x in given) or "none of them"
             raise ValueError(f"expected either `text`, or `prompt` and `completion`; found {found}")
-        if "{prompt}" not in self.prompt_template:
-            raise ValueError(
-                f"prompt_template: expected it to contain {{prompt}}, "
-                f"found {self.prompt_template!r}"
-            )
-        if self.text is not None and self.prompt_template != "{prompt}":
-            raise ValueError("prompt_template: has no effect with `text`; leave it out")
         return self
+
+    def _stands_alone(self, part: str) -> bool:
+        """Whether a part's template makes it without the column of that name.
+
+        Raises:
+            ValueError: if the template cannot be read, or lacks the column that is given for it.
+        """
+        key = f"{part}_template"
+        template, column = getattr(self, key), getattr(self, part)
+        try:
+            names = placeholders(template)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}; found {template!r}") from None
+        if column is not None and part not in names and column not in names:
+            raise ValueError(f"{key}: expected it to contain {{{part}}}, found {template!r}")
+        return bool(names) and part not in names
 
 
 TaskConfig: TypeAlias = Annotated[

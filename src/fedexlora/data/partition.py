@@ -6,7 +6,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,26 @@ if TYPE_CHECKING:  # flwr-datasets takes seconds to load, and only this module n
 
 _ROW, _VALUE = "row", "value"
 _LONGEST_SLUG = 48
+_LATIN = re.compile(
+    r"LATIN (?:SMALL|CAPITAL) (?:LETTER|LIGATURE) (?:DOTLESS |SHARP )?([A-Z]{1,2})(?: WITH .*)?"
+)
 _NAMES_SHOWN = 5
+
+
+def client_values(
+    train: Dataset, partition: PartitionConfig, shares: Mapping[str, Sequence[int]]
+) -> dict[str, str]:
+    """The value of the partition's column that each client stands for; none for other partitions.
+
+    Args:
+        train: the training rows.
+        partition: how they were divided.
+        shares: the rows of each client, as `split_clients` gives them.
+    """
+    if not isinstance(partition, ByColumnPartition):
+        return {}
+    values = train[partition.column][:]
+    return {name: str(values[rows[0]]) for name, rows in shares.items()}
 
 
 def split_clients(
@@ -43,7 +62,8 @@ def split_clients(
 
     Returns:
         The numbers of each client's rows, at least one, by its name. Names are sorted, unique, and
-        safe in a file system: ``client-00`` and so on, or a slug of the column's value.
+        safe in a file system: ``client-00`` and so on, or a slug of the column's value; one without
+        Latin letters or digits is called by the column and a number.
 
     Raises:
         DataError: if a column is missing or cannot be divided by, or a client would have no rows
@@ -111,9 +131,16 @@ def _by_column(train: Dataset, partition: ByColumnPartition) -> dict[str, list[i
     from flwr_datasets.partitioner import NaturalIdPartitioner
 
     partitioner = NaturalIdPartitioner(partition_by=_VALUE)
-    partitioner.dataset = _table(train, partition.column, "name the column of a row's client")
+    table = _table(train, partition.column, "name the column of a row's client")
+    found = table[_VALUE][:]
+    values = sorted(set(found))
+    # By number: numpy, which compares them, drops zero bytes at the end of a text.
+    number = {value: i for i, value in enumerate(values)}
+    numbers = [number[value] for value in found]
+    partitioner.dataset = Dataset.from_dict({_ROW: table[_ROW][:], _VALUE: numbers})
     ids = range(partitioner.num_partitions)
-    names = _slugs([partitioner.partition_id_to_natural_id[i] for i in ids])
+    order = [values[partitioner.partition_id_to_natural_id[i]] for i in ids]
+    names = _slugs(order, _slug(partition.column) or "client")
     return dict(sorted(_shares(partitioner, names).items()))
 
 
@@ -157,15 +184,15 @@ def _check_enough(rows: int, names: Sequence[str], least: int) -> None:
         )
 
 
-def _slugs(values: Sequence[Any]) -> list[str]:
+def _slugs(values: Sequence[Any], otherwise: str) -> list[str]:
     """File names for sorted values; those that would share one get a number, in that order."""
     plain = [_slug(str(value)) for value in values]
-    shared = {slug for slug, times in Counter(plain).items() if times > 1}
+    shared = {slug for slug, times in Counter(plain).items() if times > 1 or not slug}
     used = set(plain) - shared
     slugs = []
     for slug in plain:
         if slug in shared:
-            numbered = (f"{slug}-{number}" for number in count(1))
+            numbered = (f"{slug or otherwise}-{number}" for number in count(1))
             slug = next(name for name in numbered if name not in used)
             used.add(slug)
         slugs.append(slug)
@@ -173,6 +200,17 @@ def _slugs(values: Sequence[Any]) -> list[str]:
 
 
 def _slug(text: str) -> str:
-    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    words = re.sub(r"[^a-z0-9]+", "-", ascii_text.lower())
-    return words[:_LONGEST_SLUG].strip("-") or "unnamed"
+    """Its Latin letters, without their marks, and its digits; empty if it has none."""
+    plain = "".join(_latin(x) for x in unicodedata.normalize("NFKD", text))
+    words = re.sub(r"[^a-z0-9]+", "-", plain.lower())
+    return words[:_LONGEST_SLUG].strip("-")
+
+
+def _latin(character: str) -> str:
+    """A letter without a mark that is a part of it, as in Łódź or Tromsø; nothing for a mark."""
+    if character.isascii():
+        return character
+    if unicodedata.combining(character):
+        return ""
+    found = _LATIN.fullmatch(unicodedata.name(character, ""))
+    return found[1] if found else "-"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from datasets import Dataset
@@ -18,6 +18,11 @@ from fedexlora.data.config import RegressionTask
 from fedexlora.data.load import Splits
 from fedexlora.data.sequence import encode_rows, padding_collator, predict, text_columns
 from fedexlora.errors import DataError
+
+LARGEST = 9.2e18
+"""Of a label: in float32 the square of an error twice as large is still finite."""
+
+_NUMBER = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +51,21 @@ class Regression:
             "problem_type": "regression",
         }
 
+    @property
+    def notes(self) -> list[str]:
+        """None."""
+        return []
+
     def tokenize(self, rows: Dataset, tokenizer: Tokenizer) -> Dataset:
         """Rows as tokens; ``labels`` are float32."""
         config = self.config
         return encode_rows(
-            rows, tokenizer, config.text, config.max_length, lambda x: x[config.label], "float32"
+            rows,
+            tokenizer,
+            config.text,
+            config.max_length,
+            lambda batch: [_number(x) for x in batch[config.label]],
+            "float32",
         )
 
     def collator(self, tokenizer: Tokenizer) -> Collator:
@@ -92,15 +107,28 @@ def prepare_regression(config: RegressionTask, splits: Splits) -> Regression:
 
 
 def _number_faults(split: str, rows: Dataset, column: str) -> list[str]:
-    found = dtype(rows, column)
-    if not re.fullmatch(r"u?int\d+|float\d+", found):
-        return [f"{split}, column {column!r}: expected numbers, found {found}"]
+    found, place = dtype(rows, column), f"{split}, column {column!r}"
+    if not re.fullmatch(r"(large_)?string|u?int\d+|float\d+|null", found):
+        return [f"{place}: expected numbers, found {found}"]
     values = rows[column][:]
     faults = null_faults(split, column, values)
-    odd = [i for i, x in enumerate(values, 1) if x is not None and not isfinite(x)]
-    if odd:
-        faults.append(
-            f"{split}, column {column!r}: expected finite numbers, "
-            f"found {values[odd[0] - 1]} in row {odd[0]} ({len(odd)} such row(s))"
-        )
+    numbers = [None if x is None else _number(x) for x in values]
+    for wanted, odd in (
+        ("numbers", [i for i, x in enumerate(values) if x is not None and numbers[i] is None]),
+        ("finite numbers", [i for i, x in enumerate(numbers) if x is not None and not isfinite(x)]),
+        (
+            f"numbers up to {LARGEST:.1e}, whose square float32 holds",
+            [i for i, x in enumerate(numbers) if x is not None and LARGEST < abs(x) < inf],
+        ),
+    ):
+        if odd:
+            shown = f"found {values[odd[0]]!r} in row {odd[0] + 1} ({len(odd)} such row(s))"
+            faults.append(f"{place}: expected {wanted}, {shown}")
     return faults
+
+
+def _number(value: str | float) -> float | None:
+    """The number that a cell holds; a text has to be one, with a point and without grouping."""
+    if isinstance(value, str):
+        return float(value) if _NUMBER.fullmatch(value.strip()) else None
+    return float(value)

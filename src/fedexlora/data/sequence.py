@@ -10,7 +10,8 @@ from datasets import Dataset, Value
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from fedexlora.data.batches import Collator, Progress, map_batches, tokenized, without_length
+from fedexlora.data.batches import Collator, Progress, map_batches, model_inputs, tokenized
+from fedexlora.data.cuts import Cut
 
 Text: TypeAlias = str | tuple[str, str]
 
@@ -41,19 +42,38 @@ def encode_rows(
     columns = text_columns(text)
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = (batch[column] for column in columns)
+        texts = [batch[column] for column in columns]
         tokens = tokenizer(*texts, truncation=True, max_length=max_length)
         kept = ["input_ids", "attention_mask"]
         if len(columns) == 2 and "token_type_ids" in tokens:
             kept.append("token_type_ids")  # BERT tells the two texts apart by them
-        return {**{x: tokens[x] for x in kept}, "labels": label(batch)}
+        cut = _cut(tokenizer, texts, tokens["input_ids"], max_length)
+        return {**{x: tokens[x] for x in kept}, "labels": label(batch), "cut": cut}
 
     return tokenized(rows, encode, Value(dtype))
 
 
+def _cut(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[list[str]],
+    ids: list[list[int]],
+    max_length: int,
+) -> list[int]:
+    """Of every row, whether it has more tokens than were kept; only full rows can have."""
+    cut = [int(Cut.NOTHING)] * len(ids)
+    full = [row for row, x in enumerate(ids) if len(x) >= max_length]
+    if full:
+        # verbose: it would warn of texts longer than the model reads, which is what is asked here
+        whole = tokenizer(*[[x[row] for row in full] for x in texts], verbose=False)["input_ids"]
+        for row, tokens in zip(full, whole, strict=True):
+            if len(tokens) > len(ids[row]):
+                cut[row] = int(Cut.TEXT)
+    return cut
+
+
 def padding_collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
     """Pads a batch to its longest row."""
-    return without_length(DataCollatorWithPadding(tokenizer))
+    return model_inputs(DataCollatorWithPadding(tokenizer))
 
 
 def predict(

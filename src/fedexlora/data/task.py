@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedexlora.data.batches import Collator, Progress
 from fedexlora.data.causal_lm import prepare_causal_lm
-from fedexlora.data.classification import Classification, prepare_classification
+from fedexlora.data.classification import prepare_classification
 from fedexlora.data.config import CausalLMTask, ClassificationTask, RegressionTask, TaskConfig
 from fedexlora.data.load import Splits
 from fedexlora.data.regression import prepare_regression
@@ -36,12 +36,17 @@ class Task(Protocol):
     def model_config(self) -> Mapping[str, Any]:
         """What the task changes in the model's own configuration."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What is odd about the rows, and yet no fault."""
+
     def tokenize(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Rows of either split as tokens, in the same order, in memory.
 
         Returns:
-            The columns ``input_ids``, ``attention_mask``, ``labels`` and ``length`` (the number of
-            tokens); for pairs of texts also ``token_type_ids``, if the tokenizer makes them.
+            The columns ``input_ids``, ``attention_mask``, ``labels``, ``length`` (the number of
+            tokens) and ``cut`` (what ``max_length`` took, see `fedexlora.data.cuts`); for pairs of
+            texts also ``token_type_ids``, if the tokenizer makes them.
 
         Raises:
             DataError: if the tokenizer cannot serve the task, or a row has nothing to learn.
@@ -90,13 +95,9 @@ def prepare_task(config: TaskConfig, splits: Splits) -> Task:
 
 
 def stated(task: Task) -> TaskConfig:
-    """A task's configuration, with what it learned from the rows written out.
+    """A task's configuration, with what it learned from the rows and the model written out.
 
     Whoever prepares the task from that and other rows numbers the labels alike.
     """
     config: TaskConfig = task.config
-    if not isinstance(task, Classification) or task.config.labels is not None:
-        return config
-    values = tuple(task.classes)
-    plain = task.labels == tuple(map(str, values))
-    return task.config.model_copy(update={"labels": values if plain else task.labels})
+    return config

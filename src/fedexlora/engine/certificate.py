@@ -3,12 +3,18 @@
 The applied side is read back from the live model: the change of the frozen weight, and the factors
 of every active adapter with PEFT's own scalings. The ideal side is the naive float64 sum of the
 updates that were received. The two share no arithmetic with each other.
+
+Beside that error stand what the layers make of it in the arithmetic that is used: ``forward``, the
+error once every operand is rounded as its layer rounds it, and ``kept``, the share of the remainder
+that comes out of the layers. Both are stated and stop no run: whoever asks for a narrow arithmetic
+gets it, and ``auto`` places the remainder so that both hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from math import sqrt
 
 from fedexlora.algebra.deviation import ratio
@@ -20,8 +26,12 @@ from fedexlora.errors import ExactnessError
 from fedexlora.exchange.records import CertificateRecord, ModuleRecord, OwnRecord
 from fedexlora.exchange.shipment import Step
 from fedexlora.exchange.spec import AdapterSpec
+from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.forward import Kept, measure_kept, multiplied
 from fedexlora.peft_bridge.model import AdaptedModel
 
+Forward = Callable[[], None]
+"""Runs the model on some real inputs."""
 TOLERANCE = 1e-6
 """Largest accepted error of an update, relative to it, beside the rounding of a folded weight."""
 
@@ -38,17 +48,26 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Scaled Frobenius norms of one module."""
+    """Scaled Frobenius norms of one module, and what comes out of its remainder."""
 
     name: str
     ideal: float
     error: float
     rounding: float
     truncated: float
+    update: float
+    """Of the ideal update since version 0."""
+    narrowed: float
+    """Of what the layer multiplies by, less that update."""
+    kept: Kept | None
 
 
 def certify(
-    model: AdaptedModel, sums: RoundSums, step: Step, specs: Mapping[str, AdapterSpec]
+    model: AdaptedModel,
+    sums: RoundSums,
+    step: Step,
+    specs: Mapping[str, AdapterSpec],
+    forwards: Mapping[Arithmetic, Forward] | None = None,
 ) -> Certificate:
     """Measure a model that has just become the next version; it is left as it was.
 
@@ -57,11 +76,14 @@ def certify(
         sums: the round's received updates.
         step: what was applied.
         specs: the adapters of the clients that have another one than the model, by client.
+        forwards: by arithmetic in which the model is used: runs it so on some real inputs. Without
+            any, what comes out of the layers is not measured.
     """
     ideals = {
         name: sums.ideal(name).scaled(spec.scaling) for name, spec in model.spec.modules.items()
     }
-    measured = [_measure(model, name, ideals[name], step) for name in model.modules]
+    kept = _kept(model, step, forwards or {})
+    measured = [_measure(model, name, ideals[name], step, kept.get(name)) for name in model.modules]
     deviations = sums.deviations()
     modules = tuple(
         ModuleRecord(
@@ -69,6 +91,9 @@ def certify(
             ideal=m.ideal,
             error=ratio(m.error, m.ideal),
             allowed=TOLERANCE + ratio(m.rounding + m.truncated, m.ideal),
+            forward=ratio(m.narrowed, m.update),
+            kept=m.kept.share if m.kept else None,
+            kept_error=m.kept.standard_error if m.kept else None,
             deviation=deviations[m.name].relative,
             truncated=ratio(m.truncated, m.ideal),
             placement=model.placement(m.name),
@@ -121,14 +146,35 @@ def enforce(certificate: Certificate, sums: RoundSums, round_: int) -> None:
     raise ExactnessError(f"round {round_}: the applied update is not the ideal one", faults)
 
 
-def _measure(model: AdaptedModel, name: str, ideal: LowRank, step: Step) -> _Measured:
+def _measure(
+    model: AdaptedModel, name: str, ideal: LowRank, step: Step, kept: Kept | None
+) -> _Measured:
+    update = model.update_of(name, ideal)
     return _Measured(
         name,
         ideal=sqrt(ideal.squared_norm()),
         error=difference_norm(model.applied(name), ideal),
         rounding=model.fold_rounding(name),
         truncated=model.spec.modules[name].scaling * step.truncated[name],
+        update=sqrt(update.squared_norm()),
+        narrowed=max(
+            difference_norm(multiplied(model, name, arithmetic), update)
+            for arithmetic in model.arithmetics
+        ),
+        kept=kept,
     )
+
+
+def _kept(
+    model: AdaptedModel, step: Step, forwards: Mapping[Arithmetic, Forward]
+) -> Mapping[str, Kept]:
+    """What comes out of every module's remainder, in the arithmetic that is furthest from all."""
+    found = [measure_kept(model, step.state.total, forward) for forward in forwards.values()]
+    return max(found, key=lambda kept: abs(_pooled(kept.values()).share - 1.0), default={})
+
+
+def _pooled(kept: Iterable[Kept]) -> Kept:
+    return reduce(Kept.plus, kept, Kept())
 
 
 def _overall(
@@ -140,6 +186,9 @@ def _overall(
     ideal = _norm([m.ideal for m in measured])
     excused = _norm([m.rounding + m.truncated for m in measured])
     worst = max(modules, key=lambda m: m.error / m.allowed)
+    narrowest = max(modules, key=lambda m: m.forward)
+    kept = [m.kept for m in measured if m.kept]
+    pooled = _pooled(kept)
     return CertificateRecord(
         placement=" and ".join(sorted({model.placement(name) for name in model.modules})),
         error=ratio(_norm([m.error for m in measured]), ideal),
@@ -147,6 +196,11 @@ def _overall(
         truncated=ratio(_norm([m.truncated for m in measured]), ideal),
         worst_module=worst.module,
         worst_error=worst.error,
+        forward=ratio(_norm([m.narrowed for m in measured]), _norm([m.update for m in measured])),
+        worst_forward_module=narrowest.module,
+        worst_forward=narrowest.forward,
+        kept=pooled.share if kept else None,
+        kept_error=pooled.standard_error if kept else None,
         dense_error=dense_error,
         own=(),
         held=all(m.error <= m.allowed for m in modules) and dense_error <= TOLERANCE,

@@ -19,8 +19,9 @@ import torch
 
 from fedexlora import __version__
 from fedexlora.engine.folder import Progress, RunFolder, writing
+from fedexlora.engine.local import training_arithmetic
 from fedexlora.engine.observer import Observer, RunInfo
-from fedexlora.engine.prepare import Prepared
+from fedexlora.engine.prepare import Prepared, scoring_arithmetic
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.round import Federation, run_round
 from fedexlora.engine.transport import Transport
@@ -128,6 +129,7 @@ def _rounds(
         keep=keep,
         observer=observer,
         screening=recipe.screening,
+        forwards=prepared.forwards,
     )
     while state.version < recipe.federation.rounds:
         shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
@@ -247,7 +249,12 @@ def _header(
         "data": prepared.data_fingerprint,
         "base": prepared.model.base_fingerprint,
         "precision": prepared.model.precision(),
+        "arithmetic": {
+            "training": str(training_arithmetic(prepared.recipe.training)),
+            "scoring": str(scoring_arithmetic(prepared.recipe)),
+        },
         "clients": dict(rows),
+        **prepared.summary.record(),
         "validation_rows": len(prepared.validation),
         "headline": prepared.recipe.task.headline,
         "model_config": dict(prepared.task.model_config),

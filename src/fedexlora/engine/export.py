@@ -78,7 +78,8 @@ def export_run(
 
             scores = rescore(finished.recipe, content, merged=options.kind == "merged")
             record = record.model_copy(update={"exported_metrics": scores})
-        card = model_card(finished, record, merged=options.kind == "merged")
+        merged = options.kind == "merged"
+        card = model_card(finished, record, merged=merged, hub=options.push_to)
         (content / "README.md").write_text(card, encoding="utf-8")
         (content / "export.json").write_text(record.model_dump_json(indent=2), encoding="utf-8")
         for path in list(content.iterdir()):

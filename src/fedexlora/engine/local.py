@@ -25,6 +25,7 @@ from fedexlora.engine.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
+from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.peft_bridge.options import option_faults
 
@@ -76,6 +77,11 @@ def training_device(options: Mapping[str, Any]) -> torch.device:
     """Where ``Trainer`` will put the model."""
     device: torch.device = _arguments(options, seed=0, folder=tempfile.gettempdir()).device
     return device
+
+
+def training_arithmetic(options: Mapping[str, Any]) -> Arithmetic:
+    """How ``Trainer`` will multiply."""
+    return Arithmetic.of_training(_arguments(options, seed=0, folder=tempfile.gettempdir()))
 
 
 def train_locally(

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
+from torch.nn import Module
 from transformers.modeling_utils import PreTrainedModel
 
+from fedexlora.data.capacity import check_config, load_config
+from fedexlora.data.head import head_labels, head_note, in_head_order
 from fedexlora.data.load import Splits, fingerprint, load_splits, load_train, load_validation
-from fedexlora.data.partition import split_clients
+from fedexlora.data.partition import client_values, split_clients
 from fedexlora.data.task import Task, prepare_task
 from fedexlora.data.tokenizer import prepare_tokenizer
-from fedexlora.engine.local import LocalTrainer, training_device
+from fedexlora.engine.local import LocalTrainer, training_arithmetic, training_device
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import ClientTable, Recipe
+from fedexlora.engine.rows import RowSummary, check_rows
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
+from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes, resolve_source
 from fedexlora.peft_bridge.model import AdaptedModel
+
+_ROWS_READ = 8
+"""Validation rows over which is measured what comes out of the layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +46,40 @@ class Prepared:
     validation: Dataset
     """Tokenised."""
     data_fingerprint: str
+    summary: RowSummary
 
-    def evaluate(self, observer: Observer) -> dict[str, float]:
-        """Scores of the model as it is now."""
-        return self.task.evaluate(
-            self.model.peft_model,
-            self.validation,
-            self.tokenizer,
-            self.recipe.evaluation.batch_size,
-            observer.evaluating,
-        )
+    def evaluate(self, observer: Observer, model: Module | None = None) -> dict[str, float]:
+        """Scores on the validation rows, in the recipe's arithmetic.
+
+        Args:
+            observer: told of progress.
+            model: the model as it is now, by default, or another form of it.
+        """
+        scored = model or self.model.peft_model
+        with scoring_arithmetic(self.recipe).active(next(scored.parameters()).device):
+            return self.task.evaluate(
+                scored,
+                self.validation,
+                self.tokenizer,
+                self.recipe.evaluation.batch_size,
+                observer.evaluating,
+            )
+
+    @property
+    def forwards(self) -> dict[Arithmetic, Callable[[], None]]:
+        """By arithmetic in which the model is used: it reads some validation rows."""
+        return {how: partial(self._read_rows, how) for how in self.model.arithmetics}
+
+    def _read_rows(self, arithmetic: Arithmetic) -> None:
+        model = self.model.peft_model
+        rows = self.validation.select(range(min(len(self.validation), _ROWS_READ)))
+        with arithmetic.active(next(model.parameters()).device):
+            self.task.evaluate(model, rows, self.tokenizer, self.recipe.evaluation.batch_size)
+
+
+def scoring_arithmetic(recipe: Recipe) -> Arithmetic:
+    """How the model multiplies when it is scored."""
+    return Arithmetic.of_scoring(recipe.scoring_dtype, recipe.model.dtype)
 
 
 def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]:
@@ -64,11 +97,16 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
     every = _shares(recipe, task, splits.train)
     check_clients(recipe, list(every))
     shares = _admitted(recipe, every)
-    tokenizer, model, specs = _load_model(recipe, task, recipe.clients, observer)
+    task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
     validation = task.tokenize(splits.validation, tokenizer)
-    prepared = Prepared(recipe, task, tokenizer, model, specs, validation, splits.fingerprint)
+    tokenized = {"training": rows, "validation": validation}
+    summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
+    summary = replace(summary, client_values=client_values(splits.train, recipe.partition, shares))
+    prepared = Prepared(
+        recipe, task, tokenizer, model, specs, validation, splits.fingerprint, summary
+    )
     collator = task.collator(tokenizer)
     return prepared, LocalTrainer(model, rows, shares, collator, recipe.training, seed, specs)
 
@@ -83,10 +121,12 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
     observer.preparing("reading the data")
     rows = load_validation(recipe.data, recipe.federation.seed)
     task = prepare_task(recipe.task, Splits.one("validation", rows))
-    tokenizer, model, specs = _load_model(recipe, task, recipe.clients, observer)
+    task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     validation = task.tokenize(rows, tokenizer)
-    return Prepared(recipe, task, tokenizer, model, specs, validation, fingerprint(rows))
+    tokenized = {"validation": validation}
+    summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
+    return Prepared(recipe, task, tokenizer, model, specs, validation, fingerprint(rows), summary)
 
 
 def prepare_client(
@@ -117,9 +157,11 @@ def prepare_client(
             )
         rows = rows.select(shares[share])
     own = {name: table for name, table in recipe.clients.items() if name == client}
-    tokenizer, model, specs = _load_model(recipe, task, own, observer)
+    task, tokenizer, model, specs, note = _load_model(recipe, task, own, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(rows, tokenizer)
+    tokenized = {"training": rows}
+    check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
     everything = {client: range(len(rows))}
     collator = task.collator(tokenizer)
     return LocalTrainer(model, rows, everything, collator, recipe.training, seed, specs)
@@ -179,12 +221,15 @@ def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
 
 def _load_model(
     recipe: Recipe, task: Task, own: Mapping[str, ClientTable], observer: Observer
-) -> tuple[Any, AdaptedModel, dict[str, AdapterSpec]]:
-    """The tokenizer, the model with its adapter, and the specs of clients that have another one."""
+) -> tuple[Task, Any, AdaptedModel, dict[str, AdapterSpec], str | None]:
+    """What a base makes of a task: its labels' order, tokenizer, model, own specs, and a note."""
     observer.preparing("loading the model")
     seed = recipe.federation.seed
     source, revision = resolve_source(recipe.model.source), recipe.model.revision
-    tokenizer = prepare_tokenizer(source, revision)
+    own_config, tokenizer = load_config(source, revision), prepare_tokenizer(source, revision)
+    check_config(recipe.task, task.model_config.get("num_labels"), own_config, tokenizer)
+    head = head_labels(own_config)
+    stated, task = task, in_head_order(task, head)
     config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
     base, new = load_base(
         source,
@@ -196,14 +241,18 @@ def _load_model(
         quantization=recipe.model.quantization,
         unquantised=recipe.lora.get("modules_to_save") or (),
     )
+    inside = f"{base.base_model_prefix}."
+    note = head_note(stated, task, head, trained=all(x.startswith(inside) for x in new))
     shapes = _client_shapes(recipe, own, base, task.peft_task_type)
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
     if recipe.model.quantization is None:
         peft_model.to(training_device(recipe.training))
-    model = AdaptedModel(peft_model, recipe.method.trained, recipe.federation.placement)
+    arithmetics = training_arithmetic(recipe.training), scoring_arithmetic(recipe)
+    placement = recipe.federation.placement
+    model = AdaptedModel(peft_model, recipe.method.trained, placement, arithmetics)
     specs = {client: model.spec.reshaped(shape) for client, shape in shapes.items()}
     check_new_weights(new, model.spec.dense)
-    return tokenizer, model, specs
+    return task, tokenizer, model, specs, note
 
 
 def _client_shapes(

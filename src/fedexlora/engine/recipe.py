@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedexlora.data.config import DataConfig, PartitionConfig, TaskConfig
 from fedexlora.engine.participation import Admission, Participation
+from fedexlora.engine.recipe_file import read_document
 from fedexlora.engine.screening import Screening
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.untrusted import CLIENT_NAME
 from fedexlora.methods import METHODS, Method
 from fedexlora.methods.options import option_faults, with_options
 
+Width = Literal["float32", "bfloat16", "float16"]
+"""The floating-point types of weights and products."""
 _CHOICES = ("next_adapter", "remainder_rank", "remainder_energy")
 _OF_ONE_CLIENT = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
@@ -37,7 +39,7 @@ class ModelTable(_Table):
     """A hub name, a folder, or ``package:NAME/PATH``: a folder inside an installed package."""
     revision: str | None = None
     """Branch, tag or commit on the hub; the default branch if not given."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Width = "float32"
     """Of the frozen weights, and of the arithmetic where they are quantised."""
     quantization: Literal["int8", "nf4", "fp4"] | None = None
     """Store the frozen linear layers in bitsandbytes' 8 or 4 bits."""
@@ -56,7 +58,8 @@ class FederationTable(_Table):
     remainder_energy: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Keep this share of every round's remainder, by its squared norm, with the error stated."""
     placement: Literal["auto", "fold", "side"] = "auto"
-    """Where the remainder lives: in the frozen weight, or beside it. ``auto`` is exact."""
+    """Where the remainder lives: in the frozen weight, or beside it. ``auto`` is exact, in the
+    arithmetic of training and scoring too."""
     clients_per_round: int | None = Field(default=None, ge=1)
     """How many clients take part in a round, drawn by seed and round; all if not given."""
     fraction: float | None = Field(default=None, gt=0.0, le=1.0)
@@ -97,6 +100,8 @@ class EvaluationTable(_Table):
 
     batch_size: int = Field(default=64, ge=1)
     """Rows at a time; changes speed and memory, not results beyond rounding."""
+    dtype: Width | None = None
+    """In which products are computed; that of the model's weights if not given."""
 
 
 class ClientTable(_Table):
@@ -121,6 +126,19 @@ class Recipe(_Table):
     evaluation: EvaluationTable = EvaluationTable()
     clients: dict[str, ClientTable] = Field(default_factory=dict)
     """By client: what it has otherwise than the others."""
+
+    @model_validator(mode="after")
+    def _scoring_has_a_dtype(self) -> Self:
+        """What is not said is what the model's weights are: a resolved recipe states it."""
+        if self.evaluation.dtype is None:
+            scoring = self.evaluation.model_copy(update={"dtype": self.model.dtype})
+            object.__setattr__(self, "evaluation", scoring)
+        return self
+
+    @property
+    def scoring_dtype(self) -> Width:
+        """In which products are computed when the model is scored."""
+        return self.evaluation.dtype or self.model.dtype
 
     @property
     def method(self) -> Method:
@@ -179,18 +197,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: ``table.key=value``, the value in TOML or else taken as text.
 
     Raises:
-        RecipeError: if the file cannot be read or parsed; with all unknown keys (and the nearest
+        RecipeError: if a file cannot be read or parsed; with all unknown keys (and the nearest
             valid ones), missing keys and invalid values at once.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"recipe {path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path}: not valid TOML: {error}") from error
-    for override in overrides:
-        _set(document, override)
-    return parse_recipe(document, str(path))
+    return parse_recipe(read_document(path, overrides), str(path))
 
 
 def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
@@ -215,6 +225,7 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
     faults += _method_faults(document.get("federation", {}))
     if recipe is not None:
         faults += _participation_faults(recipe.federation) + _screening_faults(recipe)
+        faults += _scoring_faults(recipe)
     if recipe is not None:
         for client, own in recipe.clients.items():
             faults += _client_faults(f'clients."{client}"', own, recipe)
@@ -258,6 +269,14 @@ def _participation_faults(table: FederationTable) -> list[str]:
     return faults
 
 
+def _scoring_faults(recipe: Recipe) -> list[str]:
+    weights, scoring = recipe.model.dtype, recipe.scoring_dtype
+    if weights in ("float32", scoring):
+        return []
+    said = f"evaluation.dtype: {weights} weights cannot be multiplied in {scoring}"
+    return [f"{said}; leave it out, or set model.dtype = {scoring!r}"]
+
+
 def _screening_faults(recipe: Recipe) -> list[str]:
     table, faults = recipe.federation, []
     rejects = table.robust in ("multi_krum", "trimmed_mean")
@@ -299,23 +318,6 @@ def _client_faults(key: str, table: ClientTable, recipe: Recipe) -> list[str]:
     if recipe.lora.get("lora_bias"):
         faults.append(f"{key}.lora: not together with lora.lora_bias, which the scaling multiplies")
     return faults
-
-
-def _set(document: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    tables = key.strip().split(".")
-    if not equals or len(tables) < 2 or not all(tables):
-        raise RecipeError(f"--set {override}: expected table.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    table = document
-    for part in tables[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise RecipeError(f"--set {override}: {part!r} is a value, not a table")
-    table[tables[-1]] = value
 
 
 def _describe(kind: str, location: tuple[int | str, ...], message: str, found: object) -> str:

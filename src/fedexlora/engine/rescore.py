@@ -26,6 +26,4 @@ def rescore(recipe: Recipe, folder: Path, *, merged: bool) -> dict[str, float]:
         model = load_merged(folder, prepared.task.peft_task_type, recipe.model.dtype)
     else:
         model = with_adapter(prepared.model.peft_model.unload(), folder)
-    return prepared.task.evaluate(
-        model, prepared.validation, prepared.tokenizer, recipe.evaluation.batch_size, None
-    )
+    return prepared.evaluate(Observer(), model)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
-from fedexlora.engine.certificate import Certificate, certify, enforce
+from fedexlora.engine.certificate import Certificate, Forward, certify, enforce
 from fedexlora.engine.collect import Collected, Collector, Keep
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.participation import Participation
@@ -20,6 +20,7 @@ from fedexlora.exchange.shipment import Holdings
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.methods import Method
+from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.model import AdaptedModel
 
 
@@ -43,6 +44,8 @@ class Federation:
     observer: Observer
     screening: Screening | None = None
     """The rule against bad updates, if there is one."""
+    forwards: Mapping[Arithmetic, Forward] = field(default_factory=dict)
+    """By arithmetic in which the model is used: runs the server's copy so on some real inputs."""
 
 
 def run_round(
@@ -97,7 +100,9 @@ def run_round(
     with clock.phase("apply"):
         federation.model.apply(step.state)
     with clock.phase("certify"):
-        certificate = certify(federation.model, got.sums, step, federation.specs)
+        certificate = certify(
+            federation.model, got.sums, step, federation.specs, federation.forwards
+        )
         if federation.method.certified and not federation.model.lossy_fold:
             enforce(certificate, got.sums, round_)
     federation.observer.phase(round_, "evaluate")

@@ -78,6 +78,14 @@ class ModuleRecord(Record):
     """|applied - ideal| / |ideal|; the applied side is read back from the model."""
     allowed: float
     """The largest error that is accepted, in the same unit: rounding, and what is truncated."""
+    forward: float
+    """|what the layer multiplies by - the same at version 0 - update| / |update|, every operand
+    rounded to the dtype in which the layer multiplies it; the worse of training and scoring."""
+    kept: float | None
+    """The share of the remainder that comes out of the layer, over validation rows; 1 is all. None
+    where there is no remainder, or no rows."""
+    kept_error: float | None
+    """The standard error of ``kept``."""
     deviation: float
     """|R| / |M|: the share of this round's mean product that averaging the factors loses."""
     truncated: float
@@ -109,6 +117,14 @@ class CertificateRecord(Record):
     """What the method left out of this round's remainder on purpose, as a share of the ideal."""
     worst_module: str
     worst_error: float
+    forward: float
+    """The modules' ``forward`` over all modules."""
+    worst_forward_module: str
+    worst_forward: float
+    kept: float | None
+    """The modules' ``kept`` over all modules."""
+    kept_error: float | None
+    """The standard error of ``kept``."""
     dense_error: float
     """The same for heads and biases; 0 where there are none."""
     own: tuple[OwnRecord, ...]
@@ -124,10 +140,14 @@ class BytesRecord(Record):
     down: int
 
 
+MOST_FORWARD = 1e-2
+"""Largest forward error of a module that needs no word: 16-bit factors are a fifth of that off."""
+
+
 class RoundRecord(Record):
     """One round."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     round: int
     """From 1."""
     registered: int

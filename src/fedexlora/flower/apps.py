@@ -16,6 +16,7 @@ from fedexlora.errors import NodeError
 from fedexlora.exchange.node_faults import NodeFault
 from fedexlora.flower.fault_frames import fault_frame
 from fedexlora.flower.frames import Frame, from_records, to_records
+from fedexlora.texts import outside
 
 if TYPE_CHECKING:
     from fedexlora.engine.recipe import Recipe
@@ -89,7 +90,7 @@ def _request(message: Message) -> Frame:
     try:
         return from_records(message.content)
     except ValueError as error:
-        raise NodeError(NodeFault.REQUEST_INVALID, str(error)) from error
+        raise NodeError(NodeFault.REQUEST_INVALID, outside(str(error))) from error
 
 
 def _responder(context: Context, recipe: Path | Recipe | None) -> Callable[[Frame], Frame]:

@@ -60,7 +60,9 @@ def load_arrays(model: nn.Module, arrays: ArrayRecord) -> None:
     """Make ``model`` the global model, in place: adapter, heads and all remainders.
 
     It may be a model made anew or one that holds another version: the remainder is set, never
-    added to what is there. It goes into float32 weights and beside all others.
+    added to what is there. It rides beside the weights as a frozen float32 adapter, whose branch
+    is added in float32, so that it is applied under autocast too. Frozen layers with running
+    statistics use them in training mode as well, and never move them.
 
     Args:
         model: a PEFT model made as the one of :func:`initial_arrays` was.
@@ -125,10 +127,11 @@ def save_adapter(model: nn.Module, arrays: ArrayRecord, folder: str | Path) -> N
 
 
 def _resident(model: nn.Module) -> _Resident:
-    """What is known of ``model``, kept on it: a folded weight must be taken over only once."""
+    """What is known of ``model``, kept on it: its version 0 can be read only once."""
     found = model.__dict__.get(_RESIDENT)
     if not isinstance(found, _Resident):
-        found = _Resident(AdaptedModel(model, FEDEX.trained))
+        # Its user trains and scores it in whatever arithmetic: beside the weight holds in any.
+        found = _Resident(AdaptedModel(model, FEDEX.trained, "side"))
         setattr(model, _RESIDENT, found)
     return found
 

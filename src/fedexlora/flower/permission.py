@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 TASK_COLUMNS = frozenset({"text", "label", "prompt", "completion"})
 """Fields of a task that name columns."""
-TASK_OPTIONS = frozenset({"kind", "labels", "metrics", "max_length", "prompt_template"})
+TASK_TEMPLATES = frozenset({"prompt_template", "completion_template"})
+"""Fields of a task in whose texts columns are named."""
+TASK_OPTIONS = TASK_TEMPLATES | {"kind", "labels", "metrics", "max_length"}
 """All other fields of a task that a server may set."""
 PARTITION_COLUMNS = frozenset({"column"})
 """Fields of a partition that name columns."""
@@ -164,6 +166,8 @@ def _columns(recipe: Recipe) -> Iterator[tuple[str, str]]:
             named = getattr(getattr(recipe, table), field, None)
             for column in (named,) if isinstance(named, str) else named or ():
                 yield f"{table}.{field}", column
+    for column in getattr(recipe.task, "template_columns", ()):
+        yield f"task.{' or task.'.join(sorted(TASK_TEMPLATES))}", column
 
 
 def _limit_faults(recipe: Recipe, node: Node) -> Iterator[str]:

@@ -61,6 +61,7 @@ LORA_OPTIONS = frozenset(
     }
 )
 """Fields of ``LoraConfig`` that a server may set."""
+_LINES_ALLOWED = frozenset({"task.prompt_template", "task.completion_template"})
 _LONGEST_TEXT = 10_000
 _LONGEST_PATTERN = 1000
 _WORD = re.compile(r"[\w.,=:+ -]{0,200}", re.ASCII)
@@ -77,7 +78,7 @@ _GROUP = re.compile(r"\((?!\?)|\(\?:|\)|\|")
 def text_faults(value: object, key: str = "") -> Iterator[str]:
     """Texts of a recipe that are too long, or hold control characters; a prompt may have lines."""
     if isinstance(value, str):
-        shown = value.translate({9: None, 10: None}) if key == "task.prompt_template" else value
+        shown = value.translate({9: None, 10: None}) if key in _LINES_ALLOWED else value
         if len(value) > _LONGEST_TEXT or not shown.isprintable():
             yield f"{short(key)}: expected at most {_LONGEST_TEXT} printable characters"
     elif isinstance(value, Mapping):

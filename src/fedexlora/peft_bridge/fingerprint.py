@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from fedexlora.peft_bridge.inspect import base_name, is_frozen_base
+from fedexlora.peft_bridge.statistics import frozen_buffers
 from fedexlora.peft_bridge.weights import precision
 
 _SAMPLES = 512
 
 
 def base_fingerprint(model: PeftModel, adapter: str, dense: Iterable[str]) -> str:
-    """The :func:`fingerprint` of a model's frozen base.
+    """The :func:`fingerprint` of a model's frozen base, its buffers included.
 
     Args:
         model: the PEFT model, before any remainder is folded.
@@ -25,11 +27,12 @@ def base_fingerprint(model: PeftModel, adapter: str, dense: Iterable[str]) -> st
         dense: trained parameters, which are not either.
     """
     trained = set(dense)
-    return fingerprint(
+    weights = (
         (base_name(path), parameter)
         for path, parameter in model.named_parameters()
         if is_frozen_base(path, adapter) and base_name(path) not in trained
     )
+    return fingerprint(chain(weights, frozen_buffers(model, adapter)))
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:

@@ -22,13 +22,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedexlora.errors import BridgeError
+from fedexlora.peft_bridge.arithmetic import Width
 from fedexlora.peft_bridge.inspect import base_name
 from fedexlora.peft_bridge.options import option_faults
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "nf4", "fp4"]
 
 _HEADS = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}
+_UNQUANTISED = ("classifier", "score", "lm_head")
 _ADAPTABLE = (
     torch.nn.Linear,
     Conv1D,
@@ -77,7 +78,7 @@ def load_base(
     config: Mapping[str, Any],
     seed: int,
     *,
-    dtype: Dtype = "float32",
+    dtype: Width = "float32",
     quantization: Quantization | None = None,
     unquantised: Iterable[str] = (),
 ) -> tuple[PreTrainedModel, frozenset[str]]:
@@ -102,8 +103,9 @@ def load_base(
     width: torch.dtype = getattr(torch, dtype)
     options = dict(config)
     if quantization:
-        whole = ["classifier", "score", "lm_head", *unquantised]
-        options["quantization_config"] = _quantized(quantization, width, whole)
+        _check_bitsandbytes(quantization)
+        fields = quantization_fields(quantization, dtype, unquantised)
+        options["quantization_config"] = BitsAndBytesConfig(**fields)
         options["device_map"] = {"": "cuda" if torch.cuda.is_available() else "cpu"}
     set_seed(seed)
     try:
@@ -120,22 +122,28 @@ def load_base(
     return model, frozenset(report["missing_keys"])
 
 
-def _quantized(
-    quantization: Quantization, dtype: torch.dtype, unquantised: list[str]
-) -> BitsAndBytesConfig:
+def quantization_fields(
+    quantization: Quantization, dtype: Width, unquantised: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What ``BitsAndBytesConfig`` is told of a base; arguments as of :func:`load_base`."""
+    # transformers looks for these at the start of a module's name, PEFT at its end.
+    whole = [rf"(.*\.)?{re.escape(name)}" for name in (*_UNQUANTISED, *unquantised)]
+    if quantization == "int8":
+        return {"load_in_8bit": True, "llm_int8_skip_modules": whole}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": quantization,
+        "bnb_4bit_compute_dtype": dtype,
+        "llm_int8_skip_modules": whole,
+    }
+
+
+def _check_bitsandbytes(quantization: Quantization) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise BridgeError(
             f"model.quantization = {quantization!r} needs the package bitsandbytes",
             ["pip install 'fedexlora[quantization]'"],
         )
-    return BitsAndBytesConfig(
-        load_in_8bit=quantization == "int8",
-        load_in_4bit=quantization != "int8",
-        bnb_4bit_quant_type="nf4" if quantization == "int8" else quantization,
-        bnb_4bit_compute_dtype=dtype,
-        # transformers looks for these at the start of a module's name, PEFT at its end.
-        llm_int8_skip_modules=[rf"(.*\.)?{re.escape(name)}" for name in unquantised],
-    )
 
 
 def lora_faults(options: Mapping[str, Any], table: str = "lora") -> list[str]:
@@ -193,7 +201,7 @@ def with_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
     return model
 
 
-def load_merged(folder: Path, task_type: str, dtype: Dtype) -> PreTrainedModel:
+def load_merged(folder: Path, task_type: str, dtype: Width) -> PreTrainedModel:
     """A merged model from its folder."""
     model: PreTrainedModel = _HEADS[task_type].from_pretrained(
         str(folder), dtype=getattr(torch, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel
@@ -14,6 +14,7 @@ from fedexlora.algebra.lowrank import LowRank, break_even, stack
 from fedexlora.errors import BridgeError
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
 from fedexlora.exchange.state import GlobalState, adapter_tensors
+from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.fingerprint import base_fingerprint
 from fedexlora.peft_bridge.heads import widen_heads
 from fedexlora.peft_bridge.inspect import (
@@ -23,6 +24,7 @@ from fedexlora.peft_bridge.inspect import (
 )
 from fedexlora.peft_bridge.modules import AdaptedModule
 from fedexlora.peft_bridge.placement import Placement, folded_modules
+from fedexlora.peft_bridge.statistics import freeze_statistics
 from fedexlora.peft_bridge.weights import (
     half_ulp,
     precision,
@@ -46,9 +48,11 @@ class AdaptedModel:
     Args:
         model: the PEFT model; owned and changed from now on.
         trained: the factors that are trained, ``("A", "B")`` or ``("B",)``; others are frozen.
-        placement: ``auto`` folds into float32 weights that no other layer shares and rides beside
-            all others, which is exact; ``side`` never folds; ``fold`` always does, with the error
-            that a narrower weight then causes.
+        placement: ``auto`` folds into float32 weights that no other layer shares, if all
+            ``arithmetics`` multiply them in float32, and rides beside all others, which is exact;
+            ``side`` never folds; ``fold`` always does, with the error that a narrower weight or
+            product causes.
+        arithmetics: those of all forward passes, in training and in scoring.
         adapter: the name of the adapter in ``model``.
 
     Raises:
@@ -60,12 +64,15 @@ class AdaptedModel:
         model: PeftModel,
         trained: tuple[str, ...] = ("A", "B"),
         placement: Placement = "auto",
+        arithmetics: Sequence[Arithmetic] = (Arithmetic(),),
         adapter: str = "default",
     ) -> None:
         self.peft_model = model
+        self.arithmetics = tuple(dict.fromkeys(arithmetics))
         self.adapter = adapter
         self.modules: dict[str, AdaptedModule] = adapted_modules(model, adapter)
         widen_heads(model, adapter)
+        freeze_statistics(model)
         self._dense: dict[str, nn.Parameter] = dense_parameters(model, adapter)
         for module in self.modules.values():
             for letter, parameter in module.parameters().items():
@@ -75,9 +82,13 @@ class AdaptedModel:
             {name: TensorSpec.of(tensor) for name, tensor in self._dense.items()},
             trained,
         )
-        self._folded = folded_modules(model, self.modules, placement)
+        narrow = any(arithmetic.narrows for arithmetic in self.arithmetics)
+        self._folded = folded_modules(model, self.modules, placement, narrow_products=narrow)
         self.base_fingerprint = base_fingerprint(model, adapter, self._dense)
-        self._untouched: dict[str, Tensor] = {}
+        self.untouched: dict[str, Tensor] = {}
+        """By module whose remainder is folded: the frozen weight without it, as it is stored."""
+        self.start = {name: pair for name, pair in self._live_factors().items() if _adds(pair)}
+        """The factors of version 0 by module, where their product is not zero."""
         self.taken_out: Mapping[str, Factors] = (
             self.initial_state().adapter if mutates_base(model, adapter) else {}
         )
@@ -193,7 +204,7 @@ class AdaptedModel:
         """
         module = self.modules[name]
         parts = [LowRank(module.factors()), *_present(module)]
-        scalings = [module.scaling, *(module.side_scaling(slot) for slot in _slots(module))]
+        scalings = [module.scaling, *(module.side_scaling(slot) for slot in side_slots(module))]
         factors = [
             Factors(_wide(part.value.A), scaling * _wide(part.value.B))
             for part, scaling in zip(parts, scalings, strict=True)
@@ -201,12 +212,24 @@ class AdaptedModel:
         ]
         rank = sum(pair.rank for pair in factors)
         if (
-            name not in self._untouched
+            name not in self.untouched
             and len(factors) == len(parts)
             and 2 * rank < break_even(*parts[0].shape)
         ):
             return LowRank(stack(factors))
         return LowRank(self._applied_dense(module))
+
+    def update_of(self, name: str, applied: LowRank) -> LowRank:
+        """What a module gained since version 0, if it adds ``applied`` to its untouched weight.
+
+        Args:
+            name: the module.
+            applied: scaled, ``(d_out, d_in)``, float64.
+        """
+        start = self.start.get(name)
+        if start is None:
+            return applied
+        return applied.plus([start.to(torch.float64).scaled(-self.modules[name].scaling)])
 
     def fold_rounding(self, name: str) -> float:
         """The largest Frobenius norm that rounding ``name``'s folded weight once can cost.
@@ -215,7 +238,7 @@ class AdaptedModel:
         folded, or where a weight is narrower, whose rounding is an error like any other.
         """
         weight = self.modules[name].weight
-        if name not in self._untouched or weight.dtype != torch.float32:
+        if name not in self.untouched or weight.dtype != torch.float32:
             return 0.0
         return float(half_ulp(weight).norm())
 
@@ -233,25 +256,25 @@ class AdaptedModel:
 
     def _applied_dense(self, module: AdaptedModule) -> Tensor:
         update = _wide(module.matrix(module.layer.get_delta_weight(self.adapter)))
-        for slot in _slots(module):
+        for slot in side_slots(module):
             side = module.side(slot)
             if side is not None and isinstance(side.value, Tensor):
                 update = update + module.side_scaling(slot) * _wide(side.value)
             else:
                 update = update + _wide(module.matrix(module.layer.get_delta_weight(slot)))
-        if module.name in self._untouched:
-            before = _wide(self._untouched[module.name])
+        if module.name in self.untouched:
+            before = _wide(self.untouched[module.name])
             update = update + module.matrix(_wide(read_weight(module.base)) - before)
         return update
 
     def _fold(self, module: AdaptedModule, total: LowRank) -> None:
-        if total.is_zero and module.name not in self._untouched:
+        if total.is_zero and module.name not in self.untouched:
             return
-        if module.name not in self._untouched:
-            self._untouched[module.name] = read_weight(module.base)
+        if module.name not in self.untouched:
+            self.untouched[module.name] = read_weight(module.base)
         change = module.stored_weight(total.dense(torch.float64))
         scaling = self.spec.modules[module.name].scaling
-        write_weight(module.base, _wide(self._untouched[module.name]) + scaling * change)
+        write_weight(module.base, _wide(self.untouched[module.name]) + scaling * change)
 
     def _check(self, state: GlobalState) -> None:
         faults = _differences(
@@ -266,13 +289,19 @@ class AdaptedModel:
             raise BridgeError("the global state does not belong to this model", faults)
 
 
-def _slots(module: AdaptedModule) -> list[str]:
+def side_slots(module: AdaptedModule) -> list[str]:
+    """The side adapters that a module has now."""
     return [slot for slot in (REMAINDER, DIFFERENCE) if module.side(slot) is not None]
 
 
 def _present(module: AdaptedModule) -> list[LowRank]:
-    sides = (module.side(slot) for slot in _slots(module))
+    sides = (module.side(slot) for slot in side_slots(module))
     return [side for side in sides if side is not None]
+
+
+def _adds(factors: Factors) -> bool:
+    """Whether the product is anything but zero."""
+    return bool(factors.A.any()) and bool(factors.B.any())
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -18,6 +19,7 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.exchange.spec import ModuleSpec
 from fedexlora.peft_bridge.names import EMBEDDING_KEYS, PRODUCT_KEYS
+from fedexlora.peft_bridge.wide_sum import WideSum
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class AdaptedModule(ABC):
     """The layer's path in the base model."""
     layer: LoraLayer
     adapter: str
+    wide_sums: list[WideSum] = field(default_factory=list, compare=False)
+    """The one of the layer while something rides beside its weight."""
 
     @property
     def scaling(self) -> float:
@@ -80,6 +84,37 @@ class AdaptedModule(ABC):
     def _placed(self, slot: str) -> tuple[Tensor, Tensor | None]:
         """What :meth:`_place` put there."""
 
+    @abstractmethod
+    def sample(self, x: Tensor, count: int) -> Tensor:
+        """Up to ``count`` of the vectors that the layer maps one by one, evenly from its input.
+
+        Of a convolution's input, up to ``count`` images, as their places are not mapped singly.
+        """
+
+    @abstractmethod
+    def _into_rank(self, a: Tensor, x: Tensor) -> Tensor:
+        """What the layer makes of its input ``x`` with ``a``, ``(n, d_in)``, for its weight."""
+
+    @abstractmethod
+    def _from_rank(self, b: Tensor, inner: Tensor) -> Tensor:
+        """``b``, ``(d_out, n)``, applied to what :meth:`_into_rank` made."""
+
+    def response(self, matrix: LowRank, x: Tensor) -> Tensor:
+        """What a layer with ``matrix`` for its weight, and no bias, would make of an input.
+
+        Args:
+            matrix: ``(d_out, d_in)``, unscaled.
+            x: the layer's input, in its own shape.
+
+        Returns:
+            In the shape of the layer's output, float64, on the device of ``x``.
+        """
+        wide = x.double() if x.is_floating_point() else x
+        value = matrix.to(torch.float64).value
+        if isinstance(value, Tensor):
+            return self._into_rank(value.to(x.device), wide)
+        return self._from_rank(value.B.to(x.device), self._into_rank(value.A.to(x.device), wide))
+
     def factors(self) -> Factors:
         """The live factors: views, not copies."""
         live = self.parameters()
@@ -128,6 +163,14 @@ class AdaptedModule(ABC):
         # PEFT makes every active adapter trainable.
         for parameter in (*frozen, *self._side_parameters()):
             parameter.requires_grad_(False)
+        self._set_wide_sum(set(layer.r) != {self.adapter})
+
+    def _set_wide_sum(self, wanted: bool) -> None:
+        """Add branches in float32 while there is one beside the weight."""
+        if wanted and not self.wide_sums:
+            self.wide_sums.append(WideSum(self.layer))
+        while self.wide_sums and not wanted:
+            self.wide_sums.pop().remove()
 
     def side(self, slot: str) -> LowRank | None:
         """What :meth:`set_side` added, as it is applied now but unscaled, or None."""
@@ -175,6 +218,25 @@ class ProductModule(AdaptedModule):
 
     def _kernel(self) -> tuple[int, ...]:
         return tuple(self.parameters()["A"].shape[2:])
+
+    def sample(self, x: Tensor, count: int) -> Tensor:
+        """Positions of tokens; images of a convolution."""
+        if not self._kernel():
+            return _evenly(x.flatten(0, -2), count)
+        return x[:count] if x.ndim == len(self._kernel()) + 2 else x
+
+    def _into_rank(self, a: Tensor, x: Tensor) -> Tensor:
+        if not self._kernel():
+            return x @ a.T
+        # The only way to the layer's own stride and padding with another weight than its own.
+        convolve: Any = self.base._conv_forward
+        made: Tensor = convolve(x, a.reshape(*a.shape[:1], -1, *self._kernel()), None)
+        return made
+
+    def _from_rank(self, b: Tensor, inner: Tensor) -> Tensor:
+        if not self._kernel():
+            return inner @ b.T
+        return torch.einsum("mr,nr...->nm...", b, inner)
 
     def _place(self, slot: str, a: Tensor, b: Tensor | None) -> None:
         down = copy.deepcopy(self.layer.lora_A[self.adapter])
@@ -224,6 +286,18 @@ class EmbeddingModule(AdaptedModule):
         """The inverse of :meth:`stored_weight`."""
         return weight.T
 
+    def sample(self, x: Tensor, count: int) -> Tensor:
+        """Tokens."""
+        return _evenly(x.flatten(), count)
+
+    def _into_rank(self, a: Tensor, x: Tensor) -> Tensor:
+        rows = nn.functional.embedding(x, a.T)
+        scale = self.layer._get_embed_scale()  # what some models multiply the rows by
+        return rows if scale is None else rows * scale.double()
+
+    def _from_rank(self, b: Tensor, inner: Tensor) -> Tensor:
+        return inner @ b.T
+
     def _place(self, slot: str, a: Tensor, b: Tensor | None) -> None:
         up = torch.eye(a.shape[0], device=a.device) if b is None else b
         self.layer.lora_embedding_A[slot] = nn.Parameter(a, requires_grad=False)
@@ -231,3 +305,10 @@ class EmbeddingModule(AdaptedModule):
 
     def _placed(self, slot: str) -> tuple[Tensor, Tensor | None]:
         return self.layer.lora_embedding_A[slot], self.layer.lora_embedding_B[slot]
+
+
+def _evenly(rows: Tensor, count: int) -> Tensor:
+    """Up to ``count`` rows, from the first to the last."""
+    if len(rows) <= count:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).long()]

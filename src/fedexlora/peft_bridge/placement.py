@@ -17,15 +17,21 @@ Placement = Literal["auto", "fold", "side"]
 
 
 def folded_modules(
-    model: PeftModel, modules: Mapping[str, AdaptedModule], placement: Placement
+    model: PeftModel,
+    modules: Mapping[str, AdaptedModule],
+    placement: Placement,
+    *,
+    narrow_products: bool = False,
 ) -> frozenset[str]:
     """The modules whose remainder is folded into the frozen weight.
 
     Args:
         model: the PEFT model.
         modules: its adapted modules.
-        placement: ``auto`` folds into float32 weights that no other layer shares; ``fold`` folds
-            into all; ``side`` into none.
+        placement: ``auto`` folds into float32 weights that no other layer shares and that every
+            forward pass multiplies in float32; ``fold`` folds into all; ``side`` into none.
+        narrow_products: whether some forward passes lose bits of float32 weights, as under
+            autocast.
 
     Raises:
         BridgeError: if ``fold`` is asked for and a weight is shared, with every such module.
@@ -42,6 +48,9 @@ def folded_modules(
         return frozenset(
             name
             for name, m in modules.items()
-            if name not in tied and m.weight.dtype == torch.float32 and not is_quantised(m.weight)
+            if not narrow_products
+            and name not in tied
+            and m.weight.dtype == torch.float32
+            and not is_quantised(m.weight)
         )
     return frozenset(modules) if placement == "fold" else frozenset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +32,10 @@ def read_weight(base: Any) -> Tensor:  # noqa: ANN401
     """The weight that a layer applies, as stored, float32 or wider, not shared with the layer."""
     weight: Tensor = base.weight
     if is_quantised(weight):
-        dense: Tensor = dequantize_module_weight(base)
+        # PEFT gives an 8-bit layer another weight on the way, which is half prepared to run.
+        with _as_it_is(weight), _as_it_is(getattr(base, "state", None)):
+            dense: Tensor = dequantize_module_weight(base)
+        base.weight = weight
         return dense.detach().float().clone()
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
@@ -50,6 +55,48 @@ def write_weight(base: Any, dense: Tensor) -> None:  # noqa: ANN401
     base.weight = fresh
     if hasattr(base, "state"):
         base.state.reset_grads()
+
+
+def multiplied_dtype(base: Any) -> torch.dtype:  # noqa: ANN401
+    """The dtype in which a layer multiplies its weight, where nothing casts it."""
+    if not is_quantised(base.weight):
+        dtype: torch.dtype = base.weight.dtype
+        return dtype
+    return getattr(base, "compute_dtype", None) or torch.float32
+
+
+@contextmanager
+def replaced_weight(base: Any, dense: Tensor) -> Iterator[None]:  # noqa: ANN401
+    """Have a layer apply another weight while the block runs; then the very one that it had.
+
+    Args:
+        base: the layer.
+        dense: the weight, in the layer's own shape; stored as the layer stores it.
+    """
+    kept = base.weight
+    data = kept.data
+    with _as_it_is(getattr(base, "state", None)):  # where 8-bit layers hold what they have run with
+        try:
+            if is_quantised(kept):
+                write_weight(base, dense)
+            else:
+                kept.data = dense.to(data.device, data.dtype)
+            yield
+        finally:
+            kept.data = data
+            base.weight = kept
+
+
+@contextmanager
+def _as_it_is(holder: object) -> Iterator[None]:
+    """Put back an object's attributes when the block ends; None has none."""
+    kept = dict(vars(holder)) if holder is not None else {}
+    try:
+        yield
+    finally:
+        if holder is not None:
+            vars(holder).clear()
+            vars(holder).update(kept)
 
 
 def half_ulp(weight: Tensor) -> Tensor:
