@@ -106,7 +106,7 @@ def test_the_examples_in_docstrings(tmp_path, monkeypatch, module):
 def test_a_name_with_a_dollar_is_drawn_as_it_is(tmp_path):
     """It is a name out of somebody's file: as a formula it would not even parse."""
     parts = {"residual": 1.0, "ideal": 2.0, "deviation": 0.5}
-    module = DeviationModuleRecord(module="a", layer=r"$\frac{", projection=r"q$\x", **parts)
+    module = DeviationModuleRecord(module="a", layer=r"$\frac{$", projection=r"q$\x$", **parts)
     record = DeviationRecord(sources=(), base="b", deviation=0.5, modules=(module,))
     draw_deviation(record, tmp_path / "map.svg")
     assert (tmp_path / "map.svg").stat().st_size > 0
