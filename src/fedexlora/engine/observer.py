@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,11 +30,18 @@ class RunInfo:
     """Rounds that were finished before, when a run is resumed."""
 
 
+_log = logging.getLogger(__name__)
+
+
 class Observer:
-    """Told what happens while it happens; never part of the result. This one does nothing."""
+    """Told what happens while it happens; never part of the result. This one logs notes only."""
 
     def preparing(self, what: str) -> None:
         """Something that takes a while before the first round."""
+
+    def note(self, what: str) -> None:
+        """Something of the data or the model that is no fault, and that users should know."""
+        _log.info("%s", what)
 
     def passed_over(self, fault: str) -> None:
         """A damaged checkpoint was passed over for the one before."""

@@ -16,9 +16,10 @@ from fedexlora.data.load import Splits, fingerprint, load_splits, load_train, lo
 from fedexlora.data.partition import split_clients
 from fedexlora.data.task import Task, prepare_task
 from fedexlora.data.tokenizer import prepare_tokenizer
-from fedexlora.engine.local import LocalTrainer, training_arithmetic, training_device
+from fedexlora.engine.local import LocalTrainer
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import ClientTable, Recipe
+from fedexlora.engine.training import training_arithmetic, training_device
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.peft_bridge.arithmetic import Arithmetic
@@ -200,6 +201,7 @@ def _load_model(
         dtype=recipe.model.dtype,
         quantization=recipe.model.quantization,
         unquantised=recipe.lora.get("modules_to_save") or (),
+        device=training_device(recipe.training),
     )
     shapes = _client_shapes(recipe, own, base, task.peft_task_type)
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
