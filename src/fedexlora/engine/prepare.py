@@ -23,6 +23,7 @@ from fedexlora.engine.training import training_arithmetic, training_device
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.export import file_names
 from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes, resolve_source
 from fedexlora.peft_bridge.model import AdaptedModel
@@ -212,6 +213,7 @@ def _load_model(
     model = AdaptedModel(peft_model, recipe.method.trained, placement, arithmetics)
     specs = {client: model.spec.reshaped(shape) for client, shape in shapes.items()}
     check_new_weights(new, model.spec.dense)
+    file_names(model)  # refused now, not when the adapter is written
     return tokenizer, model, specs
 
 
