@@ -83,6 +83,29 @@ def save_factors(
     _write(model, config, factors, dense, folder)
 
 
+def file_names(model: AdaptedModel) -> dict[str, str]:
+    """The names of PEFT's adapter file for the model, and for each our own.
+
+    Raises:
+        BridgeError: if PEFT's format has no place for something that is trained, or a place for
+            something that is not, so that the adapter would not be the model.
+    """
+    live = get_peft_model_state_dict(
+        model.peft_model, adapter_name=model.adapter, save_embedding_layers=False
+    )
+    ours = {f"{PREFIX}{name}" for name in model.spec.dense}
+    ours |= {f"{PREFIX}{n}.{key}" for n, m in model.modules.items() for key in m.keys().values()}
+    # PEFT lists all adapters of a layer, whatever its configurations say, and with `bias = "all"`
+    # the biases of trained heads also under the names of their wrappers.
+    twice = {REMAINDER, DIFFERENCE, "original_module", "modules_to_save"}
+    names = {key: key.replace(".base_layer.", ".") for key in live if not twice & {*key.split(".")}}
+    faults = [f"{name}: not in PEFT's adapter file" for name in ours - set(names.values())]
+    faults += [f"{key}: in PEFT's file, not trained" for key, x in names.items() if x not in ours]
+    if faults:
+        raise BridgeError("no PEFT adapter holds what [lora] trains", sorted(faults))
+    return names
+
+
 def _since_original(model: AdaptedModel, name: str, adapter: Factors) -> Factors:
     wide = adapter.to(torch.float64)
     if name not in model.taken_out:
@@ -133,22 +156,12 @@ def _write(
     dense: Mapping[str, Tensor],
     folder: Path,
 ) -> None:
-    live = get_peft_model_state_dict(
-        model.peft_model, adapter_name=model.adapter, save_embedding_layers=False
-    )
     known: dict[str, Tensor] = {f"{PREFIX}{name}": tensor for name, tensor in dense.items()}
     for name, pair in factors.items():
         module = model.modules[name]
         for letter, key in module.keys().items():
             value = pair.A if letter == "A" else pair.B
             known[f"{PREFIX}{name}.{key}"] = module.stored_factor(letter, value)
-    tensors = {}
-    for key in live:
-        if {REMAINDER, DIFFERENCE} & set(key.split(".")):
-            continue  # PEFT lists all adapters of a layer, whatever its configurations say
-        plain_key = key.replace(".base_layer.", ".")
-        tensors[key] = known.pop(plain_key).contiguous().cpu()
-    if known:
-        raise AssertionError(f"PEFT's adapter format has no place for {sorted(known)}")
+    tensors = {key: known[ours].contiguous().cpu() for key, ours in file_names(model).items()}
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

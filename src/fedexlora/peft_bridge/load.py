@@ -46,6 +46,12 @@ _GIVEN_ELSEWHERE = {
     "revision": "it is model.revision",
 }
 
+_TYPES: Mapping[str, Any] = {
+    "lora_alpha": float,
+    "init_lora_weights": bool | str,  # names with a number in them too
+}
+"""What ``LoraConfig`` takes where its annotations say otherwise."""
+
 
 def resolve_source(source: str) -> str:
     """The folder or hub name that a recipe's ``model.source`` means.
@@ -81,6 +87,7 @@ def load_base(
     dtype: Width = "float32",
     quantization: Quantization | None = None,
     unquantised: Iterable[str] = (),
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """A pre-trained model with a head for the task.
 
@@ -92,6 +99,8 @@ def load_base(
         quantization: store the linear layers in bitsandbytes' 8 or 4 bits.
         unquantised: modules that are trained whole, and so are not quantised; heads never are.
         config: changes to the model's own configuration (labels, padding token).
+        device: where quantised weights are; others are loaded on the processor. The processor by
+            default.
         seed: for weights that the files lack, such as a new head.
 
     Returns:
@@ -106,7 +115,7 @@ def load_base(
         _check_bitsandbytes(quantization)
         fields = quantization_fields(quantization, dtype, unquantised)
         options["quantization_config"] = BitsAndBytesConfig(**fields)
-        options["device_map"] = {"": "cuda" if torch.cuda.is_available() else "cpu"}
+        options["device_map"] = {"": str(device or "cpu")}
     set_seed(seed)
     try:
         model, report = _HEADS[task_type].from_pretrained(
@@ -148,7 +157,9 @@ def _check_bitsandbytes(quantization: Quantization) -> None:
 
 def lora_faults(options: Mapping[str, Any], table: str = "lora") -> list[str]:
     """Every fault of a recipe's ``[lora]`` table: unknown keys, with the nearest that PEFT has."""
-    return option_faults(table, options, LoraConfig, _GIVEN_ELSEWHERE, lambda: _config(options))
+    return option_faults(
+        table, options, LoraConfig, _GIVEN_ELSEWHERE, lambda: _config(options), types=_TYPES
+    )
 
 
 def _config(options: Mapping[str, Any], **more: str) -> LoraConfig:
