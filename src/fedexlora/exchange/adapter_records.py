@@ -136,6 +136,10 @@ class ExportRecord(Record):
     """The largest rank of a module."""
     error: float
     """|exported - global model| / |global model|, of the update: what a lower rank leaves out."""
+    worst_module: str
+    """The module that is farthest from the last version, read back from the adapter's files."""
+    worst_error: float
+    """How far that is, |exported - last version| / |last version|; includes what is left out."""
     rounding: float
     """The same for what a merged model's dtype rounds away; 0 for an adapter."""
     metrics: dict[str, float]

@@ -168,11 +168,13 @@ def _labels(model: PreTrainedModel, adapter: AdapterFile) -> int | None:
 
 def _vocabulary(model: PreTrainedModel, adapter: AdapterFile) -> int | None:
     """How many rows the adapter's own embedding has, where tokens were added to the base's."""
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    if known is None:
+        return None
     table = model.get_input_embeddings()
     name = next((n for n, module in model.named_modules() if module is table), None)
     stored = (f"{name}.weight", f"{name}.base_layer.weight")
     rows = {adapter.dense[key].shape[0] for key in stored if key in adapter.dense}
-    known = model.config.get_text_config().vocab_size
     return rows.pop() if len(rows) == 1 and rows != {known} else None
 
 
