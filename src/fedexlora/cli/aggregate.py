@@ -29,6 +29,13 @@ def aggregate(
         float | None,
         typer.Option("--tolerance", help="The largest error of a module, 0 to 1.", metavar="EPS"),
     ] = None,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="Pad all modules to one rank, for servers such as llama.cpp that need it.",
+        ),
+    ] = False,
     method: Annotated[
         str, typer.Option("--method", help="fedex is exact; fedit averages the factors.")
     ] = "fedex",
@@ -42,6 +49,12 @@ def aggregate(
             "--base",
             help="The base model: needed for --as merged, and where adapters name it differently.",
             metavar="MODEL",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task", help="PEFT's task type, where adapters name it differently.", metavar="NAME"
         ),
     ] = None,
     allow_missing: Annotated[
@@ -67,7 +80,9 @@ def aggregate(
                 method=method,
                 rank=rank,
                 tolerance=tolerance,
+                uniform_rank=uniform_rank,
                 base=base,
+                task=task,
                 allow_missing=allow_missing,
                 progress=progress,
             )

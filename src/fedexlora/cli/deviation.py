@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedexlora.cli.options import numbers, progress_over
+from fedexlora.cli.results import print_remarks
 from fedexlora.cli.tables import folding_table, width
 from fedexlora.cli.text import plain
 from fedexlora.texts import printable
@@ -37,6 +38,12 @@ def deviation(
         str | None,
         typer.Option("--base", help="The base model, if the adapters name it differently."),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task", help="PEFT's task type, where adapters name it differently.", metavar="NAME"
+        ),
+    ] = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Take a missing module for a zero update.")
     ] = False,
@@ -52,7 +59,12 @@ def deviation(
     given = numbers("--weights", weights)
     with progress_over("comparing") as progress:
         record = find_deviation(
-            adapters, given, base=base, allow_missing=allow_missing, progress=progress
+            adapters,
+            given,
+            base=base,
+            task=task,
+            allow_missing=allow_missing,
+            progress=progress,
         )
     if plot:
         draw_deviation(record, plot)
@@ -62,6 +74,10 @@ def deviation(
     console = Console(highlight=False)
     console.print(_fitting(console, "module", _modules(record)))
     console.print(_fitting(console, "projection", _grouped(record, lambda m: m.projection)))
+    for source in record.sources:
+        if source.names or source.zero or source.same_as:
+            console.print(f"             {plain(source.adapter)}", soft_wrap=True)
+            print_remarks(console, source)
     shares = ", ".join(f"{source.weight:.3g}" for source in record.sources)
     console.print(
         f"averaging the factors of these {len(record.sources)} adapters (shares {shares}) loses "

@@ -30,6 +30,13 @@ def export(
         float | None,
         typer.Option("--tolerance", help="The largest error of a module, 0 to 1.", metavar="EPS"),
     ] = None,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="Pad all modules to one rank, for servers such as llama.cpp that need it.",
+        ),
+    ] = False,
     base: Annotated[
         str | None,
         typer.Option("--base", help="For --as merged: other files of the base.", metavar="MODEL"),
@@ -54,6 +61,7 @@ def export(
         kind=kind,
         rank=rank,
         tolerance=tolerance,
+        uniform_rank=uniform_rank,
         base=base,
         evaluate=evaluate,
         push_to=push,
@@ -72,6 +80,11 @@ def _print(record: ExportRecord, out: Path, kind: str) -> None:
     console.print(f"run          {plain(record.run)}, {record.rounds} rounds", soft_wrap=True)
     lost = f"[yellow]{record.error:.2%}[/] of the update" if record.error else "[green]nothing[/]"
     console.print(f"left out     {lost}; rank {record.rank}")
+    console.print(
+        f"measured     worst module {plain(record.worst_module)}, off by {record.worst_error:.1e} "
+        f"of the last version's update",
+        soft_wrap=True,
+    )
     if kind == "merged":
         console.print(f"rounding     {record.rounding:.1e} of the update is lost in the weights")
     for name, value in record.metrics.items():

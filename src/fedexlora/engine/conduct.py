@@ -143,7 +143,9 @@ def _rounds(
         observer.finished_round(record)
     folder.prune(state.version, recipe.federation.history)  # a kill may have come in between
     with writing(folder.adapter), new_folder(folder.adapter) as path:
-        save_global(model, state, path)
+        written = save_global(model, state, path)
+    worst = {"worst_module": written.module, "worst_error": written.error}
+    folder.write_header({**header, "adapter": worst})
     return records
 
 

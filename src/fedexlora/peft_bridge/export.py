@@ -17,11 +17,12 @@ from fedexlora.algebra.product import compact
 from fedexlora.errors import BridgeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
+from fedexlora.peft_bridge.export_check import WrittenError, check_export
 from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
 from fedexlora.peft_bridge.names import PREFIX, bias_owner, shape_settings
 
 
-def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> None:
+def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> WrittenError:
     """Write the final global model, adapter and all remainders, as one PEFT adapter.
 
     On the untouched base its update is ``scaling * (total + B A)``, at the lowest rank that loses
@@ -32,23 +33,31 @@ def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> None:
         model: the model that the state belongs to.
         state: the version to write.
         folder: an existing folder.
+
+    Returns:
+        The worst module, of what was read back from the written files.
+
+    Raises:
+        ExactnessError: if a module or head that was written is not that of the model.
     """
+    wanted = {name: _wanted(model, state, name) for name in model.spec.modules}
+    scaled = {
+        # A bias of the factors is multiplied by the scaling.
+        name: tensor * model.spec.modules[owner].scaling if owner else tensor
+        for name, tensor in state.dense.items()
+        for owner in (bias_owner(name),)
+    }
     if all(total.is_zero for total in state.total.values()) and not model.taken_out:
         save_factors(model, state.adapter, state.dense, folder)
-        return
+        return check_export(folder, wanted, scaled)
     whole = {
         name: _whole(state.total[name], _since_original(model, name, pair), spec.scaling)
         for name, spec in model.spec.modules.items()
         for pair in (state.adapter[name],)
     }
     ones = dict.fromkeys(whole, 1.0)
-    dense = {
-        # A bias of the factors is multiplied by the scaling, which is 1 here.
-        name: tensor * model.spec.modules[owner].scaling if owner else tensor
-        for name, tensor in state.dense.items()
-        for owner in (bias_owner(name),)
-    }
-    _write(model, _config(model, whole, ones), whole, dense, folder)
+    _write(model, _config(model, whole, ones), whole, scaled, folder)
+    return check_export(folder, wanted, scaled)
 
 
 def save_factors(
@@ -104,6 +113,13 @@ def file_names(model: AdaptedModel) -> dict[str, str]:
     if faults:
         raise BridgeError("no PEFT adapter holds what [lora] trains", sorted(faults))
     return names
+
+
+def _wanted(model: AdaptedModel, state: GlobalState, name: str) -> LowRank:
+    """``scaling * (total + B A)`` on the untouched base, float64."""
+    since = _since_original(model, name, state.adapter[name])
+    whole = state.total[name].to(torch.float64).plus([since])
+    return whole.scaled(model.spec.modules[name].scaling)
 
 
 def _since_original(model: AdaptedModel, name: str, adapter: Factors) -> Factors:

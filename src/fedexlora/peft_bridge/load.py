@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from transformers import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from fedexlora.errors import BridgeError
 from fedexlora.peft_bridge.arithmetic import Width
@@ -71,10 +74,35 @@ def resolve_source(source: str) -> str:
     elif source.startswith((".", "/", "~")):
         folder = Path(source).expanduser()
     else:
+        _refuse_adapter(source, Path(source))
         return source
     if not folder.is_dir():
         raise BridgeError(f"model.source {source!r}: there is no folder {folder}")
+    _refuse_adapter(source, folder)
     return str(folder)
+
+
+def _refuse_adapter(source: str, folder: Path) -> None:
+    """Refuse an adapter as a base: transformers loads it with its own base, and PEFT loses it."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        named = None
+    base, merged = shlex.quote(str(named or "BASE")), f"{folder.resolve().name}-merged"
+    out = shlex.quote(f"./{merged}")
+    command = (
+        f"fedexlora aggregate {shlex.quote(str(folder))} --as merged --base {base} --out {out}"
+    )
+    raise BridgeError(
+        f"model.source {source!r} is an adapter ({path.name}), not a base model",
+        [
+            f"merge it first: {command}",
+            f"then set model.source = {json.dumps('./' + merged)}",
+        ],
+    )
 
 
 def load_base(
@@ -109,6 +137,8 @@ def load_base(
     Raises:
         BridgeError: if there is no such model, or bitsandbytes is needed and not installed.
     """
+    if found := find_adapter_config_file(source, revision=revision):
+        _refuse_adapter(source, Path(found).parent)
     width: torch.dtype = getattr(torch, dtype)
     options = dict(config)
     if quantization:
