@@ -24,24 +24,47 @@ _BARS = (24, 16, 8)
 
 
 def deviation(
-    adapters: Annotated[list[Path], typer.Argument(help="PEFT adapters.", metavar="ADAPTER_DIR")],
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(metavar="ADAPTER_DIR..."),
+    ],
     weights: Annotated[
-        str | None, typer.Option("--weights", help="One for each adapter.", metavar="1,2,5")
+        str | None,
+        typer.Option(
+            "--weights",
+            help="How much each adapter counts, e.g. its training rows; equal by default.",
+            metavar="1,2,5",
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="Also draw layers by projections.", metavar="FILE.png|svg|pdf"),
+        typer.Option(
+            "--plot",
+            help="Also draw a heat map, layers by projections.",
+            metavar="FILE.png|svg|pdf",
+        ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="The base model, if the adapters name it differently."),
+        typer.Option(
+            "--base",
+            help="The base model's name, where the adapters call one base by different names.",
+            metavar="MODEL",
+        ),
     ] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Take a missing module for a zero update.")
+        bool,
+        typer.Option(
+            "--allow-missing",
+            help="Take a layer that an adapter lacks for a zero update, instead of refusing it.",
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
-    """Show how far averaging adapters' factors is from averaging their updates."""
+    """Show how far averaging adapters' factors is from averaging their updates.
+
+    ADAPTER_DIR is a folder as PEFT saves an adapter; all are for one base model.
+    """
     from fedexlora.adapters.deviation import deviation as find_deviation
 
     if plot:

@@ -12,18 +12,20 @@ from fedexlora.cli.aggregate import aggregate
 from fedexlora.cli.deviation import deviation
 from fedexlora.cli.export import export
 from fedexlora.cli.methods import methods
-from fedexlora.cli.run import run
+from fedexlora.cli.recipes import recipes
+from fedexlora.cli.run import EPILOG, run
 from fedexlora.cli.text import plain
 from fedexlora.errors import FedexLoraError
 
 app = typer.Typer(
     name="fedexlora",
     help="Federated LoRA fine-tuning whose aggregation is exact, and measured.",
+    epilog="Start with: fedexlora recipes. What a command takes: fedexlora run --help.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
-app.command()(run)
+app.command(epilog=EPILOG)(run)
+app.command()(recipes)
 app.command()(aggregate)
 app.command()(deviation)
 app.command()(export)

@@ -15,6 +15,7 @@ from fedexlora.cli.text import plain, printable
 from fedexlora.engine.conduct import RunResult
 from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.recipe import Recipe
+from fedexlora.engine.threads import describe_threads
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.methods import METHODS, Method
 
@@ -67,6 +68,7 @@ class Terminal(Observer):
             f"rows; {info.modules} adapted modules in {info.precision}, "
             f"{info.trained_parameters:,} trained parameters"
         )
+        self.console.print(_threads(), soft_wrap=True)
         if info.finished:
             self.console.print(f"resumed after round {len(info.finished)}")
         else:
@@ -141,6 +143,13 @@ def _print_table(console: Console, result: RunResult, title: str) -> None:
     ]
     header = ["round", *names, "averaging\nloses", "error", "MB up", "MB down", "seconds"]
     print_blocks(console, f"{title}, scores on the validation rows", header, rows)
+
+
+def _threads() -> str:
+    threads = describe_threads()
+    waiting = [f"{name}={value}" for name, value in threads["thread_waiting"].items()]
+    told = plain(f" ({', '.join(waiting)})") if waiting else ""
+    return f"PyTorch's processor threads: {threads['torch_threads']}{told}; --threads changes that"
 
 
 def _folding(result: RunResult) -> str:

@@ -23,6 +23,7 @@ from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.prepare import Prepared
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.round import Federation, run_round
+from fedexlora.engine.threads import describe_threads
 from fedexlora.engine.transport import Transport
 from fedexlora.errors import BridgeError, RecipeError, ResumeError
 from fedexlora.exchange.files import new_folder
@@ -241,7 +242,7 @@ def _header(
             "system": platform.system(),
             "processor": platform.machine(),
             "cores": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
+            **describe_threads(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "data": prepared.data_fingerprint,
