@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from fedexlora.cli.main import main
 from fedexlora.cli.tables import print_blocks, print_entry
 from fedexlora.cli.text import plain, printable
 from tests.cli.invoke import fedexlora
@@ -88,3 +90,25 @@ def test_no_command_cuts_what_it_prints(columns, whole, updates, tmp_path):  # n
         assert word in shown[1].stdout or columns == 40
     for paper in ("arXiv:2410.09432", "arXiv:2305.05644", "arXiv:2403.12313"):
         assert paper in shown[0].stdout or columns == 40
+
+
+def test_a_terminal_that_writes_ascii_only_gets_everything_but_the_bars(updates, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    named = updates[0].parent.parent / "größe"
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setattr("sys.argv", ["fedexlora", "deviation", *map(str, updates)])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as end:
+        main()
+    stream.flush()
+    shown = stream.buffer.getvalue().decode("ascii")
+    assert end.value.code == 0
+    assert "attention.self.query" in shown
+    assert "\\u" not in shown
+    monkeypatch.setattr("sys.argv", ["fedexlora", "recipes", "--write", str(named)])
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit) as end:
+        main()
+    sys.stderr.flush()
+    assert end.value.code == 2
+    assert b"gr\\xf6" in sys.stderr.buffer.getvalue()

@@ -113,8 +113,8 @@ def _grouped(
 
 
 def _fitting(console: Console, first: str, rows: list[tuple[str, float, float]]) -> Table:
-    """Names, deviations and norms; with bars if there is room for them."""
-    for length in _BARS:
+    """Names, deviations and norms; with bars if there is room for them, and a way to print them."""
+    for length in () if console.options.ascii_only else _BARS:
         table = _table(first, rows, length)
         if width(console, table) <= console.width:
             return table

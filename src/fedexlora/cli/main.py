@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
 import typer
 from rich.console import Console
@@ -43,6 +44,9 @@ def _version(
 
 def main() -> None:
     """Run the command line; exit 0 done, 1 a run failed, 2 the input was wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names may hold what the terminal cannot write
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except FedexLoraError as error:
