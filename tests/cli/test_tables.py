@@ -7,13 +7,13 @@ import re
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from fedexlora.cli.main import main
 from fedexlora.cli.tables import print_blocks, print_entry
-from fedexlora.cli.text import plain, printable
+from fedexlora.cli.text import make_console, plain, printable
 from tests.cli.invoke import fedexlora
 from tests.engine.conftest import data_folder, whole  # noqa: F401 - fixtures
 
@@ -58,9 +58,12 @@ def test_an_entry_goes_on_below_its_text(columns):
     assert "".join(lines(shown)).count("update") == 9
 
 
+@settings(deadline=None)
+@example("site :warning: [red] \\[b] \\")
 @given(st.text())
 def test_outside_text_is_shown_and_never_obeyed(text):
-    shown = Console(file=io.StringIO(), width=10**6, highlight=False, color_system=None)
+    shown = make_console()
+    shown.file = io.StringIO()
     shown.print(f"[bold]{plain(text)}[/] and more", soft_wrap=True)
     assert shown.file.getvalue() == f"{printable(text)} and more\n"
     assert all(c.isprintable() or c == "\n" for c in printable(text))

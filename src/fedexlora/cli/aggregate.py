@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from fedexlora.cli.completion import METHODS
 from fedexlora.cli.options import numbers, progress_over
 from fedexlora.cli.results import print_aggregation, print_merged
-from fedexlora.cli.text import plain
+from fedexlora.cli.text import make_console, plain
 from fedexlora.errors import InputError
 
 
@@ -109,4 +108,4 @@ def aggregate(
         typer.echo(record.model_dump_json())
         return
     print_aggregation(record)
-    Console(highlight=False).print(f"adapter      [bold]{plain(out)}[/]", soft_wrap=True)
+    make_console().print(f"adapter      [bold]{plain(out)}[/]", soft_wrap=True)

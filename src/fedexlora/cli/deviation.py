@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fedexlora.cli.options import numbers, progress_over
 from fedexlora.cli.tables import folding_table, width
-from fedexlora.cli.text import plain, printable
+from fedexlora.cli.text import make_console, plain, printable
 
 if TYPE_CHECKING:
     from fedexlora.exchange.adapter_records import DeviationModuleRecord, DeviationRecord
@@ -81,7 +81,7 @@ def deviation(
     if as_json:
         typer.echo(record.model_dump_json())
         return
-    console = Console(highlight=False)
+    console = make_console()
     console.print(_fitting(console, "module", _modules(record)))
     console.print(_fitting(console, "projection", _grouped(record, lambda m: m.projection)))
     shares = ", ".join(f"{source.weight:.3g}" for source in record.sources)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from fedexlora.cli.options import progress_over
-from fedexlora.cli.text import plain
+from fedexlora.cli.text import make_console, plain
 from fedexlora.engine.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def export(
 
 
 def _print(record: ExportRecord, out: Path, kind: str) -> None:
-    console = Console(highlight=False)
+    console = make_console()
     console.print(f"run          {plain(record.run)}, {record.rounds} rounds", soft_wrap=True)
     lost = f"[yellow]{record.error:.2%}[/] of the update" if record.error else "[green]nothing[/]"
     console.print(f"left out     {lost}; rank {record.rank}")

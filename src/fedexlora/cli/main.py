@@ -6,7 +6,6 @@ import sys
 from io import TextIOWrapper
 
 import typer
-from rich.console import Console
 
 from fedexlora import __version__
 from fedexlora.cli.aggregate import aggregate
@@ -15,7 +14,7 @@ from fedexlora.cli.export import export
 from fedexlora.cli.methods import methods
 from fedexlora.cli.recipes import recipes
 from fedexlora.cli.run import EPILOG, run
-from fedexlora.cli.text import plain
+from fedexlora.cli.text import make_console, plain
 from fedexlora.errors import FedexLoraError
 
 app = typer.Typer(
@@ -56,5 +55,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {plain(message)}")
+    make_console(stderr=True).print(f"[bold red]error[/] {plain(message)}", soft_wrap=True)
     sys.exit(code)

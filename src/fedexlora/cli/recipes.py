@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from fedexlora.cli.tables import folding_table
-from fedexlora.cli.text import plain
+from fedexlora.cli.text import make_console, plain
 from fedexlora.errors import InputError
 
 
@@ -36,7 +35,7 @@ def recipes(
 ) -> None:
     """List the recipes that come with the package, or write one to a file."""
     known = packaged_recipes()
-    console = Console(highlight=False)
+    console = make_console()
     if write is None:
         table = folding_table("recipe", "what it is")
         for name, path in known.items():

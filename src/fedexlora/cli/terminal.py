@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedexlora.cli.options import progress_bars
 from fedexlora.cli.tables import print_blocks, print_entry
-from fedexlora.cli.text import plain, printable
+from fedexlora.cli.text import make_console, plain, printable
 from fedexlora.engine.conduct import RunResult
 from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.recipe import Recipe
@@ -32,7 +32,7 @@ class Terminal(Observer):
     """A progress display while a run goes on; without a terminal, only the lines."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        self.console = make_console()
         self._progress = progress_bars(self.console)
         self._rounds = self._progress.add_task("preparing", total=None)
         self._work = self._progress.add_task("", total=None)
@@ -114,7 +114,7 @@ class Terminal(Observer):
 
 def closing(result: RunResult, recipe: Recipe) -> None:
     """The table at the end of a run, where the adapter is, and what to do next."""
-    console = Console(highlight=False)
+    console = make_console()
     method = recipe.method
     _print_table(console, result, method.title)
     for label, text in _verdict(result, method):

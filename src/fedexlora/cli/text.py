@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.markup import escape
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Where a command prints to; nothing in a text is coloured or replaced by itself."""
+    return Console(stderr=stderr, highlight=False, emoji=False)
 
 
 def printable(text: object) -> str:
