@@ -147,6 +147,7 @@ def test_an_upload_happens_only_when_it_is_asked_for(whole, tmp_path, hub):
     assert record.pushed_to == f"{hub.endpoint}/lab/topics"
     assert hub.repositories["lab/topics"]["visibility"] == "private"
     assert hub.files == files(tmp_path / "sent")
+    assert 'folder = "lab/topics"' in (tmp_path / "sent" / "README.md").read_text()
 
 
 def test_a_refused_upload_exits_1_and_keeps_the_folder(whole, tmp_path, hub):

@@ -10,7 +10,6 @@ import tomlkit
 import torch
 from transformers import BertForMaskedLM
 
-from fedexlora.engine import surroundings
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import parse_recipe
 from fedexlora.engine.rescore import rescore

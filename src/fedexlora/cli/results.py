@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fedexlora.cli.options import progress_over, size
-from fedexlora.cli.text import plain
+from fedexlora.cli.text import make_console, plain
 from fedexlora.engine.quiet import quiet_libraries
 from fedexlora.exchange.adapter_records import AggregationRecord, SourceRecord
 
@@ -28,7 +28,7 @@ def print_merged(
         typer.echo(json.dumps(both))
         return
     print_aggregation(record)
-    console = Console(highlight=False)
+    console = make_console()
     console.print(
         f"rounding     [yellow]{merged.error:.1e}[/] of the update is lost in {merged.dtype} "
         f"weights; worst {merged.worst_error:.1e} in {plain(merged.worst_module)}",
@@ -39,7 +39,7 @@ def print_merged(
 
 def print_aggregation(record: AggregationRecord) -> None:
     """What went in, what came out, and what was left out."""
-    console = Console(highlight=False)
+    console = make_console()
     for source in record.sources:
         console.print(f"{source.weight:7.4f}      {plain(source.adapter)}", soft_wrap=True)
         if source.missing:

@@ -12,8 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedexlora.engine import surroundings
 from fedexlora.engine.divergence import check_finite, check_score
+from fedexlora.engine.environment import (
+    describe_environment,
+    environment_changes,
+    resumed_header,
+)
 from fedexlora.engine.folder import Progress, RunFolder, writing
 from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.prepare import Prepared, scoring_arithmetic
@@ -89,11 +93,11 @@ def conduct(
             header = _header(prepared, rows, prepared.evaluate(observer))
             check_score("before round 1", header["initial_metrics"], ())
             folder.write_header(header)
-        elif changes := surroundings.changes(header, prepared.model):
+        elif changes := environment_changes(header, prepared.model):
             for change in changes:
                 observer.note(f"resumed with other software or hardware: {change}")
             finished = progress.state.version if progress else 0
-            header = surroundings.resumed(header, finished, prepared.model)
+            header = resumed_header(header, finished, prepared.model)
             folder.write_header(header)
         with _settled_heap():
             records = _rounds(prepared, folder, progress, header, connect, keep_updates, observer)
@@ -241,7 +245,7 @@ def _header(
 ) -> dict[str, Any]:
     """What holds for the whole run and is not in its recipe."""
     return {
-        **surroundings.of(prepared.model),
+        **describe_environment(prepared.model),
         "data": prepared.data_fingerprint,
         "base": prepared.model.base_fingerprint,
         "precision": prepared.model.precision(),

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from fedexlora import __version__
+from fedexlora.engine.threads import describe_threads
 from fedexlora.peft_bridge.model import AdaptedModel
 
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors")
 
 
-def of(model: AdaptedModel) -> dict[str, Any]:
+def describe_environment(model: AdaptedModel) -> dict[str, Any]:
     """Versions and machine of this process, for ``run.json``.
 
     Args:
@@ -30,14 +31,14 @@ def of(model: AdaptedModel) -> dict[str, Any]:
             "system": platform.system(),
             "processor": platform.machine(),
             "cores": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
+            **describe_threads(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "device": str(next(model.peft_model.parameters()).device),
         },
     }
 
 
-def changes(header: Mapping[str, Any], model: AdaptedModel) -> list[str]:
+def environment_changes(header: Mapping[str, Any], model: AdaptedModel) -> list[str]:
     """In what this process differs from the one that ran the rounds so far.
 
     Of the machine it is the device alone: that a run moved is no news to whoever moved it.
@@ -46,7 +47,7 @@ def changes(header: Mapping[str, Any], model: AdaptedModel) -> list[str]:
         header: the run's.
         model: the model of this process.
     """
-    here, there = of(model), (header.get("resumed") or [header])[-1]
+    here, there = describe_environment(model), (header.get("resumed") or [header])[-1]
     pairs = {"fedexlora": (there.get("fedexlora"), here["fedexlora"])}
     for table, keys in (("packages", _PACKAGES), ("machine", ("device",))):
         held = there.get(table) or {}
@@ -54,7 +55,7 @@ def changes(header: Mapping[str, Any], model: AdaptedModel) -> list[str]:
     return [f"{key} {old} there, {new} here" for key, (old, new) in pairs.items() if old != new]
 
 
-def resumed(header: Mapping[str, Any], finished: int, model: AdaptedModel) -> dict[str, Any]:
+def resumed_header(header: Mapping[str, Any], finished: int, model: AdaptedModel) -> dict[str, Any]:
     """The header with what the run goes on with, beside what it was started with.
 
     Args:
@@ -63,4 +64,7 @@ def resumed(header: Mapping[str, Any], finished: int, model: AdaptedModel) -> di
         model: the model of this process.
     """
     before = header.get("resumed", ())
-    return {**header, "resumed": [*before, {"after_round": finished, **of(model)}]}
+    return {
+        **header,
+        "resumed": [*before, {"after_round": finished, **describe_environment(model)}],
+    }
