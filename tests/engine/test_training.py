@@ -10,6 +10,7 @@ import tomlkit
 import torch
 from transformers import BertForMaskedLM
 
+from fedexlora.engine import environment
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import parse_recipe
 from fedexlora.engine.rescore import rescore
@@ -142,11 +143,11 @@ def test_a_resume_says_in_what_software_it_differs_and_keeps_it(document, tmp_pa
 
     assert resume(1) == []
     assert "resumed" not in json.loads((tmp_path / "run" / "run.json").read_text())
-    real = surroundings.version
+    real = environment.version
     monkeypatch.setattr(
-        surroundings, "version", lambda name: "9.9" if name == "peft" else real(name)
+        environment, "version", lambda name: "9.9" if name == "peft" else real(name)
     )
-    monkeypatch.setattr(surroundings, "__version__", "0.0.0")
+    monkeypatch.setattr(environment, "__version__", "0.0.0")
     said = resume(2)
     assert [note.split(": ")[1].split()[0] for note in said] == ["fedexlora", "peft"]
     assert all(note.endswith((" 0.0.0 here", " 9.9 here")) for note in said)
