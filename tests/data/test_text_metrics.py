@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedexlora.data import score
-from fedexlora.data.score import Score
-from fedexlora.data.text_metrics import java
+from fedexlora.data.score import Score, UncomputedError
+from fedexlora.data.text_metrics import java, table
 from fedexlora.data.text_metrics.table import (
     E2E_METRICS,
     TEXT_METRICS,
+    TextMetric,
     metric_faults,
     text_scores,
 )
@@ -148,6 +149,24 @@ def test_a_program_that_fails_leaves_its_score_uncomputed(monkeypatch):
     (found,) = text_scores(["meteor"], ["a"], [["a"]])
     assert found.value is None
     assert found.reason == "pycocoevalcap has no meteor/meteor-1.5.jar"
+
+
+@pytest.mark.parametrize("script", ["exec sleep 60", "exit 1", "echo text; exec cat"])
+def test_a_program_that_hangs_ends_or_babbles_is_ended(tmp_path, monkeypatch, script):
+    (tmp_path / "java").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(java, "SECONDS", 0.3)
+    monkeypatch.setattr(java, "_jar", lambda name: tmp_path / "meteor.jar")
+    with pytest.raises(UncomputedError, match="METEOR"):
+        java.meteor([["a"], ["b"]], ["a", "b"])
+
+
+def test_a_value_that_is_no_number_is_not_computed(monkeypatch):
+    metric = TextMetric(lambda corpus: math.nan, (), "program")
+    monkeypatch.setattr(table, "TEXT_METRICS", {"m": metric})
+    (found,) = text_scores(["m"], ["a"], [["a"]])
+    assert (found.value, found.reason) == (None, "its value is nan")
 
 
 def test_a_score_has_a_value_or_a_reason():

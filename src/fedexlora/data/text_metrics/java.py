@@ -8,8 +8,9 @@ references.
 from __future__ import annotations
 
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
@@ -21,6 +22,7 @@ PTB = "tokenizer/stanford-corenlp-3.4.1.jar"
 METEOR = "meteor/meteor-1.5.jar"
 METEOR_OPTIONS = ("-", "-", "-stdio", "-l", "en", "-norm")
 LAST_LINE = "end"
+SECONDS = 3600.0  # that a program may take; far more than METEOR needs for 5,000 rows
 
 
 def ptb_tokens(texts: Sequence[str]) -> list[str]:
@@ -35,7 +37,12 @@ def ptb_tokens(texts: Sequence[str]) -> list[str]:
     command = ["java", *UTF8, "-cp", str(_jar(PTB)), *words]
     # A last line that is not empty, so that empty ones before it are not dropped.
     lines = "\n".join([*map(_one_line, texts), LAST_LINE])
-    done = subprocess.run(command, input=_encoded(lines), capture_output=True, check=False)
+    try:
+        done = subprocess.run(
+            command, input=_encoded(lines), capture_output=True, check=False, timeout=SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UncomputedError(f"the PTB tokenizer failed: {error}") from None
     tokens = done.stdout.decode("utf-8", "replace").rstrip("\n").split("\n")
     if done.returncode or len(tokens) != len(texts) + 1 or tokens[-1] != LAST_LINE:
         raise UncomputedError(
@@ -78,7 +85,7 @@ class _Dialogue:
             raise UncomputedError(f"METEOR ended early: {error}") from None
         found = [self._read.readline() for _ in range(answers)]
         if not all(found):
-            raise UncomputedError("METEOR ended before its answer")
+            raise UncomputedError(f"METEOR ended, or took {SECONDS:.0f} s, before its answer")
         return [x.decode("utf-8", "replace").strip() for x in found]
 
 
@@ -86,20 +93,29 @@ class _Dialogue:
 def _meteor_process() -> Iterator[_Dialogue]:
     jar = _jar(METEOR)
     command = ["java", *UTF8, "-Xmx2G", "-jar", str(jar), *METEOR_OPTIONS]
-    process = subprocess.Popen(
-        command,
-        cwd=jar.parent,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=jar.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError as error:
+        raise UncomputedError(f"METEOR does not start: {error}") from None
     assert process.stdin is not None
     assert process.stdout is not None
+    limit = threading.Timer(SECONDS, process.kill)
+    limit.start()
     try:
         yield _Dialogue(process.stdin, process.stdout)
     finally:
+        limit.cancel()
         process.kill()
-        process.communicate()
+        process.stdout.close()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        process.wait()
 
 
 def _jar(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -81,10 +82,13 @@ def text_scores(
 
 def _score(name: str, corpus: Corpus) -> Score:
     metric = TEXT_METRICS[name]
-    value, reason = None, "; ".join(missing(metric.requirements)) or None
+    value: float | None = None
+    reason = "; ".join(missing(metric.requirements)) or None
     if reason is None:
         try:
             value = metric.function(corpus)
         except UncomputedError as error:
             reason = str(error)
+    if value is not None and not math.isfinite(value):
+        value, reason = None, f"its value is {value}"
     return Score(name, value, reason, metric.implementation, versions(metric.requirements))
