@@ -11,11 +11,13 @@ _PIPELINES = {
     "classification": "text-classification",
     "regression": "text-classification",
     "causal-lm": "text-generation",
+    "chat": "text-generation",
 }
 _LOADERS = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
+    "chat": "AutoModelForCausalLM",
 }
 
 

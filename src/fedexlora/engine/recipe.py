@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedexlora.data.config import DataConfig, PartitionConfig, TaskConfig
+from fedexlora.data.config import LONGEST_CHAT_TEMPLATE, DataConfig, PartitionConfig, TaskConfig
 from fedexlora.engine.participation import Participation
 from fedexlora.engine.screening import Screening
 from fedexlora.errors import RecipeError
@@ -162,7 +162,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: a TOML file.
+        path: a TOML file; ``task.chat_template`` may name a file, whose text takes its place.
         overrides: ``table.key=value``, the value in TOML or else taken as text.
 
     Raises:
@@ -177,6 +177,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path}: not valid TOML: {error}") from error
     for override in overrides:
         _set(document, override)
+    _read_chat_template(document)
     return parse_recipe(document, str(path))
 
 
@@ -284,6 +285,29 @@ def _client_faults(key: str, table: ClientTable, recipe: Recipe) -> list[str]:
     if recipe.lora.get("lora_bias"):
         faults.append(f"{key}.lora: not together with lora.lora_bias, which the scaling multiplies")
     return faults
+
+
+def _read_chat_template(document: dict[str, Any]) -> None:
+    """Put a template's text in the place of its file's name, which means nothing to other machines.
+
+    Raises:
+        RecipeError: if the file cannot be read.
+    """
+    task = document.get("task")
+    named = task.get("chat_template") if isinstance(task, dict) else None
+    if not isinstance(task, dict) or not isinstance(named, str) or not _names_template(named):
+        return
+    try:
+        with Path(named).open(encoding="utf-8") as file:
+            # one more than is allowed, so that a longer one is refused and not cut
+            task["chat_template"] = file.read(LONGEST_CHAT_TEMPLATE + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"task.chat_template: {named} cannot be read: {reason}") from error
+
+
+def _names_template(text: str) -> bool:
+    return text.endswith(".jinja") and "\n" not in text and "{" not in text
 
 
 def _set(document: dict[str, Any], override: str) -> None:
