@@ -266,24 +266,24 @@ ON, OFF = "{%- generation -%}", "{%- endgeneration -%}"
     [
         (
             HEAD + ON + "{{- m.content }}" + OFF + "{{- '<|im_end|>\\n' }}",
-            "'<.im_end.>' is answer, but not marked",
+            r"'<.im_end.>\\n' is a part of an answer, but not marked",
         ),
         (
             ON + HEAD + "{{- m.content + '<|im_end|>\\n' }}" + OFF,
-            "'<.im_start.>' is marked, but not part of an answer",
+            r"'<.im_start.>assistant\\n' is marked, but of no answer",
         ),
         (
             HEAD + "{{- m.content[:1] }}" + ON + "{{- m.content[1:] + '<|im_end|>\\n' }}" + OFF,
-            "'f' is answer, but not marked",
+            "'f' is a part of an answer, but not marked",
         ),
         (
             HEAD + "{{- m.content + '<|im_end|>\\n' }}" + ON + "{{- '' }}" + OFF,
-            "'f.*' is answer, but not marked",
+            r"'first<.im_end.>\\n' is a part of an answer, but not marked",
         ),
     ],
 )
 def test_marks_that_are_not_the_answers_are_refused(body, fault):
-    with pytest.raises(DataError, match=f"own marks are not its answers\n  row 1: {fault}"):
+    with pytest.raises(DataError, match=f"correct its marks, .*\n  row 1: {fault}"):
         tokenize([MULTI], chat_tokenizer("chatml", marked(body)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import datasets
@@ -89,7 +90,11 @@ class Chat:
         numbers = Dataset.from_dict({"row": range(len(chats))})
         result = tokenized(numbers, encode, datasets.Sequence(Value("int32")))
         if faults:
-            raise DataError("the template's own marks are not its answers", _shown(faults))
+            raise DataError(
+                "what the chat template marks with {% generation %} is not what it prompts for; "
+                "correct its marks, or leave them out (task.chat_template)",
+                _shown(faults),
+            )
         check_targets(result)
         return result
 
@@ -168,10 +173,13 @@ def _targets(chat: WrittenChat, tokens: Sequence[Span]) -> tuple[list[bool], str
     if chat.marks is None:
         return answers, None
     marked = _covered(tokens, chat.marks)
-    for (start, end), answer, mark in zip(tokens, answers, marked, strict=True):
-        if answer != mark and chat.text[start:end].strip():
-            what = ("answer", "not marked") if answer else ("marked", "not part of an answer")
-            return marked, f"{short(chat.text[start:end])} is {what[0]}, but {what[1]}"
+    runs = groupby(zip(tokens, answers, marked, strict=True), key=lambda x: x[1:])
+    for (answer, mark), run in runs:
+        places = [place for place, _, _ in run]
+        text = chat.text[places[0][0] : places[-1][1]]
+        if answer != mark and text.strip():
+            what = "a part of an answer, but not marked" if answer else "marked, but of no answer"
+            return marked, f"{short(text)} is {what}"
     return marked, None
 
 
