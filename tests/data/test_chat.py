@@ -9,7 +9,7 @@ from datasets import Dataset, Features, Sequence, Value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from fedexlora.data.config import ChatTask
 from fedexlora.data.cuts import CutRows
@@ -300,6 +300,11 @@ def test_a_tokenizer_without_a_template_is_refused_with_the_key_that_gives_one()
         tokenize(CHATS, tokenizer)
     given = tokenize(CHATS, tokenizer, chat_template=template("chatml"))
     assert list(given) == list(tokenize(CHATS, _TOKENIZERS["chatml"]))
+
+
+def test_a_tokenizer_that_does_not_say_where_its_tokens_are_is_refused():
+    with pytest.raises(DataError, match=r"\(a tokenizer.json\), found ByT5Tokenizer"):
+        tokenize(CHATS, ByT5Tokenizer(), chat_template=template("chatml"))
 
 
 def test_a_template_that_writes_the_day_is_refused_or_given_one():

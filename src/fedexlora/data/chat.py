@@ -60,7 +60,7 @@ class Chat:
                 read it, or its own marks of what is generated are not the assistant's turns, or
                 some row has no target.
         """
-        if not tokenizer.is_fast:
+        if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 "the tokenizer: chat needs one that says where in a text its tokens are (a "
                 f"tokenizer.json), found {type(tokenizer).__name__}"
