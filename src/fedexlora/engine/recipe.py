@@ -193,7 +193,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: a TOML file.
+        path: a TOML file; ``task.chat_template`` may name a file, whose text takes its place.
         overrides: ``table.key=value``, the value in TOML or else taken as text.
 
     Raises:
