@@ -3,6 +3,7 @@
 recipe.toml     the resolved recipe        run.json      versions, data, score before round 1
 rounds.jsonl    one record a round         checkpoints/  the last versions of the global model
 adapter/        the final global model     updates/      with --keep-updates, what clients sent
+adapter.json    its worst module, read back from its files
 """
 
 from __future__ import annotations
