@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tomllib
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
+import tomlkit
 import typer
 from rich.text import Text
 
 from fedexlora.cli.tables import folding_table
 from fedexlora.cli.text import make_console, plain
+from fedexlora.engine.recipe_file import read_document
 from fedexlora.errors import InputError
 
 
@@ -48,15 +51,29 @@ def recipes(
     target = Path(f"{write}.toml")
     if target.exists():
         raise InputError(f"--write {write}: {target} exists already")
-    target.write_bytes(known[write].read_bytes())
+    target.write_text(_whole(known[write]), encoding="utf-8")
     console.print(f"recipe       [bold]{plain(target)}[/]")
     console.print(f"run it       fedexlora run {target} --out runs/{write}", soft_wrap=True)
 
 
+def _whole(path: Path) -> str:
+    """A recipe by itself: with the values of the one that it extends, and the comments of both."""
+    document = read_document(path)
+    extended = tomllib.loads(path.read_text(encoding="utf-8")).get("extends")
+    if extended is None:
+        return path.read_text(encoding="utf-8")
+    comments = [*_comment(path), "#", *_comment(path.parent / extended)]
+    return "\n".join([*comments, "", tomlkit.dumps(document)])
+
+
+def _comment(path: Path) -> list[str]:
+    """The lines that a recipe begins with."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return list(takewhile(lambda line: line.startswith("#"), lines))
+
+
 def _title(path: Path) -> str:
     """The first sentence of a recipe's opening comment."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comment = takewhile(lambda line: line.startswith("#"), lines)
-    words = " ".join(line.removeprefix("#").strip() for line in comment)
+    words = " ".join(line.removeprefix("#").strip() for line in _comment(path))
     ends = [words.find(end) for end in (". ", "? ") if end in words]
     return words[: min(ends) + 1] if ends else words
