@@ -47,6 +47,8 @@ def record(finished):
         rounds=3,
         rank=2,
         error=0.0,
+        worst_error=0.0,
+        worst_module="",
         rounding=0.0,
         metrics=finished.records[-1].metrics,
         exported_metrics=None,
@@ -108,6 +110,15 @@ TASKS = {
     "prompt": (
         {"kind": "causal-lm", "prompt": "p", "completion": "c"}
         | {"prompt_template": "Q: {prompt}\n'''\"\"\""},
+        {},
+        "CAUSAL_LM",
+        "gpt2",
+    ),
+    "chat": (
+        {
+            "kind": "chat",
+            "chat_template": "{% for m in messages %}'\"{{ m.content }}\n{% endfor %}",
+        },
         {},
         "CAUSAL_LM",
         "gpt2",

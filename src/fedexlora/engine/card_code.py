@@ -126,7 +126,8 @@ def _question(task: TaskConfig) -> list[str]:
             *([f"tokenizer.chat_template = {literal(given)}"] if given else []),
             'conversation = [{"role": "user", "content": "A question"}]',
             "inputs = tokenizer.apply_chat_template(",
-            '    conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            '    conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True,',
+            '    tokenizer_kwargs={"return_token_type_ids": False},',
             ")",
             *_ANSWER,
         ]
