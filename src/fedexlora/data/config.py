@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
+from fedexlora.data.generation_config import GenerationConfig
 from fedexlora.data.template import placeholders
 
 ClassificationMetric: TypeAlias = Literal["accuracy", "f1", "matthews", "loss"]
@@ -171,6 +172,13 @@ class CausalLMTask(_Task):
     """Most tokens of a row; a prompt loses its beginning first, a text or completion its end."""
     metrics: tuple[CausalLMMetric, ...] = ("loss", "perplexity")
     """What is measured on the validation split; the first one is the headline."""
+    generation: GenerationConfig | None = None
+    """How the texts that the model writes are scored; nothing is generated if not given."""
+
+    @property
+    def headline(self) -> str:
+        """The metric that runs are compared by: of what is generated, if anything is."""
+        return (self.generation or self).metrics[0]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -198,8 +206,11 @@ class CausalLMTask(_Task):
         given = [x for x in ("text", *pair) if getattr(self, x) is not None]
         if self.text is not None:
             for key in ("prompt_template", "completion_template"):
-                if key in self.model_fields_set:
+                # A resolved recipe states every default.
+                if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key}: has no effect with `text`; leave it out")
+            if self.generation is not None:
+                raise ValueError("generation: needs prompts, which `text` has none of")
         templated = [x for x in pair if self._stands_alone(x)]
         if given != ["text"] and ("text" in given or set(given) | set(templated) != set(pair)):
             found = " and ".join(f"`{x}`" for x in given) or "none of them"

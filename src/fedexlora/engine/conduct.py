@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from fedexlora import __version__
+from fedexlora.data.generation import scorers
 from fedexlora.engine.folder import Progress, RunFolder, writing
 from fedexlora.engine.local import training_arithmetic
 from fedexlora.engine.observer import Observer, RunInfo
-from fedexlora.engine.prepare import Prepared, scoring_arithmetic
+from fedexlora.engine.prepare import Prepared
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.round import Federation, run_round
+from fedexlora.engine.scoring import scoring_arithmetic
 from fedexlora.engine.transport import Transport
 from fedexlora.errors import BridgeError, RecipeError, ResumeError
 from fedexlora.exchange.files import new_folder
@@ -130,6 +132,7 @@ def _rounds(
         observer=observer,
         screening=recipe.screening,
         forwards=prepared.forwards,
+        scored=recipe.scored,
     )
     while state.version < recipe.federation.rounds:
         shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
@@ -257,6 +260,7 @@ def _header(
         **prepared.summary.record(),
         "validation_rows": len(prepared.validation),
         "headline": prepared.recipe.task.headline,
+        "scorers": scorers(prepared.recipe.task),
         "model_config": dict(prepared.task.model_config),
         "initial_metrics": dict(initial_metrics),
     }

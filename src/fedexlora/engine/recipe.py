@@ -96,8 +96,10 @@ class FederationTable(_Table):
 
 
 class EvaluationTable(_Table):
-    """How the global model is scored after every round."""
+    """How the global model is scored, before the first round and after others."""
 
+    every: int = Field(default=1, ge=1)
+    """After every this many rounds, and after the last one."""
     batch_size: int = Field(default=64, ge=1)
     """Rows at a time; changes speed and memory, not results beyond rounding."""
     dtype: Width | None = None
@@ -139,6 +141,10 @@ class Recipe(_Table):
     def scoring_dtype(self) -> Width:
         """In which products are computed when the model is scored."""
         return self.evaluation.dtype or self.model.dtype
+
+    def scored(self, round_: int) -> bool:
+        """Whether a round ends with scores."""
+        return round_ % self.evaluation.every == 0 or round_ == self.federation.rounds
 
     @property
     def method(self) -> Method:

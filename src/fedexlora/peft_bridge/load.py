@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -196,8 +197,19 @@ def attach_lora(
 
 
 def with_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
-    """An untouched base with a stored adapter, as its users load it."""
-    model: PeftModel = PeftModel.from_pretrained(base, str(folder))
+    """An untouched base with a stored adapter, as its users load it.
+
+    Raises:
+        BridgeError: if the adapter is one of another model.
+    """
+    try:
+        model: PeftModel = PeftModel.from_pretrained(base, str(folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise BridgeError(f"{folder}: this adapter does not fit the model: {error}") from error
+    stored = load_file(folder / "adapter_model.safetensors").keys()
+    held = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if left := sorted(stored - held) + sorted(held - stored):
+        raise BridgeError(f"{folder}: tensors that the model and the adapter do not share", left)
     return model
 
 
