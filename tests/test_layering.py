@@ -39,6 +39,9 @@ HOMES = {
     "sklearn": {"data"},
     "scipy": {"data"},
     "huggingface_hub": {"peft_bridge", "adapters", "engine"},
+    "sacrebleu": {"data"},
+    "pycocoevalcap": {"data"},
+    "math_verify": {"data"},
     "matplotlib": {"report"},
     "typer": {"cli"},
     "rich": {"cli"},
@@ -111,5 +114,17 @@ def test_the_process_of_a_flower_message_loads_no_training_library():
         "import sys, fedexlora.flower.apps, fedexlora.flower.worker;"
         "found = {'torch', 'peft', 'transformers', 'datasets'} & set(sys.modules);"
         "sys.exit(', '.join(found) or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_tables_of_metrics_load_nothing_heavy():
+    """What is missing for a metric is asked before a run, where nothing else is loaded yet."""
+    code = (
+        "import sys, fedexlora.data.answers.table as answers;"
+        "import fedexlora.data.text_metrics.table as metrics;"
+        "metrics.metric_faults(metrics.TEXT_METRICS), answers.rule_faults('math');"
+        "heavy = {'torch', 'datasets', 'transformers', 'sacrebleu', 'sympy', 'numpy'};"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,5 @@
 """Data sets, their division among clients, and the tasks that models are trained on.
 
-Only ``fedexlora.data.config`` is light; the other modules load ``datasets`` or ``transformers``.
+``config``, ``score``, ``text_metrics`` and ``answers`` are light; the other modules load
+``datasets`` or ``transformers``.
 """

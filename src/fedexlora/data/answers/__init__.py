@@ -1,0 +1,1 @@
+"""Answers in generated texts: where an answer stands, and whether it is the right one."""

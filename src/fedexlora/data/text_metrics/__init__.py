@@ -1,0 +1,1 @@
+"""How close generated texts are to one or more references: BLEU, NIST, METEOR, ROUGE-L, CIDEr."""
