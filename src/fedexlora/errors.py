@@ -11,6 +11,7 @@
     ├── UpdateError               one client's update in one round; the round goes on without it
     └── RunError                  exit 1: the run failed; its last checkpoint is intact
         ├── NoUpdatesError        no client delivered a usable update
+        ├── DivergenceError       the global model or its score is no number any more
         └── ExactnessError        the applied update is not the ideal one
 
 Errors that collect several faults say all of them at once, one a line. Names in them may come from
@@ -39,7 +40,7 @@ class FedexLoraError(Exception):
 
     def __init__(self, summary: str, faults: Sequence[str] = ()) -> None:
         self.summary = printable(summary, _LONGEST)
-        self.faults = few((printable(fault, _LONGEST) for fault in faults), _MOST)
+        self.faults = tuple(printable(fault, _LONGEST) for fault in few(faults, _MOST))
         super().__init__("\n  ".join((self.summary, *self.faults)))
 
 
@@ -98,7 +99,7 @@ class UpdateError(FedexLoraError):
         self.client = client
         super().__init__(
             f"round {round_}, client {client!r}: {len(faults)} fault(s) in the update",
-            few(map(outside, faults)),
+            tuple(map(outside, few(faults))),
         )
 
 
@@ -108,6 +109,10 @@ class RunError(FedexLoraError):
 
 class NoUpdatesError(RunError):
     """No client delivered a usable update in a round."""
+
+
+class DivergenceError(RunError):
+    """The global model, or its score, is not a number: there is nothing to go on from."""
 
 
 class ExactnessError(RunError):

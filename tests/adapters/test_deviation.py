@@ -13,6 +13,8 @@ from fedexlora import aggregate_adapters, deviation
 from fedexlora.adapters import aggregate as aggregate_module
 from fedexlora.adapters import deviation as deviation_module
 from fedexlora.adapters import merge as merge_module
+from fedexlora.exchange.adapter_records import DeviationModuleRecord, DeviationRecord
+from fedexlora.report.heatmap import draw_deviation
 from tests.adapters.folders import ideal, load, store_all
 from tests.cli.invoke import fedexlora as run_command
 from tests.models import base_of, lora_layers
@@ -99,3 +101,12 @@ def test_the_examples_in_docstrings(tmp_path, monkeypatch, module):
     failed, tried = doctest.testmod(module)
     assert tried
     assert not failed
+
+
+def test_a_name_with_a_dollar_is_drawn_as_it_is(tmp_path):
+    """It is a name out of somebody's file: as a formula it would not even parse."""
+    parts = {"residual": 1.0, "ideal": 2.0, "deviation": 0.5}
+    module = DeviationModuleRecord(module="a", layer=r"$\frac{$", projection=r"q$\x$", **parts)
+    record = DeviationRecord(sources=(), base="b", deviation=0.5, modules=(module,))
+    draw_deviation(record, tmp_path / "map.svg")
+    assert (tmp_path / "map.svg").stat().st_size > 0

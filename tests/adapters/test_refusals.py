@@ -122,7 +122,7 @@ WRONG = {
     ),
     "a name without PEFT's prefix": (
         lambda f: change_tensors(f, lambda t: t.update({"x.lora_A.weight": torch.ones(2, 4)})),
-        "x.lora_A.weight: expected a name that starts with base_model.model.",
+        "1 of 17 tensors, x.lora_A.weight the first: expected a name that starts with",
     ),
     "a missing bias": (
         lambda f: change_tensors(f, lambda t: t.pop(key("base_layer.bias"))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import pytest
 import tomlkit
+import torch
+from typer.main import get_command
 
+from fedexlora.cli.main import app
+from fedexlora.engine.threads import set_threads
 from tests.cli.invoke import fedexlora
 from tests.engine.conftest import data_folder, document  # noqa: F401 - fixtures
 
@@ -124,3 +129,73 @@ def test_the_verdict_says_what_the_model_is(recipe_file, tmp_path, changes, verd
     done = fedexlora("run", recipe_file, "--out", tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     assert verdict in done.stdout
+
+
+def test_recipes_are_listed_and_written_to_be_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = fedexlora("recipes").stdout
+    stored = {path.stem: path for path in (ROOT / "recipes").glob("*.toml")}
+    assert all(name in shown for name in stored)
+    for name, path in stored.items():
+        done = fedexlora("recipes", "--write", name)
+        assert f"fedexlora run {name}.toml" in done.stdout
+        assert (tmp_path / f"{name}.toml").read_bytes() == path.read_bytes()
+    again = fedexlora("recipes", "--write", "cola")
+    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+    other = fedexlora("recipes", "--write", "../cola")
+    assert (other.returncode, "expected one of cola, e2e" in other.stderr) == (2, True)
+
+
+def test_a_recipe_that_is_not_there_is_refused_with_the_way_out(tmp_path):
+    folder = tmp_path / "of a run"
+    folder.mkdir()
+    (folder / "recipe.toml").touch()
+    for recipe, message in [
+        ("cola", "`fedexlora recipes --write cola` writes cola.toml here"),
+        ("mine.toml", "`fedexlora recipes` lists those that come with the package"),
+        (folder, f"its recipe is {folder / 'recipe.toml'}"),
+    ]:
+        done = fedexlora("run", recipe, "--out", tmp_path / "run")
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "aggregate", "deviation", "export", "methods"])
+def test_every_option_has_a_help(command):
+    options = get_command(app).commands[command].params
+    assert options
+    for option in options:
+        assert option.param_type_name == "argument" or len(option.help) > 15, option.name
+
+
+def test_help_says_where_recipes_come_from():
+    shown = fedexlora("run", "--help").stdout
+    for said in ("fedexlora recipes --write", "docs/recipes.md", "recipes/", "fedexlora run cola"):
+        assert said in shown
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(monkeypatch):
+    for given, count, expected in [
+        ({}, None, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ({}, 3, {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "PASSIVE"}),
+        (
+            {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "ACTIVE"},
+            None,
+            {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "ACTIVE"},
+        ),
+        ({"GOMP_SPINCOUNT": "100"}, None, {"GOMP_SPINCOUNT": "100"}),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.environ", dict(given))
+            set_threads(count)
+            assert os.environ == expected
+
+
+def test_the_threads_are_shown_and_recorded(recipe_file, tmp_path):
+    done = fedexlora("run", recipe_file, "--out", tmp_path / "run", "--set", "federation.rounds=1")
+    machine = json.loads((tmp_path / "run" / "run.json").read_text())["machine"]
+    assert machine["torch_threads"] == torch.get_num_threads()
+    assert machine["thread_waiting"]
+    (waiting,) = (f"{name}={value}" for name, value in machine["thread_waiting"].items())
+    assert f"{machine['torch_threads']} ({waiting})" in done.stdout

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from fedexlora.cli.main import main
 from fedexlora.cli.tables import print_blocks, print_entry
-from fedexlora.cli.text import plain, printable
+from fedexlora.cli.text import make_console, plain
+from fedexlora.texts import printable
 from tests.cli.invoke import fedexlora
 from tests.engine.conftest import data_folder, whole  # noqa: F401 - fixtures
 
@@ -56,9 +59,12 @@ def test_an_entry_goes_on_below_its_text(columns):
     assert "".join(lines(shown)).count("update") == 9
 
 
+@settings(deadline=None)
+@example("site :warning: [red] \\[b] \\")
 @given(st.text())
 def test_outside_text_is_shown_and_never_obeyed(text):
-    shown = Console(file=io.StringIO(), width=10**6, highlight=False, color_system=None)
+    shown = make_console()
+    shown.file = io.StringIO()
     shown.print(f"[bold]{plain(text)}[/] and more", soft_wrap=True)
     assert shown.file.getvalue() == f"{printable(text)} and more\n"
     assert all(c.isprintable() or c == "\n" for c in printable(text))
@@ -88,3 +94,25 @@ def test_no_command_cuts_what_it_prints(columns, whole, updates, tmp_path):  # n
         assert word in shown[1].stdout or columns == 40
     for paper in ("arXiv:2410.09432", "arXiv:2305.05644", "arXiv:2403.12313"):
         assert paper in shown[0].stdout or columns == 40
+
+
+def test_a_terminal_that_writes_ascii_only_gets_everything_but_the_bars(updates, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    named = updates[0].parent.parent / "größe"
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setattr("sys.argv", ["fedexlora", "deviation", *map(str, updates)])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as end:
+        main()
+    stream.flush()
+    shown = stream.buffer.getvalue().decode("ascii")
+    assert end.value.code == 0
+    assert "attention.self.query" in shown
+    assert "\\u" not in shown
+    monkeypatch.setattr("sys.argv", ["fedexlora", "recipes", "--write", str(named)])
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(SystemExit) as end:
+        main()
+    sys.stderr.flush()
+    assert end.value.code == 2
+    assert b"gr\\xf6" in sys.stderr.buffer.getvalue()

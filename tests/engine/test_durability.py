@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from fedexlora.engine.recipe import Recipe, parse_recipe
 from fedexlora.engine.round import run_round
 from fedexlora.engine.run import run
 from fedexlora.engine.transport import Reply
-from fedexlora.errors import InputError, RunError
+from fedexlora.errors import DivergenceError, InputError, RunError
 from fedexlora.exchange.shipment import History, Holdings
 from fedexlora.exchange.state import GlobalState
 from fedexlora.peft_bridge.model import AdaptedModel
@@ -277,15 +276,22 @@ def test_a_run_resumes_on_another_machine_to_the_same_bits(small, tmp_path):
     assert resumes_to_the_same(small, there, wanted)
 
 
-def test_a_score_that_is_not_finite_can_be_recorded_and_resumed(small, tmp_path):
-    def diverged(rounds: int) -> None:
-        table = small[0].recipe.federation.model_copy(update={"rounds": rounds})
-        recipe = small[0].recipe.model_copy(update={"federation": table})
-        quick((replace(small[0], recipe=recipe), small[1]))
-        Prepared.evaluate = lambda self, observer: {"loss": float("nan"), "accuracy": float("inf")}
-        run(recipe, tmp_path / "run", resume=True)
+def test_a_score_that_is_no_number_stops_the_run_and_its_last_version_goes_on(small, tmp_path):
+    out = tmp_path / "run"
 
-    assert forked(lambda: diverged(1)) == 0
-    assert forked(lambda: diverged(3)) == 0
-    for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines():
+    def scored(*losses: float) -> None:
+        found = iter(losses)
+        quick(small)
+        Prepared.evaluate = lambda self, observer: {"loss": next(found), "accuracy": 0.5}
+        run(small[0].recipe, out, resume=True)
+
+    def stops() -> None:
+        with pytest.raises(DivergenceError, match="round 2: the global model has no score"):
+            scored(1.0, 1.0, float("nan"))
+
+    assert forked(stops) == 0
+    assert [record.round for record in RunFolder(out).load().records] == [1]
+    assert not (out / "adapter").exists()
+    assert forked(lambda: scored(*[1.0] * 9)) == 0
+    for line in (out / "rounds.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)

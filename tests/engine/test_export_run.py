@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import huggingface_hub.constants
@@ -10,12 +11,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from fedexlora.engine.export import ExportOptions, export_run
 from fedexlora.engine.recipe import parse_recipe
 from fedexlora.engine.run import run
+from fedexlora.errors import BridgeError
 from tests.cli.invoke import fedexlora
 from tests.engine.conftest import files
 from tests.engine.hub import hub_stand_in
@@ -145,6 +147,7 @@ def test_an_upload_happens_only_when_it_is_asked_for(whole, tmp_path, hub):
     assert record.pushed_to == f"{hub.endpoint}/lab/topics"
     assert hub.repositories["lab/topics"]["visibility"] == "private"
     assert hub.files == files(tmp_path / "sent")
+    assert 'folder = "lab/topics"' in (tmp_path / "sent" / "README.md").read_text()
 
 
 def test_a_refused_upload_exits_1_and_keeps_the_folder(whole, tmp_path, hub):
@@ -163,3 +166,58 @@ def test_an_adapter_beside_bfloat16_weights(document, tmp_path, bert):
     assert record.exported_metrics.keys() == record.metrics.keys()
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.float32}
+
+
+def spoil(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_every_module_of_an_export_is_held_against_the_last_version(whole, tmp_path):
+    """One small module that is off by a little is named, whatever all others together say."""
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    key = min(k for k in load_file(path) if k.endswith("lora_B.weight"))
+    spoil(path, lambda tensors: tensors.update({key: tensors[key] * (1 + 1e-5)}))
+    for words in ([], ["--as", "merged"]):
+        done = fedexlora("export", tmp_path / "run", "--out", tmp_path / "out", *words)
+        assert done.returncode == 1, done.stdout
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+        assert f"{module}: off by" in " ".join(done.stderr.split())
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_worst_module_is_recorded_and_printed(whole, tmp_path):
+    done = fedexlora("export", whole, "--out", tmp_path / "a", "--rank", "1", "--uniform-rank")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "a" / "export.json").read_text())
+    assert record["worst_module"] in " ".join(done.stdout.split())
+    assert 0 < record["worst_error"] < 1
+    held = json.loads((whole / "run.json").read_text())["adapter"]
+    assert held["worst_error"] < 1e-6
+    assert held["worst_module"]
+
+
+def test_a_missing_checkpoint_is_named(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    done = fedexlora("export", tmp_path / "run", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "measured against the last version" in " ".join(done.stderr.split())
+
+
+def test_an_adapter_is_no_base_and_the_refusal_s_command_makes_one(
+    whole, document, tmp_path, monkeypatch
+):
+    """The next federation starts from what the last one left: merged, by the said command."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole / "adapter", "last")
+    document["model"]["source"] = "./last"
+    with pytest.raises(BridgeError, match=r"is an adapter \(adapter_config.json\)") as caught:
+        run(parse_recipe(document, "next"), tmp_path / "next")
+    assert not (tmp_path / "next").exists()
+    command, setting = caught.value.faults
+    words = shlex.split(command.partition("merge it first: fedexlora ")[2])
+    assert fedexlora(*words).returncode == 0
+    assert (tmp_path / json.loads(setting.partition(" = ")[2]) / "config.json").is_file()

@@ -171,6 +171,7 @@ def test_an_update_is_refused_by_its_size_before_anything_of_it_is_read():
     assert int.from_bytes(long.encode()[:8], "little") <= largest_header(spec)
 
 
+@OFTEN
 @given(st.lists(st.text(max_size=900) | TEXTS, max_size=30))
 def test_texts_are_bounded_and_stay_as_they_are_when_they_are_read_again(texts):
     once = few(map(outside, texts))

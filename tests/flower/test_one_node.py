@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedexlora.engine.screening import Screening
+from fedexlora.errors import NoUpdatesError
 from fedexlora.exchange.shipment import receive
 from fedexlora.exchange.update import largest_update
 from fedexlora.flower import transport as module
@@ -129,9 +130,13 @@ def test_a_client_that_has_gone_is_not_drawn(tmp_path):
     transport.gather(len(HONEST), 5.0)
     del grid.nodes[2]
     transport._look()
-    _, record = run_round(parts, state)
+    after, record = run_round(parts, state)
     assert {c.client for c in record.clients} == set(HONEST) - {"site-2"}
     assert (record.left_out, record.registered) == ((), len(HONEST) - 1)
+    grid.nodes.clear()
+    transport._look()
+    with pytest.raises(NoUpdatesError, match="round 2: no client is connected"):
+        run_round(parts, after)
 
 
 @pytest.mark.usefixtures("quick")

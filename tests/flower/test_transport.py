@@ -12,6 +12,7 @@ from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import parse_recipe
 from fedexlora.errors import RunError
 from fedexlora.exchange.node_faults import FAULT_TEXTS, NodeFault
+from fedexlora.flower import transport as module
 from fedexlora.flower.frames import Frame
 from fedexlora.flower.node import Node
 from fedexlora.flower.server import Settings, serve
@@ -34,6 +35,11 @@ def session(client: str, document: dict, home: Path, **changes) -> Session:
     made = node(client, document, home, **changes)
     made.home.mkdir(parents=True, exist_ok=True)
     return Session(made, made.home / "held.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
 
 
 @pytest.fixture

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from fedexlora.adapters.output import output
+from fedexlora.adapters.padding import pad_to_one_rank
 from fedexlora.adapters.sources import Progress, Sources, open_sources
+from fedexlora.adapters.tokenizers import copy_tokenizer, tokenizer_faults
+from fedexlora.adapters.written import check_written
 from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.product_sum import Cut, ProductSum, Term
@@ -25,7 +28,8 @@ from fedexlora.exchange.adapter_records import AdaptedModuleRecord, AggregationR
 from fedexlora.exchange.spec import TensorSpec
 from fedexlora.exchange.tensors import pieces
 from fedexlora.methods import METHODS, Method
-from fedexlora.peft_bridge.adapter_file import TENSORS, AdapterFile
+from fedexlora.peft_bridge.adapter_config import TENSORS
+from fedexlora.peft_bridge.adapter_file import AdapterFile
 from fedexlora.peft_bridge.adapter_writer import AdapterWriter
 from fedexlora.peft_bridge.names import bias_owner
 
@@ -40,7 +44,9 @@ def aggregate_adapters(
     method: str = "fedex",
     rank: int | None = None,
     tolerance: float | None = None,
+    uniform_rank: bool = False,
     base: str | None = None,
+    task: str | None = None,
     allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> AggregationRecord:
@@ -56,7 +62,11 @@ def aggregate_adapters(
         method: ``fedex``, the exact mean; ``fedit`` or ``ffa``, the mean of the factors.
         rank: the largest rank of a module.
         tolerance: the largest ``|result - ideal| / |ideal|`` of a module, below 1.
-        base: what the base model is called, if the adapters call it by different names.
+        uniform_rank: pad every module with zeros to the largest rank, for servers that multiply
+            by ``lora_alpha`` over the rank of the module's own tensor, as llama.cpp does.
+        base: the base model, if the adapters call it by different names. If it is a folder, or
+            was downloaded before, PEFT's own loading of the result is tried on its layers.
+        task: PEFT's name of the task, if the adapters name different ones.
         allow_missing: take a layer that an adapter lacks for a zero update.
         progress: told of modules done and in all.
 
@@ -74,18 +84,25 @@ def aggregate_adapters(
     (4, True)
     """
     _check_arguments(method, rank, tolerance)
-    sources = open_sources(adapters, weights, base=base, allow_missing=allow_missing)
+    sources = open_sources(adapters, weights, base=base, task=task, allow_missing=allow_missing)
     rule = METHODS[method]
     if "A" not in rule.trained:
         _check_shared(sources, rule)
+    if faults := tokenizer_faults(sources.adapters):
+        raise AdapterError("the tokenizers beside these adapters differ", faults)
     with output(Path(out)) as folder:
-        config = {**_template(sources), "base_model_name_or_path": sources.base}
         dense = _dense_specs(sources)
-        with AdapterWriter(folder, config, sources.modules, dense) as writer:
+        with AdapterWriter(folder, _template(sources), sources.modules, dense) as writer:
             modules = _modules(sources, rule, rank, tolerance, writer, progress)
             for name, spec in dense.items():
                 writer.add_dense(name, spec, _dense_mean(sources, name, spec))
+        if uniform_rank:
+            pad_to_one_rank(folder, writer.rank)
+            modules = [m.model_copy(update={"rank": writer.rank}) for m in modules]
+        matched = check_written(folder, sources)
+        tokenizer = copy_tokenizer(sources.adapters, folder)
         record = _record(sources, rule, modules, writer.rank, folder / TENSORS)
+        record = record.model_copy(update={"matched_with": matched, "tokenizer": tokenizer})
         (folder / RECORD).write_text(record.model_dump_json(indent=2), encoding="utf-8")
     return record
 
@@ -96,6 +113,7 @@ def compress_adapter(
     *,
     rank: int | None = None,
     tolerance: float | None = None,
+    uniform_rank: bool = False,
     progress: Progress | None = None,
 ) -> AggregationRecord:
     """Write one adapter at a lower rank, optimally; without one, at the lowest that loses nothing.
@@ -105,13 +123,22 @@ def compress_adapter(
     >>> compress_adapter("site-1", "tight", tolerance=0.05).error <= 0.05
     True
     """
-    return aggregate_adapters([adapter], out, rank=rank, tolerance=tolerance, progress=progress)
+    return aggregate_adapters(
+        [adapter],
+        out,
+        rank=rank,
+        tolerance=tolerance,
+        uniform_rank=uniform_rank,
+        progress=progress,
+    )
 
 
 def _check_arguments(method: str, rank: int | None, tolerance: float | None) -> None:
     faults = []
     if method not in METHODS:
         faults.append(f"--method: expected one of {', '.join(METHODS)}, found {method!r}")
+    elif METHODS[method].stored == "none":
+        faults.append(f"--method: {method} needs more than finished adapters")
     if rank is not None and rank < 1:
         faults.append(f"--rank: expected at least 1, found {rank}")
     if tolerance is not None and not 0.0 <= tolerance < 1.0:
@@ -135,13 +162,15 @@ def _check_shared(sources: Sources, method: Method) -> None:
 
 def _template(sources: Sources) -> dict[str, object]:
     """Settings that cover all modules: those of an adapter that has them all, if there is one."""
+    said = {"base_model_name_or_path": sources.base, "task_type": sources.task}
     for adapter in sources.adapters:
         if len(adapter.modules) == len(sources.modules):
-            return dict(adapter.config)
+            return {**adapter.config, **said}
     whole = {"target_modules": sorted(sources.modules), "exclude_modules": None}
     return {
         **sources.adapters[0].config,
         **whole,
+        **said,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
@@ -183,10 +212,12 @@ def _module(
         for module in (adapter.modules[name],)
     ]
     ideal = ProductSum(*shape, terms)
-    if method.exact and "A" in method.trained:
+    if method.stored == "products":
         cut = _cut(ideal, rank, tolerance)
         # What is left out at the numerical rank is rounding, and no error.
         return cut, ideal.norm, cut.maps.share if rank is not None or tolerance else 0.0
+    if method.stored != "factors":
+        raise AssertionError(f"{method.name}: no arithmetic is known for {method.stored!r}")
     cut = _cut(ProductSum(*shape, [Term.of(_mean_factors(sources, name), 1.0)]), rank, tolerance)
     lost = ProductSum(*shape, [*terms, Term.of(cut.factors(), -1.0)])
     return cut, ideal.norm, ratio(lost.norm, ideal.norm)

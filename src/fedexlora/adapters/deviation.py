@@ -22,6 +22,7 @@ def deviation(
     weights: Sequence[float] | None = None,
     *,
     base: str | None = None,
+    task: str | None = None,
     allow_missing: bool = False,
     progress: Progress | None = None,
 ) -> DeviationRecord:
@@ -33,7 +34,8 @@ def deviation(
     Args:
         adapters: folders of PEFT LoRA adapters of one base model.
         weights: one for each adapter, positive; equal by default.
-        base: what the base model is called, if the adapters call it by different names.
+        base: the base model, if the adapters call it by different names.
+        task: PEFT's name of the task, if the adapters name different ones.
         allow_missing: take a layer that an adapter lacks for a zero update.
         progress: told of modules done and in all.
 
@@ -46,7 +48,7 @@ def deviation(
     >>> found.modules[0].projection
     'attention.output.dense'
     """
-    sources = open_sources(adapters, weights, base=base, allow_missing=allow_missing)
+    sources = open_sources(adapters, weights, base=base, task=task, allow_missing=allow_missing)
     records, faults = [], []
     for done, name in enumerate(sources.modules, 1):
         try:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fedexlora.adapters.output import check_new, output
 from fedexlora.adapters.sources import Progress
+from fedexlora.adapters.tokenizers import FILES as TOKENIZER
+from fedexlora.adapters.tokenizers import copy_tokenizer, has_tokenizer
 from fedexlora.algebra.deviation import ratio
 from fedexlora.errors import AdapterError
 from fedexlora.exchange.adapter_records import MergedTensorRecord, MergeReport
@@ -68,12 +70,16 @@ def merge_adapter(
     stored, files = open_adapter(Path(adapter)), open_base(base, revision)
     skeleton = build_skeleton(files, stored, config)
     plan = plan_merge(stored, files, skeleton)
+    shapes = skeleton.shapes
+    own_tokenizer = has_tokenizer(stored.folder)
     with output(Path(out)) as folder:
-        merge = _Merge(stored, files, plan, [], progress)
+        merge = _Merge(stored, files, plan, shapes, [], progress)
         size = merge.write(folder)
         skeleton.save_config(folder)
         for path in files.others():
-            shutil.copyfile(path, folder / path.name)
+            if not (own_tokenizer and path.name in TOKENIZER):
+                shutil.copyfile(path, folder / path.name)
+        copy_tokenizer([stored], folder)
         report = _report(merge.sums, plan, size, adapter=adapter, base=base, revision=revision)
         (folder / RECORD).write_text(report.model_dump_json(indent=2), encoding="utf-8")
     return report
@@ -113,6 +119,8 @@ class _Merge:
     adapter: AdapterFile
     files: BaseFiles
     plan: MergePlan
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the merged model's parameters."""
     sums: list[_Sum]
     """Of the changed tensors so far."""
     progress: Progress | None
@@ -147,21 +155,23 @@ class _Merge:
         """Name, shape and rows of every tensor of one new shard."""
         for name, spec in shard.tensors.items():
             changed = name in self.plan.changes
-            rows = self._changed(shard, name) if changed else _copied(shard, name)
-            yield self.plan.names[name], spec, rows
+            if not changed:
+                yield self.plan.names[name], spec, _copied(shard, name)
+                continue
+            new = TensorSpec(self.shapes[self.plan.changes[name][0]], spec.dtype)
+            yield self.plan.names[name], new, self._changed(shard, name, new)
         for name in added:
             dense = self.plan.added[name]
             spec = TensorSpec(self.adapter.dense[dense].shape, self.files.dtype)
             yield name, spec, self._added(name, spec)
 
-    def _changed(self, shard: TensorFile, name: str) -> Iterator[Tensor]:
+    def _changed(self, shard: TensorFile, name: str, spec: TensorSpec) -> Iterator[Tensor]:
         """One changed tensor's rows, rounded to its dtype, and what that loses."""
         parameter, change = self.plan.changes[name]
-        spec = shard.tensors[name]
         target = ChangedTensor.of(self.adapter, change)
         found = _Sum(parameter, spec.dtype)
         for part in pieces(spec):
-            old = _rows(shard, name, part)
+            old = _resized(shard, name, spec, part)
             wanted = target.rows(old, *part)
             rounded = wanted.to(spec.dtype)
             found.add(wanted - old.double(), rounded.double() - wanted)
@@ -183,6 +193,15 @@ def _copied(shard: TensorFile, name: str) -> Iterator[Tensor]:
 def _rows(shard: TensorFile, name: str, part: tuple[int, int]) -> Tensor:
     """Some rows of a tensor; one without dimensions has no rows, and is read whole."""
     return shard.read_rows(name, *part) if shard.tensors[name].shape else shard.read(name)
+
+
+def _resized(shard: TensorFile, name: str, spec: TensorSpec, part: tuple[int, int]) -> Tensor:
+    """Some rows of the base, and zeros for those of tokens that it does not have."""
+    if shard.tensors[name].shape == spec.shape:
+        return _rows(shard, name, part)
+    start, stop = (min(row, shard.tensors[name].shape[0]) for row in part)
+    rows = shard.read_rows(name, start, stop)
+    return torch.cat([rows, rows.new_zeros(part[1] - part[0] - len(rows), *spec.shape[1:])])
 
 
 def _not_finite(name: str, dtype: torch.dtype) -> AdapterError:

@@ -8,15 +8,23 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from fedexlora.adapters.agreement import (
+    TASKS,
+    base_of,
+    dense_faults,
+    module_faults,
+    setting_faults,
+    task_of,
+)
+from fedexlora.adapters.known_base import KnownBase, known_base
+from fedexlora.adapters.repeats import copies, is_zero
 from fedexlora.errors import AdapterError
 from fedexlora.exchange.adapter_records import SourceRecord
 from fedexlora.exchange.spec import TensorSpec
 from fedexlora.peft_bridge.adapter_file import AdapterFile, StoredModule, open_adapter
-from fedexlora.peft_bridge.names import FACTOR_BIAS, bias_owner
 
 Progress = Callable[[int, int], None]
 """Called with modules done and modules in all."""
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,10 @@ class Sources:
     """Heads and biases, as the first adapter that has them stores them."""
     base: str
     """The base model's name."""
+    task: str | None
+    """PEFT's name of the task, if any adapter says it."""
+    known: KnownBase | None
+    """The base's layers, if its configuration is here."""
 
     def having(self, module: str) -> Iterator[tuple[AdapterFile, float]]:
         """The adapters that adapt a layer, and their shares."""
@@ -40,13 +52,17 @@ class Sources:
 
     def records(self) -> tuple[SourceRecord, ...]:
         """What went in."""
+        same = copies(self.adapters)
         return tuple(
             SourceRecord(
                 adapter=str(adapter.folder),
                 weight=share,
                 missing=tuple(x for x in self.modules if x not in adapter.modules),
+                names=adapter.notes,
+                zero=is_zero(adapter),
+                same_as=None if first is None else str(self.adapters[first].folder),
             )
-            for adapter, share in zip(self.adapters, self.shares, strict=True)
+            for adapter, share, first in zip(self.adapters, self.shares, same, strict=True)
         )
 
 
@@ -55,6 +71,7 @@ def open_sources(
     weights: Sequence[float] | None,
     *,
     base: str | None = None,
+    task: str | None = None,
     allow_missing: bool = False,
 ) -> Sources:
     """Open adapters and check that their mean means something.
@@ -62,7 +79,8 @@ def open_sources(
     Args:
         folders: PEFT adapters.
         weights: one for each, positive; equal ones by default.
-        base: what the base model is called, if the adapters call it by different names.
+        base: the base model, if the adapters call it by different names.
+        task: PEFT's name of the task, if the adapters name different ones.
         allow_missing: take a layer that an adapter lacks for a zero update.
 
     Raises:
@@ -70,7 +88,31 @@ def open_sources(
     """
     if not folders:
         raise AdapterError("no adapter is given")
+    if task is not None and task not in TASKS:
+        raise AdapterError(f"--task: expected one of {', '.join(TASKS)}, found {task!r}")
     shares = _shares(weights, len(folders))
+    adapters = _opened(folders)
+    faults = list(setting_faults(adapters, base, task))
+    name = base or next(filter(None, (base_of(x.config) for x in adapters)), "")
+    task = task or next(filter(None, (task_of(x.config) for x in adapters)), None)
+    known = None if faults else known_base(name, adapters[0])
+    if known:
+        adapters = [known.named(adapter, faults) for adapter in adapters]
+    modules: dict[str, StoredModule] = {}
+    dense: dict[str, TensorSpec] = {}
+    for adapter in adapters:
+        modules = {**adapter.modules, **modules}
+        dense = {**adapter.dense, **dense}
+    for adapter in adapters:
+        faults += module_faults(adapter, adapters, modules, allow_missing=allow_missing)
+        faults += dense_faults(adapter, dense)
+    if faults:
+        raise AdapterError("these adapters do not fit together", faults)
+    ordered = dict(sorted(modules.items(), key=lambda item: _natural(item[0])))
+    return Sources(tuple(adapters), shares, ordered, dense, name, task, known)
+
+
+def _opened(folders: Sequence[str | Path]) -> list[AdapterFile]:
     adapters, faults = [], []
     for folder in folders:
         try:
@@ -79,20 +121,7 @@ def open_sources(
             faults += [error.summary, *(f"  {fault}" for fault in error.faults)]
     if faults:
         raise AdapterError("these adapters cannot be aggregated", faults)
-    modules: dict[str, StoredModule] = {}
-    dense: dict[str, TensorSpec] = {}
-    for adapter in adapters:
-        modules = {**adapter.modules, **modules}
-        dense = {**adapter.dense, **dense}
-    for adapter in adapters:
-        faults += _setting_faults(adapter, adapters[0], base)
-        faults += _module_faults(adapter, modules, allow_missing)
-        faults += _dense_faults(adapter, dense)
-    if faults:
-        raise AdapterError("these adapters do not fit together", faults)
-    name = base or str(adapters[0].config.get("base_model_name_or_path") or "")
-    ordered = dict(sorted(modules.items(), key=lambda item: _natural(item[0])))
-    return Sources(tuple(adapters), shares, ordered, dense, name)
+    return adapters
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
@@ -114,54 +143,3 @@ def _shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
         raise AdapterError("the weights do not fit the adapters", faults)
     total = sum(given)
     return tuple(x / total for x in given)
-
-
-def _setting_faults(adapter: AdapterFile, first: AdapterFile, base: str | None) -> Iterator[str]:
-    keys = ["task_type", "fan_in_fan_out", "trainable_token_indices"]
-    if base is None:
-        keys += ["base_model_name_or_path", "revision"]
-    for key in keys:
-        expected, found = first.config.get(key), adapter.config.get(key)
-        if (expected or None) != (found or None):
-            way = "; if both are the same model, say so by --base NAME" if "base" in key else ""
-            yield f"{adapter.folder}: {key} is {found!r}, that of {first.folder} {expected!r}{way}"
-
-
-def _module_faults(
-    adapter: AdapterFile, modules: Mapping[str, StoredModule], allow_missing: bool
-) -> Iterator[str]:
-    if not allow_missing and (lacking := [x for x in modules if x not in adapter.modules]):
-        yield (
-            f"{adapter.folder}: {_listed(lacking)} not adapted, but by others; --allow-missing "
-            f"takes what is missing for a zero update"
-        )
-    for name, module in adapter.modules.items():
-        if module.layout != modules[name].layout:
-            yield (
-                f"{adapter.folder}: {name} has factors {_shapes(module)}, others "
-                f"{_shapes(modules[name])}"
-            )
-
-
-def _dense_faults(adapter: AdapterFile, dense: Mapping[str, TensorSpec]) -> Iterator[str]:
-    for name, spec in dense.items():
-        found = adapter.dense.get(name)
-        owner = bias_owner(name)
-        if found is None and (owner is None or owner in adapter.modules):
-            yield f"{adapter.folder}: {name} is missing, which others train"
-        elif found is not None and found.shape != spec.shape:
-            yield f"{adapter.folder}: {name}: {list(found.shape)}, others {list(spec.shape)}"
-    if not any(name.endswith(FACTOR_BIAS) for name in dense):
-        return
-    if not adapter.config.get("lora_bias"):
-        yield f"{adapter.folder}: lora_bias is off, but biases of factors are stored"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _shapes(module: StoredModule) -> str:
-    kind = "of an embedding " if module.embedding else ""
-    return f"{kind}A {list(module.shapes['A'])}, B {list(module.shapes['B'])}"

@@ -7,49 +7,92 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 
+from fedexlora.cli.completion import METHODS
 from fedexlora.cli.options import numbers, progress_over
 from fedexlora.cli.results import print_aggregation, print_merged
-from fedexlora.cli.text import plain
+from fedexlora.cli.text import make_console, plain
 from fedexlora.errors import InputError
 
 
 def aggregate(
-    adapters: Annotated[list[Path], typer.Argument(help="PEFT adapters.", metavar="ADAPTER_DIR")],
-    out: Annotated[Path, typer.Option("--out", help="The new folder.", metavar="DIR")],
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(metavar="ADAPTER_DIR..."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the result.", metavar="DIR")],
     weights: Annotated[
         str | None,
-        typer.Option("--weights", help="One for each adapter; equal by default.", metavar="1,2,5"),
+        typer.Option(
+            "--weights",
+            help="How much each adapter counts, e.g. its training rows; equal by default.",
+            metavar="1,2,5",
+        ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option("--rank", help="The largest rank of a module.", metavar="R")
+        int | None,
+        typer.Option(
+            "--rank",
+            help="No layer has a higher rank; the best approximation, with its error stated. "
+            "Without it nothing is left out.",
+            metavar="R",
+        ),
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", help="The largest error of a module, 0 to 1.", metavar="EPS"),
+        typer.Option(
+            "--tolerance",
+            help="Instead of --rank: the share of its update that a layer may lose, 0 to 1.",
+            metavar="EPS",
+        ),
     ] = None,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="Pad all modules to one rank, for servers such as llama.cpp that need it.",
+        ),
+    ] = False,
     method: Annotated[
-        str, typer.Option("--method", help="fedex is exact; fedit averages the factors.")
+        str,
+        typer.Option(
+            "--method",
+            help="fedex is the exact mean; fedit and ffa average the factors, as those methods do.",
+            autocompletion=lambda: list(METHODS),
+        ),
     ] = "fedex",
     kind: Annotated[
         Literal["adapter", "merged"],
-        typer.Option("--as", help="An adapter, or a full model with it merged in."),
+        typer.Option("--as", help="An adapter, or a full model with it merged in (needs --base)."),
     ] = "adapter",
     base: Annotated[
         str | None,
         typer.Option(
             "--base",
-            help="The base model: needed for --as merged, and where adapters name it differently.",
+            help="The base model, a folder or a hub name: for --as merged, and where the adapters "
+            "call one base by different names.",
             metavar="MODEL",
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task", help="PEFT's task type, where adapters name it differently.", metavar="NAME"
+        ),
+    ] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Take a missing module for a zero update.")
+        bool,
+        typer.Option(
+            "--allow-missing",
+            help="Take a layer that an adapter lacks for a zero update, instead of refusing it.",
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
-    """Write the exact weighted mean of PEFT LoRA adapters."""
+    """Write the exact weighted mean of PEFT LoRA adapters.
+
+    ADAPTER_DIR is a folder as PEFT saves an adapter; all are for one base model.
+    """
     from fedexlora.adapters.aggregate import aggregate_adapters
     from fedexlora.adapters.output import check_new
 
@@ -67,7 +110,9 @@ def aggregate(
                 method=method,
                 rank=rank,
                 tolerance=tolerance,
+                uniform_rank=uniform_rank,
                 base=base,
+                task=task,
                 allow_missing=allow_missing,
                 progress=progress,
             )
@@ -78,4 +123,4 @@ def aggregate(
         typer.echo(record.model_dump_json(ensure_ascii=True))
         return
     print_aggregation(record)
-    Console(highlight=False).print(f"adapter      [bold]{plain(out)}[/]", soft_wrap=True)
+    make_console().print(f"adapter      [bold]{plain(out)}[/]", soft_wrap=True)

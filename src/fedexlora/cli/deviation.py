@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedexlora.cli.options import numbers, progress_over
+from fedexlora.cli.results import print_remarks
 from fedexlora.cli.tables import folding_table, width
-from fedexlora.cli.text import plain
+from fedexlora.cli.text import make_console, plain
 from fedexlora.texts import printable
 
 if TYPE_CHECKING:
@@ -25,24 +26,53 @@ _BARS = (24, 16, 8)
 
 
 def deviation(
-    adapters: Annotated[list[Path], typer.Argument(help="PEFT adapters.", metavar="ADAPTER_DIR")],
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(metavar="ADAPTER_DIR..."),
+    ],
     weights: Annotated[
-        str | None, typer.Option("--weights", help="One for each adapter.", metavar="1,2,5")
+        str | None,
+        typer.Option(
+            "--weights",
+            help="How much each adapter counts, e.g. its training rows; equal by default.",
+            metavar="1,2,5",
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="Also draw layers by projections.", metavar="FILE.png|svg|pdf"),
+        typer.Option(
+            "--plot",
+            help="Also draw a heat map, layers by projections.",
+            metavar="FILE.png|svg|pdf",
+        ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="The base model, if the adapters name it differently."),
+        typer.Option(
+            "--base",
+            help="The base model's name, where the adapters call one base by different names.",
+            metavar="MODEL",
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task", help="PEFT's task type, where adapters name it differently.", metavar="NAME"
+        ),
     ] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Take a missing module for a zero update.")
+        bool,
+        typer.Option(
+            "--allow-missing",
+            help="Take a layer that an adapter lacks for a zero update, instead of refusing it.",
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
-    """Show how far averaging adapters' factors is from averaging their updates."""
+    """Show how far averaging adapters' factors is from averaging their updates.
+
+    ADAPTER_DIR is a folder as PEFT saves an adapter; all are for one base model.
+    """
     from fedexlora.adapters.deviation import deviation as find_deviation
 
     if plot:
@@ -52,16 +82,25 @@ def deviation(
     given = numbers("--weights", weights)
     with progress_over("comparing") as progress:
         record = find_deviation(
-            adapters, given, base=base, allow_missing=allow_missing, progress=progress
+            adapters,
+            given,
+            base=base,
+            task=task,
+            allow_missing=allow_missing,
+            progress=progress,
         )
     if plot:
         draw_deviation(record, plot)
     if as_json:
         typer.echo(record.model_dump_json(ensure_ascii=True))
         return
-    console = Console(highlight=False)
+    console = make_console()
     console.print(_fitting(console, "module", _modules(record)))
     console.print(_fitting(console, "projection", _grouped(record, lambda m: m.projection)))
+    for source in record.sources:
+        if source.names or source.zero or source.same_as:
+            console.print(f"             {plain(source.adapter)}", soft_wrap=True)
+            print_remarks(console, source)
     shares = ", ".join(f"{source.weight:.3g}" for source in record.sources)
     console.print(
         f"averaging the factors of these {len(record.sources)} adapters (shares {shares}) loses "
@@ -91,8 +130,8 @@ def _grouped(
 
 
 def _fitting(console: Console, first: str, rows: list[tuple[str, float, float]]) -> Table:
-    """Names, deviations and norms; with bars if there is room for them."""
-    for length in _BARS:
+    """Names, deviations and norms; with bars if there is room for them, and a way to print them."""
+    for length in () if console.options.ascii_only else _BARS:
         table = _table(first, rows, length)
         if width(console, table) <= console.width:
             return table

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
 from fedexlora.cli.options import progress_over
-from fedexlora.cli.text import plain
+from fedexlora.cli.text import make_console, plain
 from fedexlora.engine.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -17,36 +16,71 @@ if TYPE_CHECKING:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run.", metavar="RUN_DIR")],
-    out: Annotated[Path, typer.Option("--out", help="The new folder.", metavar="DIR")],
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the result.", metavar="DIR")],
     kind: Annotated[
         Literal["adapter", "merged"],
         typer.Option("--as", help="A PEFT adapter, or a full model with it merged in."),
     ] = "adapter",
     rank: Annotated[
-        int | None, typer.Option("--rank", help="The largest rank of a module.", metavar="R")
+        int | None,
+        typer.Option(
+            "--rank",
+            help="No layer has a higher rank; the best approximation, with its error stated. "
+            "Without it nothing is left out.",
+            metavar="R",
+        ),
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", help="The largest error of a module, 0 to 1.", metavar="EPS"),
+        typer.Option(
+            "--tolerance",
+            help="Instead of --rank: the share of its update that a layer may lose, 0 to 1.",
+            metavar="EPS",
+        ),
     ] = None,
+    uniform_rank: Annotated[
+        bool,
+        typer.Option(
+            "--uniform-rank",
+            help="Pad all modules to one rank, for servers such as llama.cpp that need it.",
+        ),
+    ] = False,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="For --as merged: other files of the base.", metavar="MODEL"),
+        typer.Option(
+            "--base",
+            help="For --as merged: a folder or hub name of the base, if not the recipe's.",
+            metavar="MODEL",
+        ),
     ] = None,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Score what is exported on the validation rows.")
+        bool,
+        typer.Option(
+            "--evaluate",
+            help="Load what was written, as a user would, and score it on the validation rows.",
+        ),
     ] = False,
     push: Annotated[
         str | None,
-        typer.Option("--push", help="Also upload it to the hub.", metavar="OWNER/NAME"),
+        typer.Option(
+            "--push",
+            help="Also upload it to the Hugging Face hub, with your token (hf auth login).",
+            metavar="OWNER/NAME",
+        ),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="With --push: a new repository is public.")
+        bool,
+        typer.Option(
+            "--public", help="With --push: make a new repository public; private if not given."
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
-    """Write the global model of a finished run, with a model card."""
+    """Write the global model of a finished run, with a model card.
+
+    RUN_DIR is the folder that the run was given as --out.
+    """
     quiet_libraries()
     from fedexlora.engine.export import ExportOptions, export_run
 
@@ -54,6 +88,7 @@ def export(
         kind=kind,
         rank=rank,
         tolerance=tolerance,
+        uniform_rank=uniform_rank,
         base=base,
         evaluate=evaluate,
         push_to=push,
@@ -68,10 +103,15 @@ def export(
 
 
 def _print(record: ExportRecord, out: Path, kind: str) -> None:
-    console = Console(highlight=False)
+    console = make_console()
     console.print(f"run          {plain(record.run)}, {record.rounds} rounds", soft_wrap=True)
     lost = f"[yellow]{record.error:.2%}[/] of the update" if record.error else "[green]nothing[/]"
     console.print(f"left out     {lost}; rank {record.rank}")
+    console.print(
+        f"measured     worst module {plain(record.worst_module)}, off by {record.worst_error:.1e} "
+        f"of the last version's update",
+        soft_wrap=True,
+    )
     if kind == "merged":
         console.print(f"rounding     {record.rounding:.1e} of the update is lost in the weights")
     for name, value in record.metrics.items():

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
 import typer
-from rich.console import Console
 
 from fedexlora import __version__
 from fedexlora.cli.aggregate import aggregate
 from fedexlora.cli.deviation import deviation
 from fedexlora.cli.export import export
 from fedexlora.cli.methods import methods
-from fedexlora.cli.run import run
-from fedexlora.cli.text import plain
+from fedexlora.cli.recipes import recipes
+from fedexlora.cli.run import EPILOG, run
+from fedexlora.cli.text import make_console, plain
 from fedexlora.errors import FedexLoraError
 
 app = typer.Typer(
     name="fedexlora",
     help="Federated LoRA fine-tuning whose aggregation is exact, and measured.",
+    epilog="Start with: fedexlora recipes. What a command takes: fedexlora run --help.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
-app.command()(run)
+app.command(epilog=EPILOG)(run)
+app.command()(recipes)
 app.command()(aggregate)
 app.command()(deviation)
 app.command()(export)
@@ -41,6 +43,9 @@ def _version(
 
 def main() -> None:
     """Run the command line; exit 0 done, 1 a run failed, 2 the input was wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # names may hold what the terminal cannot write
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except FedexLoraError as error:
@@ -50,5 +55,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {plain(message)}")
+    make_console(stderr=True).print(f"[bold red]error[/] {plain(message)}", soft_wrap=True)
     sys.exit(code)

@@ -6,10 +6,10 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from fedexlora.cli.tables import folding_table
+from fedexlora.cli.text import make_console
 
 
 def methods(
@@ -28,7 +28,7 @@ def methods(
         paper = method.paper.replace(" ", "\n", 1)
         exact = Text("yes", style="green") if method.exact else Text("no", style="red")
         table.add_row(method.name, exact, method.sends, method.keeps, paper)
-    console = Console(highlight=False)
+    console = make_console()
     console.print(table)
     console.print(
         'Choose one in a recipe, [bold]method = "fedit"[/] in its table \\[federation], or with '

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fedexlora.cli.text import make_console
 from fedexlora.errors import InputError
 
 
@@ -45,7 +46,7 @@ def progress_bars(console: Console) -> Progress:
 @contextmanager
 def progress_over(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on standard error, gone at the end; nothing where that is no terminal."""
-    bar = progress_bars(Console(stderr=True))
+    bar = progress_bars(make_console(stderr=True))
     task = bar.add_task(what, total=None)
     with bar:
         yield lambda done, total: bar.update(task, completed=done, total=total)

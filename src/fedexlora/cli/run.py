@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedexlora.cli.completion import override
+from fedexlora.cli.recipes import packaged_recipes
 from fedexlora.engine.quiet import quiet_libraries
+from fedexlora.engine.threads import set_threads
 from fedexlora.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -27,38 +30,102 @@ class Engine(StrEnum):
     FLOWER = "flower"
 
 
+EPILOG = """
+Recipes come with the package: get one to start from, change it, and run it.
+
+  fedexlora recipes
+
+  fedexlora recipes --write cola
+
+  fedexlora run cola.toml --out runs/cola --set federation.rounds=5
+
+A checkout has them in recipes/, and docs/recipes.md describes every key.
+"""
+
+
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, in TOML.", metavar="RECIPE.toml")],
-    out: Annotated[Path, typer.Option("--out", help="The run's folder.", metavar="DIR")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE.toml"),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            help="A new folder for the run: its record, checkpoints, and at the end adapter/.",
+            metavar="DIR",
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a value of the recipe.", metavar="table.key=value"),
+        typer.Option(
+            "--set",
+            help="Change a value of the recipe for this run, e.g. federation.rounds=5; "
+            "may be given several times.",
+            metavar="table.key=value",
+            autocompletion=override,
+        ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out, or start it.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on after the last finished round of the run in --out, or start it."
+        ),
     ] = False,
     keep_updates: Annotated[
         bool,
-        typer.Option("--keep-updates", help="Store what every client sent, as PEFT adapters."),
+        typer.Option(
+            "--keep-updates",
+            help="Also store what every client sent, in updates/ of --out, as PEFT adapters from "
+            "which anyone can recompute the result.",
+        ),
     ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            help="Processor threads of PyTorch; OMP_NUM_THREADS if not given, or else one for each "
+            "processor. They sleep while they wait, unless OMP_WAIT_POLICY says otherwise.",
+            min=1,
+        ),
+    ] = None,
     engine: Annotated[
         Engine,
-        typer.Option("--engine", help="One process, or Flower's simulation in several."),
+        typer.Option(
+            "--engine",
+            help="local trains one client after the other in this process; flower trains several "
+            "at a time, in Flower's simulation.",
+        ),
     ] = Engine.LOCAL,
     client_cpus: Annotated[
         int,
-        typer.Option("--client-cpus", help="With flower: processors of one client.", min=1),
+        typer.Option(
+            "--client-cpus", help="With --engine flower: processors that one client takes.", min=1
+        ),
     ] = 1,
     client_gpus: Annotated[
         float,
-        typer.Option("--client-gpus", help="With flower: share of a GPU of one client.", min=0.0),
+        typer.Option(
+            "--client-gpus",
+            help="With --engine flower: the share of a GPU that one client takes; 0.5 has two "
+            "clients share it.",
+            min=0.0,
+        ),
     ] = 0.0,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print each round's record as one line of JSON.")
+        bool,
+        typer.Option(
+            "--json", help="Print each round's record as one line of JSON, and nothing else."
+        ),
     ] = False,
 ) -> None:
-    """Fine-tune one model on many clients' data; the result is one PEFT adapter."""
+    """Fine-tune one model on many clients' data; the result is one PEFT adapter.
+
+    RECIPE.toml defines the run: model, task, data, clients, training.
+    """
+    set_threads(threads)
     quiet_libraries()
+    _check_is_there(recipe)
     from fedexlora.cli.terminal import JsonLines, Terminal, closing
     from fedexlora.engine.recipe import load_recipe
 
@@ -72,6 +139,19 @@ def run(
     with Terminal() as terminal:
         result = play(loaded, out, resume=resume, keep_updates=keep_updates, observer=terminal)
     closing(result, loaded)
+
+
+def _check_is_there(recipe: Path) -> None:
+    """Say at once, and with the way out, what is no file."""
+    if recipe.is_dir() and (recipe / "recipe.toml").is_file():
+        raise RecipeError(
+            f"recipe {recipe}: this is a run's folder", [f"its recipe is {recipe / 'recipe.toml'}"]
+        )
+    if not recipe.exists():
+        ways = ["`fedexlora recipes` lists those that come with the package"]
+        if recipe.stem in packaged_recipes():
+            ways = [f"`fedexlora recipes --write {recipe.stem}` writes {recipe.stem}.toml here"]
+        raise RecipeError(f"recipe {recipe}: cannot be read: No such file or directory", ways)
 
 
 def _player(engine: Engine, cpus: int, gpus: float) -> Callable[..., RunResult]:

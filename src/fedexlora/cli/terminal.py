@@ -11,10 +11,11 @@ from rich.console import Console
 
 from fedexlora.cli.options import progress_bars
 from fedexlora.cli.tables import print_blocks, print_entry
-from fedexlora.cli.text import plain
+from fedexlora.cli.text import make_console, plain
 from fedexlora.engine.conduct import RunResult
 from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.recipe import Recipe
+from fedexlora.engine.threads import describe_threads
 from fedexlora.exchange.records import MOST_FORWARD, RoundRecord
 from fedexlora.methods import METHODS, Method
 from fedexlora.texts import printable
@@ -32,7 +33,7 @@ class Terminal(Observer):
     """A progress display while a run goes on; without a terminal, only the lines."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        self.console = make_console()
         self._progress = progress_bars(self.console)
         self._rounds = self._progress.add_task("preparing", total=None)
         self._work = self._progress.add_task("", total=None)
@@ -72,6 +73,7 @@ class Terminal(Observer):
             f"rows; {info.modules} adapted modules in {info.precision}, "
             f"{info.trained_parameters:,} trained parameters"
         )
+        self.console.print(_threads(), soft_wrap=True)
         if info.finished:
             self.console.print(f"resumed after round {len(info.finished)}")
         else:
@@ -117,7 +119,7 @@ class Terminal(Observer):
 
 def closing(result: RunResult, recipe: Recipe) -> None:
     """The table at the end of a run, where the adapter is, and what to do next."""
-    console = Console(highlight=False)
+    console = make_console()
     method = recipe.method
     _print_table(console, result, method.title)
     for label, text in _verdict(result, method):
@@ -146,6 +148,13 @@ def _print_table(console: Console, result: RunResult, title: str) -> None:
     ]
     header = ["round", *names, "averaging\nloses", "error", "MB up", "MB down", "seconds"]
     print_blocks(console, f"{title}, scores on the validation rows", header, rows)
+
+
+def _threads() -> str:
+    threads = describe_threads()
+    waiting = [f"{name}={value}" for name, value in threads["thread_waiting"].items()]
+    told = plain(f" ({', '.join(waiting)})") if waiting else ""
+    return f"PyTorch's processor threads: {threads['torch_threads']}{told}; --threads changes that"
 
 
 def _folding(result: RunResult) -> str:

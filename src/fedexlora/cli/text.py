@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.markup import escape
 
 from fedexlora.texts import printable
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Where a command prints to; nothing in a text is coloured or replaced by itself."""
+    return Console(stderr=stderr, highlight=False, emoji=False)
 
 
 def plain(text: object) -> str:

@@ -107,7 +107,8 @@ class RoundSums:
         for name, total in self._dense.items():
             rebased = update.tensors[f"dense/{name}"].double()
             if start is not self._state:
-                rebased += self._state.dense[name].double() - start.dense[name].double()
+                # Not in place: of a float64 head, `double` is the caller's own tensor.
+                rebased = rebased + (self._state.dense[name].double() - start.dense[name].double())
             total.add_(rebased, alpha=weight)
 
     def stay(self, weight: float) -> None:

@@ -178,6 +178,8 @@ class Collector:
         found, enough = len(self.got.accepted), self._rule.min_updates
         if found >= enough:
             return
+        if not self.got.left_out and not found:
+            raise NoUpdatesError(f"round {self._round}: no client is connected")
         raise NoUpdatesError(
             f"round {self._round}: {found} usable updates, federation.min_updates is {enough}"
             if found

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fedexlora import __version__
 from fedexlora.data.generation import scorers
+from fedexlora.engine.divergence import check_finite, check_score
+from fedexlora.engine.environment import (
+    describe_environment,
+    environment_changes,
+    resumed_header,
+)
 from fedexlora.engine.folder import Progress, RunFolder, writing
-from fedexlora.engine.local import training_arithmetic
 from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.prepare import Prepared
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.round import Federation, run_round
 from fedexlora.engine.scoring import scoring_arithmetic
+from fedexlora.engine.training import training_arithmetic
 from fedexlora.engine.transport import Transport
 from fedexlora.errors import BridgeError, RecipeError, ResumeError
 from fedexlora.exchange.files import new_folder
@@ -93,6 +93,13 @@ def conduct(
         if header is None:
             observer.preparing("scoring the model before round 1")
             header = _header(prepared, rows, prepared.evaluate(observer))
+            check_score("before round 1", header["initial_metrics"], ())
+            folder.write_header(header)
+        elif changes := environment_changes(header, prepared.model):
+            for change in changes:
+                observer.note(f"resumed with other software or hardware: {change}")
+            finished = progress.state.version if progress else 0
+            header = resumed_header(header, finished, prepared.model)
             folder.write_header(header)
         with _settled_heap():
             records = _rounds(prepared, folder, progress, header, connect, keep_updates, observer)
@@ -137,12 +144,15 @@ def _rounds(
     while state.version < recipe.federation.rounds:
         shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
         state, holdings, record = run_round(federation, state, holdings)
+        check_finite(state, record)
         records = (*records, record)
         folder.save(Progress(state, records, holdings))
         observer.finished_round(record)
     folder.prune(state.version, recipe.federation.history)  # a kill may have come in between
     with writing(folder.adapter), new_folder(folder.adapter) as path:
-        save_global(model, state, path)
+        written = save_global(model, state, path)
+    worst = {"worst_module": written.module, "worst_error": written.error}
+    folder.write_header({**header, "adapter": worst})
     return records
 
 
@@ -237,18 +247,8 @@ def _header(
     prepared: Prepared, rows: Mapping[str, int], initial_metrics: Mapping[str, float]
 ) -> dict[str, Any]:
     """What holds for the whole run and is not in its recipe."""
-    packages = ("torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors")
     return {
-        "fedexlora": __version__,
-        "packages": {name: version(name) for name in packages},
-        "machine": {
-            "python": platform.python_version(),
-            "system": platform.system(),
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
+        **describe_environment(prepared.model),
         "data": prepared.data_fingerprint,
         "base": prepared.model.base_fingerprint,
         "precision": prepared.model.precision(),

@@ -13,10 +13,11 @@ from fedexlora.adapters.merge import RECORD as MERGE_RECORD
 from fedexlora.adapters.merge import merge_adapter
 from fedexlora.adapters.output import check_new, output
 from fedexlora.engine.card import model_card
-from fedexlora.engine.finished import FinishedRun, read_finished
+from fedexlora.engine.finished import FinishedRun, last_version, read_finished
 from fedexlora.errors import RunError
 from fedexlora.exchange.adapter_records import ExportRecord
 from fedexlora.peft_bridge.adapter_file import open_adapter
+from fedexlora.peft_bridge.export_check import check_export
 
 Kind = Literal["adapter", "merged"]
 
@@ -30,6 +31,8 @@ class ExportOptions:
     """The largest rank of a module; the lowest that loses nothing if not given."""
     tolerance: float | None = None
     """The largest relative error of a module."""
+    uniform_rank: bool = False
+    """Pad all modules to one rank, for servers that read it off the tensors."""
     base: str | None = None
     """For a merged model: the base model's files, if not those that the recipe names."""
     evaluate: bool = False
@@ -64,6 +67,7 @@ def export_run(
     Raises:
         InputError: if the run has not ended, or ``out`` or the options cannot be used; ``out`` is
             untouched then.
+        ExactnessError: if a module of the adapter is not that of the run's last version.
         RunError: if the upload failed; ``out`` is whole then.
     """
     options = options or ExportOptions()
@@ -98,17 +102,21 @@ def _write(
 ) -> ExportRecord:
     """The adapter or model itself, without records that name folders of this machine."""
     source, error = run.folder.adapter, 0.0
-    if options.rank is not None or options.tolerance is not None:
+    stated: dict[str, float] = {}
+    if options.rank is not None or options.tolerance is not None or options.uniform_rank:
         source = content.with_name("adapter")
         done = compress_adapter(
             run.folder.adapter,
             source,
             rank=options.rank,
             tolerance=options.tolerance,
+            uniform_rank=options.uniform_rank,
             progress=progress,
         )
         error = done.error
+        stated = {module.module: module.error for module in done.modules}
         (source / RECORD).unlink()
+    worst = check_export(source, *last_version(run), stated)
     rank = max(module.rank for module in open_adapter(source).modules.values())
     rounding = 0.0
     if options.kind == "merged":
@@ -132,6 +140,8 @@ def _write(
         rounds=len(run.records),
         rank=rank,
         error=error,
+        worst_module=worst.module,
+        worst_error=worst.error,
         rounding=rounding,
         metrics=run.records[-1].metrics,
         exported_metrics=None,

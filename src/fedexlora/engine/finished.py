@@ -7,12 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
+from torch import Tensor
 
+from fedexlora.algebra.lowrank import LowRank
 from fedexlora.engine.folder import RunFolder
 from fedexlora.engine.recipe import Recipe
 from fedexlora.errors import InputError
 from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.state import state_from, unpack_state
+from fedexlora.peft_bridge.adapter_file import AdapterFile, open_adapter
+from fedexlora.peft_bridge.names import (
+    INITIALISED_FROM_DATA,
+    MUTATING,
+    PREFIX,
+    bias_owner,
+    rank_and_scaling,
+)
+
+_DEFAULTS = {"r": 8, "lora_alpha": 8}
+"""PEFT's own, for a recipe that leaves them out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +63,51 @@ def read_finished(path: Path) -> FinishedRun:
             [f"finish it: fedexlora run {source} --out {path} --resume"],
         )
     return FinishedRun(folder, recipe, header, records)
+
+
+def last_version(run: FinishedRun) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    """What the run's last version makes of the untouched base, from its checkpoint.
+
+    Returns:
+        The scaled update ``(d_out, d_in)`` of every module, float64, and the heads and biases as
+        they are applied. Where the initialisation changed the base, as PiSSA does, they are those
+        of the run's own adapter, which was held against the live model when it was written.
+
+    Raises:
+        InputError: if there is no such checkpoint, or it is damaged.
+    """
+    initial = run.recipe.lora.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith((*MUTATING, *INITIALISED_FROM_DATA)):
+        return _stored(open_adapter(run.folder.adapter))
+    version = run.recipe.federation.rounds
+    path = run.folder.path / "checkpoints" / f"round-{version:04d}.safetensors"
+    try:
+        state = state_from(version, unpack_state(path.read_bytes())[0])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path} cannot be read: {error}", ["an export is measured against the last version"]
+        ) from error
+    config = {**_DEFAULTS, **run.recipe.lora}
+    scalings = {name: rank_and_scaling(config, name)[1] for name in state.adapter}
+    updates = {
+        name: total.to(torch.float64).plus([state.adapter[name].to(torch.float64)])
+        for name, total in state.total.items()
+    }
+    dense = {
+        name: tensor * (scalings[owner] if owner else 1.0)
+        for name, tensor in state.dense.items()
+        for owner in (bias_owner(name),)
+    }
+    return {name: update.scaled(scalings[name]) for name, update in updates.items()}, dense
+
+
+def _stored(adapter: AdapterFile) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
+    updates = {
+        name: LowRank(adapter.factors(name).to(torch.float64)).scaled(module.scaling)
+        for name, module in adapter.modules.items()
+    }
+    dense = {
+        name: adapter.rows(f"{PREFIX}{name}", 0, spec.shape[0] if spec.shape else 1)
+        for name, spec in adapter.dense.items()
+    }
+    return updates, dense

@@ -18,14 +18,16 @@ from fedexlora.data.load import Splits, fingerprint, load_splits, load_train, lo
 from fedexlora.data.partition import client_values, split_clients
 from fedexlora.data.task import Task, prepare_task
 from fedexlora.data.tokenizer import prepare_tokenizer
-from fedexlora.engine.local import LocalTrainer, training_arithmetic, training_device
+from fedexlora.engine.local import LocalTrainer
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import ClientTable, Recipe
 from fedexlora.engine.rows import RowSummary, check_rows
 from fedexlora.engine.scoring import Scoring, prepare_scoring, scoring_arithmetic
+from fedexlora.engine.training import training_arithmetic, training_device
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.export import file_names
 from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes, resolve_source
 from fedexlora.peft_bridge.model import AdaptedModel
@@ -228,6 +230,7 @@ def _load_model(
     model = AdaptedModel(peft_model, recipe.method.trained, placement, arithmetics)
     specs = {client: model.spec.reshaped(shape) for client, shape in shapes.items()}
     check_new_weights(new, model.spec.dense)
+    file_names(model)  # refused now, not when the adapter is written
     return task, tokenizer, model, specs, note
 
 
@@ -260,6 +263,7 @@ def load_task_base(
         dtype=recipe.model.dtype,
         quantization=recipe.model.quantization,
         unquantised=recipe.lora.get("modules_to_save") or (),
+        device=training_device(recipe.training),
     )
     inside = f"{base.base_model_prefix}."
     note = head_note(stated, task, head, trained=all(x.startswith(inside) for x in new))

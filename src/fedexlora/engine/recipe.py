@@ -216,7 +216,7 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
         RecipeError: with every fault.
     """
     # PEFT and transformers take seconds to import, so only a command that runs a recipe does so.
-    from fedexlora.engine.local import training_faults
+    from fedexlora.engine.training import training_faults
     from fedexlora.peft_bridge.load import lora_faults
 
     faults: list[str] = []
@@ -231,7 +231,7 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
     faults += _method_faults(document.get("federation", {}))
     if recipe is not None:
         faults += _participation_faults(recipe.federation) + _screening_faults(recipe)
-        faults += _scoring_faults(recipe)
+        faults += _scoring_faults(recipe) + _loss_faults(recipe)
     if recipe is not None:
         for client, own in recipe.clients.items():
             faults += _client_faults(f'clients."{client}"', own, recipe)
@@ -281,6 +281,12 @@ def _scoring_faults(recipe: Recipe) -> list[str]:
         return []
     said = f"evaluation.dtype: {weights} weights cannot be multiplied in {scoring}"
     return [f"{said}; leave it out, or set model.dtype = {scoring!r}"]
+
+
+def _loss_faults(recipe: Recipe) -> list[str]:
+    if recipe.task.kind != "regression" or not recipe.training.get("label_smoothing_factor"):
+        return []
+    return ["training.label_smoothing_factor: numbers are no classes to be smoothed over"]
 
 
 def _screening_faults(recipe: Recipe) -> list[str]:

@@ -1,4 +1,4 @@
-"""Scores of what is finished, loaded as its users load it: an adapter, a merged or a plain model."""
+"""Scores of what is finished, loaded as users load it: an adapter, a merged or a plain model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 from fedexlora.data.generation import check_metrics
 from fedexlora.data.load import Splits, load_splits, load_validation
 from fedexlora.data.task import Task, prepare_task
-from fedexlora.engine.local import training_device
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.prepare import load_task_base
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.rows import check_rows
 from fedexlora.engine.scoring import prepare_scoring
+from fedexlora.engine.training import training_device
 from fedexlora.peft_bridge.adapter_file import open_adapter
 from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import load_merged, with_adapter

@@ -38,6 +38,8 @@ def run(
     folder, table = RunFolder(out), recipe.federation
     continued = folder.check_same(recipe) if resume else folder.check_new()
     prepared, trainer = prepare(recipe, observer)
+    observer.preparing("rehearsing a step")
+    trainer.rehearse()
 
     def connect(progress: Progress) -> InProcessTransport:
         return InProcessTransport(

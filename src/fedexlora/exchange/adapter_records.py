@@ -14,6 +14,12 @@ class SourceRecord(Record):
     """Its share of the mean, 0 to 1."""
     missing: tuple[str, ...]
     """Modules that the others have and it has not: zero updates, as was asked for."""
+    names: tuple[str, ...] = ()
+    """What was done to names of tensors that PEFT would not have matched."""
+    zero: bool = False
+    """Whether every update is zero, as of an adapter that was never trained."""
+    same_as: str | None = None
+    """An adapter before it that holds the very same numbers."""
 
 
 class AdaptedModuleRecord(Record):
@@ -46,6 +52,10 @@ class AggregationRecord(Record):
     """Heads and biases, averaged."""
     bytes: int
     """Size of the adapter's tensors."""
+    matched_with: str | None = None
+    """The class of the base whose layers PEFT matched all tensors with; None if it is not here."""
+    tokenizer: tuple[str, ...] = ()
+    """Files of the tokenizer that lay beside the adapters, carried over."""
 
 
 class DeviationModuleRecord(Record):
@@ -126,6 +136,10 @@ class ExportRecord(Record):
     """The largest rank of a module."""
     error: float
     """|exported - global model| / |global model|, of the update: what a lower rank leaves out."""
+    worst_module: str
+    """The module that is farthest from the last version, read back from the adapter's files."""
+    worst_error: float
+    """How far that is, |exported - last version| / |last version|; includes what is left out."""
     rounding: float
     """The same for what a merged model's dtype rounds away; 0 for an adapter."""
     metrics: dict[str, float]

@@ -16,7 +16,7 @@ _LONGEST = 400
 
 
 def _bounded(reasons: tuple[str, ...]) -> tuple[str, ...]:
-    return few(printable(reason.replace("\n", "\\n"), _LONGEST) for reason in reasons)
+    return tuple(printable(text.replace("\n", "\\n"), _LONGEST) for text in few(reasons))
 
 
 class Record(BaseModel):

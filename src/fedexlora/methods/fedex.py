@@ -18,4 +18,5 @@ FEDEX = Method(
     trained=("A", "B"),
     assignment=assignment.mean,
     remainder=assignment.keep,
+    stored="products",
 )

@@ -17,4 +17,5 @@ FEDIT = Method(
     trained=("A", "B"),
     assignment=assignment.mean,
     remainder=assignment.drop,
+    stored="factors",
 )

@@ -18,4 +18,5 @@ FFA = Method(
     trained=("B",),
     assignment=assignment.mean,
     remainder=assignment.drop,
+    stored="factors",
 )

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fedexlora.algebra.assignment import Assignment, RemainderRule
+
+Stored = Literal["products", "factors", "none"]
+"""What a method makes of adapters that are stored: the mean of their products, the product of their
+mean factors, or nothing, because it needs more than finished adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,8 @@ class Method:
     assignment: Assignment
     """The next adapter."""
     remainder: RemainderRule
+    stored: Stored
+    """What ``aggregate`` makes of stored adapters; no method has a default."""
     own_adapters: bool = False
     """Whether every client continues from the factors that it trained itself."""
     truncates: bool = False

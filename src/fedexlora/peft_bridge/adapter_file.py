@@ -5,9 +5,8 @@ Tensors are read one module at a time, so that any number of adapters fit in mem
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +17,23 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.errors import AdapterError
 from fedexlora.exchange.spec import TensorSpec
 from fedexlora.exchange.tensors import TensorFile
+from fedexlora.peft_bridge.adapter_config import (
+    CONFIG,
+    TENSORS,
+    config_faults,
+    head_faults,
+    pickle_hint,
+    read_config,
+)
 from fedexlora.peft_bridge.names import (
     EMBEDDING_KEYS,
     FACTOR_BIAS,
-    INITIALISED_FROM_DATA,
-    MUTATING,
     PREFIX,
     PRODUCT_KEYS,
-    UNSUPPORTED,
     rank_and_scaling,
     targets,
 )
-
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_PICKLED = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
-_UNDERSTOOD = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "corda_config",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "trainable_token_indices",
-        "use_rslora",
-    }
-)
-"""Settings whose meaning for the update is known; any other one has to be off."""
+from fedexlora.peft_bridge.stored_names import stored_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +93,10 @@ class AdapterFile:
     modules: Mapping[str, StoredModule]
     dense: Mapping[str, TensorSpec]
     """Heads, biases and token rows, by their name in the base model."""
+    keys: Mapping[str, str]
+    """The name in the file of every tensor, by its name as PEFT stores it."""
+    notes: tuple[str, ...] = ()
+    """What was done to names that PEFT would not have matched."""
 
     def factors(self, name: str) -> Factors:
         """A module's factors as matrices, unscaled, in the dtype of the file.
@@ -154,10 +125,45 @@ class AdapterFile:
         key = f"{PREFIX}{name}"
         if not self.dense[name].shape:
             return self._finite(key)
-        return self._checked(key, self.file.read_rows(key, start, stop))
+        return self._checked(key, self.file.read_rows(self.keys[key], start, stop))
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows of any tensor by its stored name, as they are; one without rows is read whole."""
+        found = self.keys[key]
+        if not self.file.tensors[found].shape:
+            return self.file.read(found)
+        return self.file.read_rows(found, start, stop)
+
+    def moved(self, path: Path) -> AdapterFile:
+        """The same adapter with its tensors in a file of another name."""
+        return replace(self, file=replace(self.file, path=path))
+
+    def renamed(self, modules: Mapping[str, str], dense: Mapping[str, str]) -> AdapterFile:
+        """The same adapter with other names of layers.
+
+        Args:
+            modules: new names, by those that change.
+            dense: new names of heads and biases, by all old ones.
+        """
+        found = {
+            modules.get(name, name): replace(module, name=modules.get(name, name))
+            for name, module in self.modules.items()
+        }
+        keys = {f"{PREFIX}{new}": self.keys[f"{PREFIX}{old}"] for old, new in dense.items()}
+        for name, module in self.modules.items():
+            new = found[modules.get(name, name)]
+            keys |= {new.key(letter): self.keys[module.key(letter)] for letter in ("A", "B")}
+        whole = {"target_modules": sorted(found), "exclude_modules": None}
+        config = {**self.config, **whole, "layers_to_transform": None, "layers_pattern": None}
+        old, new_name = next(iter(modules.items()))
+        note = f"took {old} for {new_name}, and so on, in {len(modules)} names of layers"
+        specs = {new: self.dense[name] for name, new in dense.items()}
+        return replace(
+            self, config=config, modules=found, dense=specs, keys=keys, notes=(*self.notes, note)
+        )
 
     def _finite(self, key: str) -> Tensor:
-        return self._checked(key, self.file.read(key))
+        return self._checked(key, self.file.read(self.keys[key]))
 
     def _checked(self, key: str, tensor: Tensor) -> Tensor:
         if not bool(tensor.isfinite().all()):
@@ -171,29 +177,30 @@ def open_adapter(folder: Path) -> AdapterFile:
     Raises:
         AdapterError: if it is no whole PEFT LoRA adapter, or not a plain one; lists all faults.
     """
-    config = _config(folder)
-    if faults := list(_config_faults(config)):
+    config = read_config(folder)
+    if faults := list(config_faults(config)):
         raise AdapterError(f"{folder / CONFIG}: this adapter is not a plain LoRA", faults)
     path = folder / TENSORS
     if not path.is_file():
-        pickled = [name for name in _PICKLED if (folder / name).exists()]
-        found = f"; {pickled[0]} is a pickle, which can run code and is never loaded: convert it"
-        raise AdapterError(f"{folder}: there is no {TENSORS}{found if pickled else ''}")
+        raise AdapterError(f"{folder}: there is no {TENSORS}{pickle_hint(folder)}")
     try:
         file = TensorFile.open(path)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from error
-    faults = []
+    names = stored_names(file.tensors)
+    faults = list(names.faults)
+    tensors = {name: file.tensors[key] for name, key in names.keys.items()}
     modules = {
         name: module
-        for name, keys in _grouped(file, faults.append).items()
-        if (module := _module(name, keys, config, file, faults.append))
+        for name, keys in _grouped(tensors, faults.append).items()
+        if (module := _module(name, keys, config, tensors, faults.append))
     }
     dense = {
         key.removeprefix(PREFIX): spec
-        for key, spec in file.tensors.items()
+        for key, spec in tensors.items()
         if ".lora_" not in key or key.endswith(f".{FACTOR_BIAS}")
     }
+    faults += head_faults(config, dense)
     faults += [
         f"{name}: expected floating-point values, found {spec}"
         for name, spec in dense.items()
@@ -203,61 +210,10 @@ def open_adapter(folder: Path) -> AdapterFile:
         faults.append("it has no LoRA factors")
     if faults:
         raise AdapterError(f"{path}: its tensors and {CONFIG} are not one LoRA adapter", faults)
-    return AdapterFile(folder, config, file, modules, dense)
+    return AdapterFile(folder, config, file, modules, dense, names.keys, tuple(names.notes))
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise AdapterError(f"{folder}: there is no such folder")
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path}: expected an object, found {type(config).__name__}")
-    return config
-
-
-def _config_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    if config.get("peft_type") != "LORA":
-        yield f"peft_type: expected LORA, found {config.get('peft_type')!r}"
-        return
-    for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            yield f"{key}: expected a positive number, found {value!r}"
-    for key in ("rank_pattern", "alpha_pattern"):
-        values = config.get(key) or {}
-        if not isinstance(values, dict) or not all(
-            isinstance(x, int | float) and x > 0 for x in values.values()
-        ):
-            yield f"{key}: expected positive numbers by pattern, found {values!r}"
-    if config.get("use_dora"):
-        yield (
-            "use_dora: DoRA's magnitudes divide by the norm of the sum, so the mean of updates is "
-            "not one of its updates"
-        )
-    for key, reason in UNSUPPORTED.items():
-        if config.get(key):
-            yield f"{key}: {reason}"
-    for key in sorted(config.keys() - _UNDERSTOOD - UNSUPPORTED.keys() - {"use_dora"}):
-        if config[key]:
-            yield f"{key} = {config[key]!r}: it is not known to leave the update a product B @ A"
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_bound_to_another_base()):
-        yield (
-            f"init_lora_weights = {init!r} changed the base weights: save it with "
-            f"path_initial_model_for_weight_conversion, as an adapter of the original base"
-        )
-
-
-def _bound_to_another_base() -> tuple[str, ...]:
-    # EVA alone uses data without changing the base.
-    return tuple(x for x in (*MUTATING, *INITIALISED_FROM_DATA) if x != "eva")
-
-
-def _grouped(file: TensorFile, fault: Callable[[str], None]) -> dict[str, dict[str, str]]:
+def _grouped(tensors: Iterable[str], fault: Callable[[str], None]) -> dict[str, dict[str, str]]:
     """Factor keys by module and letter; what is no known tensor of LoRA is a fault."""
     endings = {
         f".{ending}": letter
@@ -265,11 +221,8 @@ def _grouped(file: TensorFile, fault: Callable[[str], None]) -> dict[str, dict[s
         for letter, ending in keys.items()
     }
     found: dict[str, dict[str, str]] = {}
-    for key in file.tensors:
+    for key in tensors:
         name = key.removeprefix(PREFIX)
-        if name == key:
-            fault(f"{key}: expected a name that starts with {PREFIX}")
-            continue
         ending = next((x for x in endings if name.endswith(x)), None)
         if ending:
             found.setdefault(name.removesuffix(ending), {})[endings[ending]] = key
@@ -284,13 +237,13 @@ def _module(
     name: str,
     keys: Mapping[str, str],
     config: Mapping[str, Any],
-    file: TensorFile,
+    tensors: Mapping[str, TensorSpec],
     fault: Callable[[str], None],
 ) -> StoredModule | None:
     if missing := [letter for letter in ("A", "B") if letter not in keys]:
         fault(f"{name}: factor {missing[0]} is missing")
         return None
-    specs = {letter: file.tensors[key] for letter, key in keys.items()}
+    specs = {letter: tensors[key] for letter, key in keys.items()}
     shapes = {letter: spec.shape for letter, spec in specs.items()}
     a, b = shapes["A"], shapes["B"]
     if len(a) < 2 or len(a) != len(b) or a[0] != b[1] or any(x != 1 for x in b[2:]):

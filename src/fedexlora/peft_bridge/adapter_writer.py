@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fedexlora.exchange.spec import TensorSpec
 from fedexlora.exchange.tensors import TensorWriter
-from fedexlora.peft_bridge.adapter_file import CONFIG, TENSORS, StoredModule
+from fedexlora.peft_bridge.adapter_config import CONFIG, TENSORS
+from fedexlora.peft_bridge.adapter_file import StoredModule
 from fedexlora.peft_bridge.names import PREFIX, shape_settings
 
 LETTERS: tuple[Literal["A"], Literal["B"]] = ("A", "B")

@@ -93,8 +93,21 @@ class Arithmetic:
 @contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
     """Have float32 operands multiplied in full, or as TF32, while the block runs."""
+    holders = float32_settings()
+    before = [holder.fp32_precision for holder in holders]
+    for holder in holders:
+        holder.fp32_precision = "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        for holder, precision in zip(holders, before, strict=True):
+            holder.fp32_precision = precision
+
+
+def float32_settings() -> Sequence[Any]:
+    """What has an ``fp32_precision``: torch's own first, then those that may differ from it."""
     backends: Any = torch.backends
-    holders: Sequence[Any] = (
+    return (
         backends,
         backends.cuda.matmul,
         backends.cudnn,
@@ -105,14 +118,6 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
         backends.mkldnn.conv,
         backends.mkldnn.rnn,
     )
-    before = [holder.fp32_precision for holder in holders]
-    for holder in holders:
-        holder.fp32_precision = "tf32" if tf32 else "ieee"
-    try:
-        yield
-    finally:
-        for holder, precision in zip(holders, before, strict=True):
-            holder.fp32_precision = precision
 
 
 def _tf32(tensor: Tensor) -> Tensor:

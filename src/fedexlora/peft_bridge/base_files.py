@@ -89,6 +89,10 @@ def _folder(source: str, revision: str | None) -> Path:
     try:
         found = resolve_source(source)
     except BridgeError as error:
+        if error.faults:
+            raise AdapterError(
+                error.summary.replace("model.source", "--base"), error.faults
+            ) from error
         raise AdapterError(f"base model {source!r}: no such folder or installed package") from error
     if Path(found).is_dir():
         return Path(found)

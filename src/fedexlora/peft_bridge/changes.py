@@ -19,6 +19,7 @@ from fedexlora.peft_bridge.skeleton import Skeleton
 
 _TRANSPOSED = (Conv1D, nn.Embedding)
 """Layers that store ``(d_in, d_out)``."""
+_SHOWN = 5
 _DIRECT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -45,8 +46,15 @@ def wanted_changes(adapter: AdapterFile, skeleton: Skeleton) -> tuple[dict[str, 
     """What the adapter changes, by parameter, and why some of it cannot be merged."""
     changes: dict[str, Change] = {}
     faults: list[str] = []
+    absent = [name for name in adapter.modules if skeleton.layer(name) is None]
+    if absent:
+        more = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+        names = ", ".join(absent[:_SHOWN])
+        faults.append(f"{names}{more}: {skeleton.class_name} has no such layer")
     for module in adapter.modules.values():
         layer = skeleton.layer(module.name)
+        if layer is None:
+            continue
         if fault := _layer_fault(module, layer, skeleton):
             faults.append(fault)
         else:
@@ -84,10 +92,8 @@ def _dense_change(name: str, changes: dict[str, Change]) -> tuple[str, Change]:
     return parameter, replace(changes.get(parameter, Change()), replaced=name)
 
 
-def _layer_fault(module: StoredModule, layer: nn.Module | None, skeleton: Skeleton) -> str | None:
+def _layer_fault(module: StoredModule, layer: nn.Module, skeleton: Skeleton) -> str | None:
     name = module.name
-    if layer is None:
-        return f"{name}: {skeleton.class_name} has no such layer"
     if not isinstance(layer, _TRANSPOSED + _DIRECT):
         return (
             f"{name}: expected a Linear, Conv1D, Embedding or convolution, "

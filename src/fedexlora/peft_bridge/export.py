@@ -17,11 +17,12 @@ from fedexlora.algebra.product import compact
 from fedexlora.errors import BridgeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
+from fedexlora.peft_bridge.export_check import WrittenError, check_export
 from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
 from fedexlora.peft_bridge.names import PREFIX, bias_owner, shape_settings
 
 
-def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> None:
+def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> WrittenError:
     """Write the final global model, adapter and all remainders, as one PEFT adapter.
 
     On the untouched base its update is ``scaling * (total + B A)``, at the lowest rank that loses
@@ -32,23 +33,31 @@ def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> None:
         model: the model that the state belongs to.
         state: the version to write.
         folder: an existing folder.
+
+    Returns:
+        The worst module, of what was read back from the written files.
+
+    Raises:
+        ExactnessError: if a module or head that was written is not that of the model.
     """
+    wanted = {name: _wanted(model, state, name) for name in model.spec.modules}
+    scaled = {
+        # A bias of the factors is multiplied by the scaling.
+        name: tensor * model.spec.modules[owner].scaling if owner else tensor
+        for name, tensor in state.dense.items()
+        for owner in (bias_owner(name),)
+    }
     if all(total.is_zero for total in state.total.values()) and not model.taken_out:
         save_factors(model, state.adapter, state.dense, folder)
-        return
+        return check_export(folder, wanted, scaled)
     whole = {
         name: _whole(state.total[name], _since_original(model, name, pair), spec.scaling)
         for name, spec in model.spec.modules.items()
         for pair in (state.adapter[name],)
     }
     ones = dict.fromkeys(whole, 1.0)
-    dense = {
-        # A bias of the factors is multiplied by the scaling, which is 1 here.
-        name: tensor * model.spec.modules[owner].scaling if owner else tensor
-        for name, tensor in state.dense.items()
-        for owner in (bias_owner(name),)
-    }
-    _write(model, _config(model, whole, ones), whole, dense, folder)
+    _write(model, _config(model, whole, ones), whole, scaled, folder)
+    return check_export(folder, wanted, scaled)
 
 
 def save_factors(
@@ -81,6 +90,36 @@ def save_factors(
     else:
         config = _config(model, factors, {n: m.scaling for n, m in spec.modules.items()})
     _write(model, config, factors, dense, folder)
+
+
+def file_names(model: AdaptedModel) -> dict[str, str]:
+    """The names of PEFT's adapter file for the model, and for each our own.
+
+    Raises:
+        BridgeError: if PEFT's format has no place for something that is trained, or a place for
+            something that is not, so that the adapter would not be the model.
+    """
+    live = get_peft_model_state_dict(
+        model.peft_model, adapter_name=model.adapter, save_embedding_layers=False
+    )
+    ours = {f"{PREFIX}{name}" for name in model.spec.dense}
+    ours |= {f"{PREFIX}{n}.{key}" for n, m in model.modules.items() for key in m.keys().values()}
+    # PEFT lists all adapters of a layer, whatever its configurations say, and with `bias = "all"`
+    # the biases of trained heads also under the names of their wrappers.
+    twice = {REMAINDER, DIFFERENCE, "original_module", "modules_to_save"}
+    names = {key: key.replace(".base_layer.", ".") for key in live if not twice & {*key.split(".")}}
+    faults = [f"{name}: not in PEFT's adapter file" for name in ours - set(names.values())]
+    faults += [f"{key}: in PEFT's file, not trained" for key, x in names.items() if x not in ours]
+    if faults:
+        raise BridgeError("no PEFT adapter holds what [lora] trains", sorted(faults))
+    return names
+
+
+def _wanted(model: AdaptedModel, state: GlobalState, name: str) -> LowRank:
+    """``scaling * (total + B A)`` on the untouched base, float64."""
+    since = _since_original(model, name, state.adapter[name])
+    whole = state.total[name].to(torch.float64).plus([since])
+    return whole.scaled(model.spec.modules[name].scaling)
 
 
 def _since_original(model: AdaptedModel, name: str, adapter: Factors) -> Factors:
@@ -133,22 +172,12 @@ def _write(
     dense: Mapping[str, Tensor],
     folder: Path,
 ) -> None:
-    live = get_peft_model_state_dict(
-        model.peft_model, adapter_name=model.adapter, save_embedding_layers=False
-    )
     known: dict[str, Tensor] = {f"{PREFIX}{name}": tensor for name, tensor in dense.items()}
     for name, pair in factors.items():
         module = model.modules[name]
         for letter, key in module.keys().items():
             value = pair.A if letter == "A" else pair.B
             known[f"{PREFIX}{name}.{key}"] = module.stored_factor(letter, value)
-    tensors = {}
-    for key in live:
-        if {REMAINDER, DIFFERENCE} & set(key.split(".")):
-            continue  # PEFT lists all adapters of a layer, whatever its configurations say
-        plain_key = key.replace(".base_layer.", ".")
-        tensors[key] = known.pop(plain_key).contiguous().cpu()
-    if known:
-        raise AssertionError(f"PEFT's adapter format has no place for {sorted(known)}")
+    tensors = {key: known[ours].contiguous().cpu() for key, ours in file_names(model).items()}
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

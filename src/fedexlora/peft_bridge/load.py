@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ from transformers import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from fedexlora.errors import BridgeError
 from fedexlora.peft_bridge.arithmetic import Width
@@ -47,6 +50,12 @@ _GIVEN_ELSEWHERE = {
     "revision": "it is model.revision",
 }
 
+_TYPES: Mapping[str, Any] = {
+    "lora_alpha": float,
+    "init_lora_weights": bool | str,  # names with a number in them too
+}
+"""What ``LoraConfig`` takes where its annotations say otherwise."""
+
 
 def resolve_source(source: str) -> str:
     """The folder or hub name that a recipe's ``model.source`` means.
@@ -66,10 +75,35 @@ def resolve_source(source: str) -> str:
     elif source.startswith((".", "/", "~")):
         folder = Path(source).expanduser()
     else:
+        _refuse_adapter(source, Path(source))
         return source
     if not folder.is_dir():
         raise BridgeError(f"model.source {source!r}: there is no folder {folder}")
+    _refuse_adapter(source, folder)
     return str(folder)
+
+
+def _refuse_adapter(source: str, folder: Path) -> None:
+    """Refuse an adapter as a base: transformers loads it with its own base, and PEFT loses it."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        named = None
+    base, merged = shlex.quote(str(named or "BASE")), f"{folder.resolve().name}-merged"
+    out = shlex.quote(f"./{merged}")
+    command = (
+        f"fedexlora aggregate {shlex.quote(str(folder))} --as merged --base {base} --out {out}"
+    )
+    raise BridgeError(
+        f"model.source {source!r} is an adapter ({path.name}), not a base model",
+        [
+            f"merge it first: {command}",
+            f"then set model.source = {json.dumps('./' + merged)}",
+        ],
+    )
 
 
 def load_base(
@@ -82,6 +116,7 @@ def load_base(
     dtype: Width = "float32",
     quantization: Quantization | None = None,
     unquantised: Iterable[str] = (),
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """A pre-trained model with a head for the task.
 
@@ -93,6 +128,8 @@ def load_base(
         quantization: store the linear layers in bitsandbytes' 8 or 4 bits.
         unquantised: modules that are trained whole, and so are not quantised; heads never are.
         config: changes to the model's own configuration (labels, padding token).
+        device: where quantised weights are; others are loaded on the processor. The processor by
+            default.
         seed: for weights that the files lack, such as a new head.
 
     Returns:
@@ -101,13 +138,15 @@ def load_base(
     Raises:
         BridgeError: if there is no such model, or bitsandbytes is needed and not installed.
     """
+    if found := find_adapter_config_file(source, revision=revision):
+        _refuse_adapter(source, Path(found).parent)
     width: torch.dtype = getattr(torch, dtype)
     options = dict(config)
     if quantization:
         _check_bitsandbytes(quantization)
         fields = quantization_fields(quantization, dtype, unquantised)
         options["quantization_config"] = BitsAndBytesConfig(**fields)
-        options["device_map"] = {"": "cuda" if torch.cuda.is_available() else "cpu"}
+        options["device_map"] = {"": str(device or "cpu")}
     set_seed(seed)
     try:
         model, report = _HEADS[task_type].from_pretrained(
@@ -149,7 +188,9 @@ def _check_bitsandbytes(quantization: Quantization) -> None:
 
 def lora_faults(options: Mapping[str, Any], table: str = "lora") -> list[str]:
     """Every fault of a recipe's ``[lora]`` table: unknown keys, with the nearest that PEFT has."""
-    return option_faults(table, options, LoraConfig, _GIVEN_ELSEWHERE, lambda: _config(options))
+    return option_faults(
+        table, options, LoraConfig, _GIVEN_ELSEWHERE, lambda: _config(options), types=_TYPES
+    )
 
 
 def _config(options: Mapping[str, Any], **more: str) -> LoraConfig:

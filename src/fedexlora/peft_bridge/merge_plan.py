@@ -46,12 +46,13 @@ def plan_merge(adapter: AdapterFile, files: BaseFiles, skeleton: Skeleton) -> Me
         lacking = not found and not _converted(parameter, loaded, skeleton)
         if lacking and change.whole and change.replaced:
             added[parameter] = change.replaced
-        elif fault := _source_fault(parameter, found, specs, skeleton):
+        elif fault := _source_fault(parameter, found, specs, skeleton, change):
             faults.append(fault)
         else:
             changes[found[0]] = (parameter, change)
     if not faults:
         faults += _gaps(skeleton, loaded, added)
+        faults += _resized(skeleton, loaded, specs, changes)
     names = _names(specs, skeleton, added)
     if not faults and not _read_alike(names, loaded, added, skeleton):
         faults.append(f"the names of the new heads {sorted(added)} do not go with the base's names")
@@ -69,13 +70,19 @@ def _converted(parameter: str, loaded: Mapping[str, str | None], skeleton: Skele
 
 
 def _source_fault(
-    parameter: str, found: list[str], specs: Mapping[str, TensorSpec], skeleton: Skeleton
+    parameter: str,
+    found: list[str],
+    specs: Mapping[str, TensorSpec],
+    skeleton: Skeleton,
+    change: Change,
 ) -> str | None:
     if len(found) != 1:
         what = ", ".join(found) if found else "none, or in another form; the adapter form is exact"
         return f"{parameter}: expected one tensor of the base's files, found {what}"
     spec, shape = specs[found[0]], skeleton.shapes[parameter]
-    if spec.shape != shape or not spec.dtype.is_floating_point:
+    # Of a table whose rows the adapter has, all of them, the base may have fewer or more.
+    resized = bool(change.replaced) and spec.shape[1:] == shape[1:]
+    if (spec.shape != shape and not resized) or not spec.dtype.is_floating_point:
         return f"{parameter}: expected floating-point numbers {list(shape)}, found {spec}"
     return None
 
@@ -96,6 +103,25 @@ def _gaps(
         excused = any(re.search(pattern, name) for pattern in optional)
         if not (one_of & present or excused or _converted(name, loaded, skeleton)):
             yield f"{name}: neither the base nor the adapter has it, so it would be random"
+
+
+def _resized(
+    skeleton: Skeleton,
+    loaded: Mapping[str, str | None],
+    specs: Mapping[str, TensorSpec],
+    changes: Mapping[str, tuple[str, Change]],
+) -> Iterator[str]:
+    """Tables that lack the rows of the tokens that the adapter added."""
+    for name, parameter in loaded.items():
+        if parameter is None or name in changes:
+            continue
+        shape, found = skeleton.shapes[parameter], specs[name].shape
+        if found != shape and found[1:] == shape[1:]:
+            yield (
+                f"{parameter}: the adapter is for {shape[0]} tokens, the base has {found[0]} rows, "
+                f"and nobody stored the others; resize the base first, with "
+                f"model.resize_token_embeddings({shape[0]}) as in training, and merge into that"
+            )
 
 
 def _names(

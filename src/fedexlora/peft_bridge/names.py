@@ -54,11 +54,37 @@ def bias_owner(name: str) -> str | None:
 
 
 def targets(config: Mapping[str, Any], name: str) -> bool:
-    """Whether ``target_modules`` covers a module, so that PEFT loads its factors."""
+    """Whether PEFT gives a module factors, and so loads those that are stored for it."""
+    if _listed(config.get("exclude_modules"), name):
+        return False
+    heads = config.get("modules_to_save") or ()
+    if any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in heads):
+        return False
     wanted = config.get("target_modules")
     if isinstance(wanted, str):
-        return wanted == "all-linear" or re.fullmatch(wanted, name) is not None
-    return any(f".{name}".endswith(f".{target}") for target in wanted or ())
+        return wanted.lower() == "all-linear" or re.fullmatch(wanted, name) is not None
+    if name in (wanted or ()):
+        return True
+    return _listed(wanted, name) and _in_layers(config, name)
+
+
+def _listed(wanted: str | Iterable[str] | None, name: str) -> bool:
+    """Whether a pattern matches a whole name, or one of several names ends it."""
+    if isinstance(wanted, str):
+        return bool(wanted) and re.fullmatch(wanted, name) is not None
+    return any(f".{name}".endswith(f".{end}") for end in wanted or ())
+
+
+def _in_layers(config: Mapping[str, Any], name: str) -> bool:
+    """Whether ``layers_to_transform`` has the number of a module's layer."""
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    found = config.get("layers_pattern") or r"[^.]*"
+    patterns = [found] if isinstance(found, str) else found
+    start = r"(?:^|.*?\.)" if config.get("layers_pattern") else r".*?\."
+    match = next((m for p in patterns if (m := re.match(rf"{start}{p}\.(\d+)\.", name))), None)
+    return match is not None and int(match[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def shape_settings(ranks: Mapping[str, int], scalings: Mapping[str, float]) -> dict[str, Any]:

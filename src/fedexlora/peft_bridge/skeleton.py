@@ -29,6 +29,7 @@ _AUTO = {
     "FEATURE_EXTRACTION": transformers.AutoModel,
 }
 """The models of PEFT's tasks."""
+_GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +117,12 @@ def build_skeleton(
             files.folder, trust_remote_code=False, **(changes or {})
         )
         model = _weightless(config, adapter)
-        labels = _labels(model, adapter)
+        labels, tokens = _labels(model, adapter), _vocabulary(model, adapter)
         if labels is not None:
             config.num_labels = labels
+        if tokens is not None:
+            config.get_text_config().vocab_size = tokens
+        if labels is not None or tokens is not None:
             model = _weightless(config, adapter)
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise AdapterError(
@@ -135,13 +139,16 @@ def _weightless(config: Any, adapter: AdapterFile) -> PreTrainedModel:  # noqa: 
         if task:
             if task not in _AUTO:
                 raise ValueError(f"task_type: expected one of {', '.join(_AUTO)}, found {task!r}")
-            model: PreTrainedModel = _AUTO[task].from_config(config, trust_remote_code=False)
-            return model
+            auto = _AUTO[task]
+            # Models of pictures and texts are trained as language models, and are none to "auto".
+            if type(config) in auto._model_mapping or task not in _GENERATING:
+                model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+                return model
         noted = (adapter.config.get("auto_mapping") or {}).get("base_model_class")
         name = noted or next(iter(config.architectures or ()), None)
         made = getattr(transformers, name or "", None)
         if not (isinstance(made, type) and issubclass(made, PreTrainedModel)):
-            raise ValueError(f"the adapter names no task, and {name!r} is no model of transformers")
+            raise ValueError(f"no task fits, and {name!r} is no model of transformers")
         built: PreTrainedModel = made(config)
         return built
 
@@ -157,6 +164,18 @@ def _labels(model: PreTrainedModel, adapter: AdapterFile) -> int | None:
         if shape[:1] == (known,) and spec.shape[1:] == shape[1:] and spec.shape != shape
     }
     return found.pop() if len(found) == 1 else None
+
+
+def _vocabulary(model: PreTrainedModel, adapter: AdapterFile) -> int | None:
+    """How many rows the adapter's own embedding has, where tokens were added to the base's."""
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    if known is None:
+        return None
+    table = model.get_input_embeddings()
+    name = next((n for n, module in model.named_modules() if module is table), None)
+    stored = (f"{name}.weight", f"{name}.base_layer.weight")
+    rows = {adapter.dense[key].shape[0] for key in stored if key in adapter.dense}
+    return rows.pop() if len(rows) == 1 and rows != {known} else None
 
 
 def _shared(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -51,6 +51,8 @@ def draw_deviation(record: DeviationRecord, path: Path) -> None:
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=7)
     axes.set_xticks(range(len(projections)), [_wrapped(x) for x in projections], fontsize=7)
     axes.set_yticks(range(len(layers)), [x or "(no layer)" for x in layers], fontsize=7)
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set_parse_math(False)  # a name is somebody else's, and a $ in it begins no formula
     axes.tick_params(length=0)
     axes.set_title(
         f"What averaging the factors loses: {record.deviation:.1%} of the mean update\n"

@@ -1,0 +1,32 @@
+"""What the shell offers after Tab; nothing here loads PyTorch, so that it comes at once.
+
+Keys and methods are listed again, because the modules that define them need PyTorch; a test holds
+the lists against them.
+"""
+
+from __future__ import annotations
+
+METHODS = ("fedex", "fedit", "ffa")
+_TABLES = {
+    "model": "source revision dtype quantization",
+    "task": "kind text label labels prompt completion prompt_template max_length metrics",
+    "data": "source config revision train validation max_train_rows max_validation_rows",
+    "partition": "kind clients alpha column min_rows",
+    "federation": "method next_adapter remainder_rank remainder_energy placement clients_per_round "
+    "fraction min_updates deadline stale weighting weight_cap robust clip_norm bad_share history "
+    "rounds seed",
+    "evaluation": "batch_size",
+}
+KEYS = tuple(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys.split())
+_OPEN = ("lora.", "training.")
+"""Tables whose keys are those of PEFT and transformers."""
+
+
+def override(incomplete: str) -> list[str]:
+    """``table.key=`` of a recipe, and the methods after ``federation.method=``."""
+    key, equals, _ = incomplete.partition("=")
+    if equals:
+        known = [f"{key}={name}" for name in METHODS] if key == "federation.method" else []
+    else:
+        known = [*(f"{name}=" for name in KEYS), *_OPEN]
+    return [name for name in known if name.startswith(incomplete)]

@@ -1,0 +1,62 @@
+"""``fedexlora recipes``: the recipes that come with the package."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from fedexlora.cli.tables import folding_table
+from fedexlora.cli.text import make_console, plain
+from fedexlora.errors import InputError
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """The files by name: inside the installed package, or beside ``src`` in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    folder = installed if installed.is_dir() else package.parents[1] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def recipes(
+    write: Annotated[
+        str | None,
+        typer.Option(
+            "--write",
+            help="Write this recipe to NAME.toml, here, to be changed and run.",
+            metavar="NAME",
+            autocompletion=lambda: list(packaged_recipes()),
+        ),
+    ] = None,
+) -> None:
+    """List the recipes that come with the package, or write one to a file."""
+    known = packaged_recipes()
+    console = make_console()
+    if write is None:
+        table = folding_table("recipe", "what it is")
+        for name, path in known.items():
+            table.add_row(name, Text(_title(path)))
+        console.print(table)
+        console.print("Write one to a file: [bold]fedexlora recipes --write cola[/]")
+        return
+    if write not in known:
+        raise InputError(f"--write {write}: expected one of {', '.join(known)}")
+    target = Path(f"{write}.toml")
+    if target.exists():
+        raise InputError(f"--write {write}: {target} exists already")
+    target.write_bytes(known[write].read_bytes())
+    console.print(f"recipe       [bold]{plain(target)}[/]")
+    console.print(f"run it       fedexlora run {target} --out runs/{write}", soft_wrap=True)
+
+
+def _title(path: Path) -> str:
+    """The first sentence of a recipe's opening comment."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    words = " ".join(line.removeprefix("#").strip() for line in comment)
+    ends = [words.find(end) for end in (". ", "? ") if end in words]
+    return words[: min(ends) + 1] if ends else words

@@ -1,0 +1,178 @@
+"""The ``[training]`` table: transformers' ``TrainingArguments``, and all that is known of them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+
+from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.isolation import process_settings
+from fedexlora.peft_bridge.options import option_faults
+
+_DEFAULTS: Mapping[str, Any] = {
+    "num_train_epochs": 1,
+    "train_sampling_strategy": "group_by_length",
+    "report_to": "none",
+    "logging_strategy": "no",
+}
+_FIXED: Mapping[str, Any] = {
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    # With the filter on, a step whose loss is NaN would count as 0 and go unnoticed.
+    "logging_nan_inf_filter": False,
+}
+_SCORED = [
+    "do_eval",
+    "do_predict",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "eval_accumulation_steps",
+    "eval_do_concat_batches",
+    "eval_use_gather_object",
+    "batch_eval_metrics",
+    "include_for_metrics",
+    "prediction_loss_only",
+    "metric_for_best_model",
+    "greater_is_better",
+]
+_CHECKPOINTED = [
+    "save_steps",
+    "save_total_limit",
+    "save_only_model",
+    "save_on_each_node",
+    "enable_jit_checkpoint",
+    "ignore_data_skip",
+    "restore_callback_states_from_checkpoint",
+]
+_DISTRIBUTED = [
+    "deepspeed",
+    "fsdp",
+    "fsdp_config",
+    "parallelism_config",
+    "local_rank",
+    "ddp_backend",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_broadcast_buffers",
+    "ddp_static_graph",
+    "ddp_timeout",
+]
+_PUSHED = [
+    "push_to_hub",
+    "hub_token",
+    "hub_private_repo",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_always_push",
+    "hub_revision",
+]
+_RESERVED: Mapping[str, str] = {
+    "output_dir": "it is --out",
+    "seed": "it is federation.seed",
+    "data_seed": "it follows from federation.seed",
+    "do_train": "every client trains",
+    "resume_from_checkpoint": "it is --resume",
+    "load_best_model_at_end": "clients send what they have at the end of a round",
+    "per_device_eval_batch_size": "it is evaluation.batch_size",
+    "bf16_full_eval": "it is evaluation.dtype",
+    "fp16_full_eval": "it is evaluation.dtype",
+    "length_column_name": "rows have their length",
+    "label_names": "it follows from the task",
+    "use_liger_kernel": "it changes transformers for the whole process, scoring included",
+    "liger_kernel_config": "it changes transformers for the whole process, scoring included",
+    **dict.fromkeys(_SCORED, "the global model is scored every round"),
+    **dict.fromkeys(_CHECKPOINTED, "runs are checkpointed every round"),
+    **dict.fromkeys(_DISTRIBUTED, "a client trains in one process, on one device"),
+    **dict.fromkeys(_PUSHED, "nothing is pushed from local training"),
+    **dict.fromkeys(_FIXED, "it is fixed"),
+}
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "torch_empty_cache_steps",
+)
+_ABOVE_ZERO = ("learning_rate", "num_train_epochs")
+
+
+def arguments(options: Mapping[str, Any], *, seed: int, folder: str) -> TrainingArguments:
+    """What ``Trainer`` is given: the recipe's options, on one device.
+
+    Args:
+        options: fields of ``TrainingArguments``.
+        seed: of dropout and of the order of rows.
+        folder: where callbacks may write.
+    """
+    merged = {**_DEFAULTS, **options, **_FIXED}
+    with process_settings():  # TrainingArguments sets how the whole process multiplies
+        made = TrainingArguments(output_dir=folder, seed=seed, data_seed=seed, **merged)
+        # With more GPUs than one in sight, `Trainer` would divide every batch among them.
+        made._n_gpu = min(made.n_gpu, 1)
+    return made
+
+
+def training_faults(options: Mapping[str, Any]) -> list[str]:
+    """Every fault of a recipe's ``[training]`` table; none means that training can start."""
+    return option_faults(
+        "training", options, TrainingArguments, _RESERVED, lambda: _check(options), _range_faults
+    )
+
+
+def training_device(options: Mapping[str, Any]) -> torch.device:
+    """The one device that the model is on, trained and scored."""
+    device: torch.device = _made(options).device
+    return device
+
+
+def training_arithmetic(options: Mapping[str, Any]) -> Arithmetic:
+    """How ``Trainer`` will multiply."""
+    return Arithmetic.of_training(_made(options))
+
+
+def full_batches_only(options: Mapping[str, Any]) -> int:
+    """The rows that a client must have because smaller batches are dropped; else 0."""
+    made = _made(options)
+    return int(made.per_device_train_batch_size) if made.dataloader_drop_last else 0
+
+
+def _made(options: Mapping[str, Any]) -> TrainingArguments:
+    return arguments(options, seed=0, folder=tempfile.gettempdir())
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    """Raise what ``Trainer`` would before its first step.
+
+    Raises:
+        ValueError: if a value cannot be, or the process is one of several.
+        ImportError: if a package is not installed.
+    """
+    made = _made(options)
+    if made.world_size > 1:
+        raise ValueError(
+            f"this is one of {made.world_size} processes of a distributed launcher; a client "
+            f"trains in one process, on one device: start fedexlora without the launcher"
+        )
+    for callback in get_reporting_integration_callbacks(made.report_to):
+        try:
+            callback()
+        except RuntimeError as error:  # transformers' word for a package that is not there
+            raise ImportError(f"report_to = {options.get('report_to')!r}: {error}") from error
+
+
+def _range_faults(options: Mapping[str, Any]) -> Iterator[str]:
+    """What ``TrainingArguments`` takes and means nothing, or fails at some step; by key."""
+    for key, value in options.items():
+        if key in _AT_LEAST_ONE and value is not None and value < 1:
+            yield f"{key}: expected at least 1, found {value}"
+        if key in _ABOVE_ZERO and value <= 0:
+            yield f"{key}: expected a number above 0, found {value}"
+    most = options.get("max_steps", -1)
+    if most != -1 and most < 1:
+        yield f"max_steps: expected at least 1, or -1 for no limit; found {most}"
