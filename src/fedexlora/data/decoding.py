@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from fedexlora.data.batches import Progress, evaluating
 from fedexlora.data.generation_config import GenerationConfig
@@ -50,7 +50,6 @@ def write_texts(
     inner: Any = getattr(model, "get_base_model", lambda: model)()
     ends = _end_tokens(inner, tokenizer)
     options = _options(config, ends, tokenizer)
-    stopping = {"tokenizer": tokenizer} if config.stop else {}
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     written: dict[int, Written] = {}
@@ -62,7 +61,7 @@ def write_texts(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=options,
-                **stopping,
+                stopping_criteria=_stops(tokenizer, config.stop, ids.shape[1]),
             )
             for i, row in zip(chosen, tokens[:, ids.shape[1] :].tolist(), strict=True):
                 written[i] = _read(row, ends, tokenizer, config.stop)
@@ -82,7 +81,6 @@ def _options(
         no_repeat_ngram_size=config.no_repeat_ngram_size,
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id,
-        stop_strings=list(config.stop) or None,
         use_cache=True,
         **beams,
     )
@@ -106,6 +104,30 @@ def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
     return frozenset([tokenizer.eos_token_id, *more])
 
 
+def _stops(
+    tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt: int
+) -> StoppingCriteriaList:
+    """Ends a text that holds one of some strings, whatever tokens they are made of.
+
+    transformers' own criterion refuses tokenizers that join words by spaces.
+    """
+
+    def holds_one(input_ids: Tensor, *_: Tensor, **__: Any) -> Tensor:  # noqa: ANN401
+        """Of token ids ``(n, tokens)``, which rows are done, ``(n,)`` bool."""
+        texts = (_decoded(tokenizer, row) for row in input_ids[:, prompt:].tolist())
+        done = [any(x in text for x in stop) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+    return StoppingCriteriaList([holds_one] if stop else [])
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    text: str = tokenizer.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
 def _padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
     """Token ids and mask, ``(n, tokens)`` int64 both, padded on the left."""
     longest = max(map(len, rows))
@@ -121,9 +143,7 @@ def _read(
     stop: Sequence[str],
 ) -> Written:
     length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    text = tokenizer.decode(
-        tokens[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    text = _decoded(tokenizer, tokens[:length])
     stops = [at for at in map(text.find, stop) if at >= 0]
     finished = length < len(tokens) or bool(stops)
     return Written(text[: min(stops, default=len(text))].strip(), finished)

@@ -195,18 +195,21 @@ class Recipe(_Table):
         ]
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: a TOML file.
         overrides: ``table.key=value``, the value in TOML or else taken as text.
+        model: values of the model's table that go before those of the file, not of the overrides.
 
     Raises:
         RecipeError: if a file cannot be read or parsed; with all unknown keys (and the nearest
             valid ones), missing keys and invalid values at once.
     """
-    return parse_recipe(read_document(path, overrides), str(path))
+    return parse_recipe(read_document(path, overrides, {"model": model or {}}), str(path))
 
 
 def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from datasets import Dataset
 from torch.nn import Module
@@ -38,7 +39,8 @@ class Scoring:
                 self.recipe.evaluation.batch_size,
                 observer.evaluating,
             )
-            if self.generation is not None:
+            # A model that has diverged has no likeliest token; its run is about to stop.
+            if self.generation is not None and isfinite(found["loss"]):
                 found |= self.generation.evaluate(model, self.tokenizer, observer.evaluating)
         return found
 
