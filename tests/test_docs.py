@@ -85,6 +85,14 @@ def test_the_quickstart_and_the_commands_of_the_readme_run(tmp_path, monkeypatch
     assert Path("runs/comparison.png").exists()
 
 
+def test_the_recipe_of_the_chat_page_is_valid(tmp_path):
+    page = (ROOT / "docs" / "chat.md").read_text(encoding="utf-8")
+    whole = re.search(r"^```toml\n(\[model\].*?)^```", page, re.M | re.S)
+    assert whole is not None
+    (tmp_path / "recipe.toml").write_text(whole[1], encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.toml").task.kind == "chat"
+
+
 def test_every_key_of_a_recipe_is_documented():
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     for table, field in Recipe.model_fields.items():

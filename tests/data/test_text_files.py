@@ -206,3 +206,10 @@ def test_keys_that_some_rows_lack_have_no_value_there():
         {"a": 1, "b": None},
         {"a": None, "b": 2.5},
     ]
+
+
+@pytest.mark.parametrize("odd", [[{"content": 5}], [{"content": ["x"]}], ["x"], [[{}]]])
+def test_the_row_of_a_list_with_other_parts_is_named(odd):
+    rows = [{"messages": [{"content": "x"}]}] * 5 + [{"messages": odd}, {"messages": []}]
+    with pytest.raises(DataError, match="'messages': expected values of one form, .* in row 6: "):
+        rows_of("\n".join(map(json.dumps, rows)), add_json_lines)

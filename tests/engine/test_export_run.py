@@ -194,7 +194,7 @@ def test_the_worst_module_is_recorded_and_printed(whole, tmp_path):
     record = json.loads((tmp_path / "a" / "export.json").read_text())
     assert record["worst_module"] in " ".join(done.stdout.split())
     assert 0 < record["worst_error"] < 1
-    held = json.loads((whole / "run.json").read_text())["adapter"]
+    held = json.loads((whole / "adapter.json").read_text())
     assert held["worst_error"] < 1e-6
     assert held["worst_module"]
 

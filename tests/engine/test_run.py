@@ -48,7 +48,15 @@ def same_run(one: Path, other: Path) -> None:
 
 def test_a_run_leaves_what_the_design_says(document, whole):
     names = {path.name for path in whole.iterdir()}
-    wanted = {"recipe.toml", "run.json", "rounds.jsonl", "checkpoints", "adapter", "updates"}
+    wanted = {
+        "recipe.toml",
+        "run.json",
+        "rounds.jsonl",
+        "checkpoints",
+        "adapter",
+        "adapter.json",
+        "updates",
+    }
     assert names == wanted | {".lock"}
     assert len(list((whole / "checkpoints").iterdir())) == 4  # versions 0 to 3; history is 4
     header = json.loads((whole / "run.json").read_text())

@@ -19,6 +19,7 @@ from fedexlora.flower.permission import (
     PARTITION_OPTIONS,
     TASK_COLUMNS,
     TASK_OPTIONS,
+    TASK_PROGRAMS,
     local_recipe,
 )
 from fedexlora.flower.recipe_options import is_plain_pattern
@@ -76,7 +77,7 @@ def test_a_node_fills_in_its_own_data_and_model():
 @pytest.mark.parametrize(
     ("tables", "known"),
     [
-        (TaskConfig, TASK_COLUMNS | TASK_OPTIONS | TASK_OF_SERVER),
+        (TaskConfig, TASK_COLUMNS | TASK_OPTIONS | TASK_PROGRAMS | TASK_OF_SERVER),
         (PartitionConfig, PARTITION_COLUMNS | PARTITION_OPTIONS),
     ],
     ids=["task", "partition"],
@@ -104,6 +105,7 @@ def test_of_every_field_it_is_known_whether_it_names_a_column(tables, known):
         {"task": COMPLETION | {"prompt_template": "{prompt} {diagnosis}"}},
         {"task": COMPLETION | {"completion_template": "{completion} {diagnosis}"}},
         {"task": {"kind": "causal-lm", "prompt_template": "{diagnosis}", "completion": "note"}},
+        {"task": {"kind": "chat", "messages": "diagnosis"}},
         {"partition": {"kind": "by_column", "column": "diagnosis"}},
         {"partition": {"kind": "dirichlet", "clients": 2, "alpha": 1.0, "column": "diagnosis"}},
         {"task__labels": ["low", "high", "other"]},
@@ -157,6 +159,7 @@ def test_a_revision_is_the_nodes_to_pin(model, revision):
         {"training__max_steps": None},
         {"task__labels": ["low\x1b[2J", "high"]},
         {"task__new_field": "note"},
+        {"task": {"kind": "chat", "messages": "note", "chat_template": "{{ messages }}"}},
         {"task__text": "x" * 20_000},
         {"model__revision": {"a": ["b"] * 500_000}},
     ],

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from fedexlora.algebra.lowrank import LowRank
+from fedexlora.errors import ExactnessError
+from fedexlora.peft_bridge import export
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.peft_bridge.model import AdaptedModel
 from tests.engine.scripted import federation, run_round
@@ -95,3 +100,38 @@ def test_a_client_s_update_is_a_standard_adapter(case, tmp_path):
     again = AdaptedModel(PeftModel.from_pretrained(base_of(case), tmp_path, is_trainable=True))
     for name, tensor in again.dense().items():
         assert torch.equal(tensor, dense[name])
+
+
+@pytest.mark.parametrize("case", ["llama-rslora", "factor-biases"])
+def test_one_module_or_head_that_is_written_a_little_wrong_is_named(case, tmp_path, monkeypatch):
+    """Far less than a pooled error of all modules would show."""
+    model = AdaptedModel(adapted(case))
+    parts, state = federation(model, "fedex")
+    state, _ = run_round(parts, state)
+    (tmp_path / "right").mkdir()
+    assert save_global(model, state, tmp_path / "right").error < 1e-6
+    spoilt = min(load_file(tmp_path / "right" / "adapter_model.safetensors"))
+
+    def wrong(tensors, path, **more):
+        save_file({**tensors, spoilt: tensors[spoilt] * (1 + 3e-6)}, path, **more)
+
+    monkeypatch.setattr(export, "save_file", wrong)
+    with pytest.raises(
+        ExactnessError, match=r"off by [23]\.\d+e-06 of it, allowed 1.00e-06"
+    ) as caught:
+        save_global(model, state, tmp_path)
+    assert len(caught.value.faults) == 1
+    assert spoilt.removeprefix("base_model.model.").startswith(caught.value.faults[0].split(":")[0])
+
+
+def test_the_benchmark_of_bfloat16_says_what_the_page_says(capsys, monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.setattr("sys.argv", ["bf16_branch.py", "--width", "256"])
+    runpy.run_path(str(root / "benchmarks" / "bf16_branch.py"), run_name="__main__")
+    large, middle, small = (
+        [float(x) for x in line.split()[1::2]] for line in capsys.readouterr().out.splitlines()[1:]
+    )
+    assert min(large) > 99
+    assert min(middle) > 95
+    assert max(small[:2]) < 50
+    assert min(x[2] for x in (large, middle, small)) > 99.9

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import exp, inf
 from typing import Any
 
 from datasets import Dataset, Sequence, Value
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import DataCollatorForSeq2Seq
+from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fedexlora.data.batches import Collator, Progress, map_batches, model_inputs, tokenized
+from fedexlora.data.batches import Collator, Progress, tokenized
 from fedexlora.data.checks import missing_columns, named_splits, shown_columns, text_faults
 from fedexlora.data.config import CausalLMTask
 from fedexlora.data.cuts import Cut
 from fedexlora.data.load import Splits
 from fedexlora.data.template import fill
+from fedexlora.data.token_loss import IGNORED, check_targets, label_collator, token_metrics
 from fedexlora.errors import DataError
-
-IGNORED = -100
-"""The label of a token that is not a target, as torch and transformers have it."""
-
-_LARGEST_EXPONENT = 709.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +76,12 @@ class CausalLM:
             }
 
         result = tokenized(rows, encode, Sequence(Value("int32")))
-        _check_targets(result)
+        check_targets(result)
         return result
 
     def collator(self, tokenizer: Tokenizer) -> Collator:
         """Makes a padded batch; ``labels`` are ``(n, tokens)`` int64, ``IGNORED`` in padding."""
-        return model_inputs(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED))
+        return label_collator(tokenizer)
 
     def evaluate(
         self,
@@ -102,15 +95,8 @@ class CausalLM:
 
         Every token counts the same, whichever row or batch it is in; summed in float64.
         """
-        collate = self.collator(tokenizer)
-        scores = map_batches(
-            model, tokenized, collate, batch_size, _token_loss, progress, use_cache=False
-        )
-        loss = sum(total for total, _ in scores) / sum(count for _, count in scores)
-        measured = {"loss": loss}
-        if "perplexity" in self.config.metrics:
-            measured["perplexity"] = exp(loss) if loss <= _LARGEST_EXPONENT else inf
-        return measured
+        collate, metrics = self.collator(tokenizer), self.config.metrics
+        return token_metrics(model, tokenized, collate, batch_size, metrics, progress)
 
     def texts(self, batch: Mapping[str, list[Any]]) -> tuple[list[str], list[str]]:
         """Prompts and targets of a batch; a prompt is empty where all of a text is the target."""
@@ -187,21 +173,3 @@ def _join(
     if len(kept) < len(target):
         lost = Cut.ANSWER_END
     return context + kept, [IGNORED] * len(context) + kept, int(lost)
-
-
-def _check_targets(rows: Dataset) -> None:
-    # The first token is never predicted, so its label is no target.
-    bare = [i for i, labels in enumerate(rows["labels"][:], 1) if set(labels[1:]) <= {IGNORED}]
-    if bare:
-        raise DataError(
-            f"expected a token to predict in every row, found none in {len(bare)} of {len(rows)}, "
-            f"the first is row {bare[0]}; remove empty rows or raise task.max_length"
-        )
-
-
-def _token_loss(logits: Tensor, labels: Tensor) -> tuple[float, int]:
-    targets = labels[:, 1:]
-    chosen = targets != IGNORED
-    # Only targets are widened to float32: all logits of a batch may not fit twice.
-    losses = cross_entropy(logits[:, :-1][chosen].float(), targets[chosen], reduction="none")
-    return float(losses.double().sum()), int(chosen.sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,12 +87,23 @@ class Columns:
                 return f"expected whole numbers of 64 bits, {found}; write it as text"
             if type(value) is str and not _encodes(value):
                 return f"expected text, found half a surrogate pair in {self._place(row)}"
-        return " ".join(str(error).split())
+        # Lists and objects whose parts are of several kinds: only Arrow knows which ones it takes.
+        row = bisect_left(range(len(values)), True, key=lambda x: not _is_array(values[: x + 1]))
+        found = " ".join(str(error).split())
+        return f"expected values of one form, found another in {self._place(row)}: {found}"
 
     def _place(self, row: int) -> str:
         """A row as its reader would look for it."""
         start, path = next(x for x in reversed(self.starts) if x[0] <= row)
         return f"row {row - start + 1}" + (f" of {path.name}" if len(self.starts) > 1 else "")
+
+
+def _is_array(values: list[Any]) -> bool:
+    try:
+        pa.array(values)
+    except pa.ArrowException:
+        return False
+    return True
 
 
 def _encodes(text: str) -> bool:

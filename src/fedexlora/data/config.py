@@ -17,6 +17,9 @@ RegressionMetric: TypeAlias = Literal["pearson", "spearman", "mse", "loss"]
 CausalLMMetric: TypeAlias = Literal["loss", "perplexity"]
 Column: TypeAlias = Annotated[str, Field(min_length=1)]
 
+LONGEST_CHAT_TEMPLATE = 100_000
+"""Characters of a chat template; the longest ones of published models have a third of that."""
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -234,7 +237,46 @@ class CausalLMTask(_Task):
         return bool(names) and part not in names
 
 
+class ChatTask(_Task):
+    """Predict the assistant's turns of conversations, written by the model's chat template."""
+
+    kind: Literal["chat"] = "chat"
+    """Selects this task."""
+    messages: Column = "messages"
+    """The column of conversations: lists of messages with `role` and `content`, or ShareGPT's with
+    `from` and `value`."""
+    chat_template: str | None = None
+    """The Jinja template that writes a conversation; the tokenizer's own if not given. A recipe's
+    file may name a file that ends in `.jinja` instead."""
+    max_length: int = Field(default=1024, ge=2)
+    """Most tokens of a conversation; a longer one loses its end."""
+    metrics: tuple[CausalLMMetric, ...] = ("loss", "perplexity")
+    """What is measured on the validation split; the first one is the headline."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that is read."""
+        return (self.messages,)
+
+    @model_validator(mode="after")
+    def _template_is_a_template(self) -> Self:
+        given = self.chat_template
+        if given is None:
+            return self
+        if len(given) > LONGEST_CHAT_TEMPLATE:
+            raise ValueError(
+                f"chat_template: expected at most {LONGEST_CHAT_TEMPLATE:,} characters, "
+                f"found {len(given):,}"
+            )
+        if "{{" not in given and "{%" not in given:
+            raise ValueError(
+                "chat_template: expected a Jinja template, or in a recipe's file the name of a "
+                f"file that ends in .jinja; found {given[:80]!r}"
+            )
+        return self
+
+
 TaskConfig: TypeAlias = Annotated[
-    ClassificationTask | RegressionTask | CausalLMTask, Field(discriminator="kind")
+    ClassificationTask | RegressionTask | CausalLMTask | ChatTask, Field(discriminator="kind")
 ]
-"""What the model learns to do; `kind` selects one of three."""
+"""What the model learns to do; `kind` selects one of four."""

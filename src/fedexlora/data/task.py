@@ -11,8 +11,15 @@ from transformers import PreTrainedTokenizerBase
 
 from fedexlora.data.batches import Collator, Progress
 from fedexlora.data.causal_lm import prepare_causal_lm
+from fedexlora.data.chat import prepare_chat
 from fedexlora.data.classification import prepare_classification
-from fedexlora.data.config import CausalLMTask, ClassificationTask, RegressionTask, TaskConfig
+from fedexlora.data.config import (
+    CausalLMTask,
+    ChatTask,
+    ClassificationTask,
+    RegressionTask,
+    TaskConfig,
+)
 from fedexlora.data.load import Splits
 from fedexlora.data.regression import prepare_regression
 
@@ -92,6 +99,8 @@ def prepare_task(config: TaskConfig, splits: Splits) -> Task:
             return prepare_regression(config, splits)
         case CausalLMTask():
             return prepare_causal_lm(config, splits)
+        case ChatTask():
+            return prepare_chat(config, splits)
 
 
 def stated(task: Task) -> TaskConfig:

@@ -16,6 +16,7 @@ _PIPELINES: Mapping[str, str] = {
     "classification": "text-classification",
     "regression": "text-classification",
     "causal-lm": "text-generation",
+    "chat": "text-generation",
 }
 _METRICS: Mapping[str, tuple[str, str | None]] = {
     "accuracy": ("accuracy", "accuracy"),

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedexlora.data.config import CausalLMTask, ClassificationTask, RegressionTask, TaskConfig
+from fedexlora.data.config import (
+    CausalLMTask,
+    ChatTask,
+    ClassificationTask,
+    RegressionTask,
+    TaskConfig,
+)
+from fedexlora.data.template import fill, placeholders
 from fedexlora.engine.card_source import Source
 from fedexlora.engine.markdown import literal
 from fedexlora.engine.recipe import ModelTable, Recipe
@@ -14,7 +21,13 @@ _LOADERS: Mapping[str, str] = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
     "causal-lm": "AutoModelForCausalLM",
+    "chat": "AutoModelForCausalLM",
 }
+_ANSWER = (
+    "inputs = inputs.to(model.device)",
+    "answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]",
+    'print(tokenizer.decode(answer[inputs["input_ids"].shape[1] :]))',
+)
 
 
 def usage(recipe: Recipe, labels: tuple[str, ...], folder: str, *, merged: bool) -> str:
@@ -98,13 +111,24 @@ def _value(value: object) -> str:
 def _question(task: TaskConfig) -> list[str]:
     """One row through tokenizer and model, and what comes out."""
     if isinstance(task, CausalLMTask):
-        template = "{prompt}" if task.text is not None else task.prompt_template
+        begin = "How it begins"
+        if task.text is None:
+            columns = {name: [begin] for name in placeholders(task.prompt_template)}
+            (begin,) = fill(task.prompt_template, columns, 1)
         return [
-            f'text = {literal(template)}.replace("{{prompt}}", "How it begins")',
+            f"text = {literal(begin)}",
             'inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)',
-            "inputs = inputs.to(model.device)",
-            "answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]",
-            'print(tokenizer.decode(answer[inputs["input_ids"].shape[1] :]))',
+            *_ANSWER,
+        ]
+    if isinstance(task, ChatTask):
+        given = task.chat_template
+        return [
+            *([f"tokenizer.chat_template = {literal(given)}"] if given else []),
+            'conversation = [{"role": "user", "content": "A question"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+            *_ANSWER,
         ]
     pair = not isinstance(task.text, str)
     texts = '"A first text", "A second text"' if pair else '"A text"'

@@ -29,10 +29,11 @@ class Source:
         """The place that a recipe's ``model.source`` or ``data.source`` names."""
         if source.startswith("package:"):
             return Source("package", source.removeprefix("package:"))
-        path = Path(source).expanduser()
+        path = Path(source)
         local = source.startswith((".", "/", "~")) or path.is_absolute() or path.is_dir()
         if local or not re.fullmatch(_HUB_NAME, source):
-            return Source("folder", path.resolve().name or "root")
+            named = path if path.name not in ("", "..") else path.absolute().resolve()
+            return Source("folder", named.name or "root")
         return Source("hub", source, revision)
 
     def describe(self) -> str:

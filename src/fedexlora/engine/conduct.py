@@ -28,7 +28,7 @@ from fedexlora.engine.scoring import scoring_arithmetic
 from fedexlora.engine.training import training_arithmetic
 from fedexlora.engine.transport import Transport
 from fedexlora.errors import BridgeError, RecipeError, ResumeError
-from fedexlora.exchange.files import new_folder
+from fedexlora.exchange.files import new_folder, replace_bytes
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.exchange.shipment import History, Holdings
 from fedexlora.exchange.state import GlobalState
@@ -152,7 +152,8 @@ def _rounds(
     with writing(folder.adapter), new_folder(folder.adapter) as path:
         written = save_global(model, state, path)
     worst = {"worst_module": written.module, "worst_error": written.error}
-    folder.write_header({**header, "adapter": worst})
+    with writing(folder.path / "adapter.json"):
+        replace_bytes(folder.path / "adapter.json", json.dumps(worst, indent=2).encode())
     return records
 
 

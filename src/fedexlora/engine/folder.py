@@ -4,6 +4,7 @@ recipe.toml     the resolved recipe        run.json      versions, data, score b
 rounds.jsonl    one record a round         checkpoints/  the last versions of the global model
 adapter/        the final global model     updates/      with --keep-updates, what clients sent
 clients.jsonl   over Flower, the key that each client's name belongs to
+adapter.json    its worst module, read back from its files
 """
 
 from __future__ import annotations

@@ -201,7 +201,7 @@ def load_recipe(
     """Read and check a recipe.
 
     Args:
-        path: a TOML file.
+        path: a TOML file; ``task.chat_template`` may name a file, whose text takes its place.
         overrides: ``table.key=value``, the value in TOML or else taken as text.
         model: values of the model's table that go before those of the file, not of the overrides.
 
@@ -209,7 +209,8 @@ def load_recipe(
         RecipeError: if a file cannot be read or parsed; with all unknown keys (and the nearest
             valid ones), missing keys and invalid values at once.
     """
-    return parse_recipe(read_document(path, overrides, {"model": model or {}}), str(path))
+    over = {"model": model} if model else {}
+    return parse_recipe(read_document(path, overrides, over), str(path))
 
 
 def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:

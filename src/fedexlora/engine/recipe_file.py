@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedexlora.data.config import LONGEST_CHAT_TEMPLATE
 from fedexlora.errors import RecipeError
 
 _EXTENDS = "extends"
@@ -31,6 +32,7 @@ def read_document(
     document = _over(_read(path, ()), over or {})
     for override in overrides:
         _set(document, override)
+    _read_chat_template(document)
     return document
 
 
@@ -68,6 +70,29 @@ def _over(base: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any
 
 def _same_kind(held: Mapping[str, Any], table: Mapping[str, Any]) -> bool:
     return "kind" not in table or table["kind"] == held.get("kind")
+
+
+def _read_chat_template(document: Mapping[str, Any]) -> None:
+    """Put a template's text in the place of its file's name, which means nothing to other machines.
+
+    Raises:
+        RecipeError: if the file cannot be read.
+    """
+    task = document.get("task")
+    named = task.get("chat_template") if isinstance(task, dict) else None
+    if not isinstance(task, dict) or not isinstance(named, str) or not _names_template(named):
+        return
+    try:
+        with Path(named).open(encoding="utf-8") as file:
+            # one more than is allowed, so that a longer one is refused and not cut
+            task["chat_template"] = file.read(LONGEST_CHAT_TEMPLATE + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"task.chat_template: {named} cannot be read: {reason}") from error
+
+
+def _names_template(text: str) -> bool:
+    return text.endswith(".jinja") and "\n" not in text and "{" not in text
 
 
 def _set(document: dict[str, Any], override: str) -> None:

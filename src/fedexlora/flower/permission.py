@@ -19,12 +19,14 @@ from fedexlora.flower.recipe_options import TABLES, option_faults, text_faults
 if TYPE_CHECKING:
     from fedexlora.engine.recipe import Recipe
 
-TASK_COLUMNS = frozenset({"text", "label", "prompt", "completion"})
+TASK_COLUMNS = frozenset({"text", "label", "prompt", "completion", "messages"})
 """Fields of a task that name columns."""
 TASK_TEMPLATES = frozenset({"prompt_template", "completion_template"})
 """Fields of a task in whose texts columns are named."""
 TASK_OPTIONS = TASK_TEMPLATES | {"kind", "labels", "metrics", "max_length"}
 """All other fields of a task that a server may set."""
+TASK_PROGRAMS = frozenset({"chat_template"})
+"""Fields of a task that are programs: a node runs its own tokenizer's, and none of a server's."""
 PARTITION_COLUMNS = frozenset({"column"})
 """Fields of a partition that name columns."""
 PARTITION_OPTIONS = frozenset({"kind", "clients", "alpha", "min_rows"})

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 
 from fedexlora.errors import AdapterError, BridgeError
 from fedexlora.exchange.tensors import TensorFile
-from fedexlora.peft_bridge.load import resolve_source
+from fedexlora.peft_bridge.load import locate, refuse_adapter
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_FILES = frozenset(
@@ -87,7 +87,9 @@ def open_base(source: str, revision: str | None) -> BaseFiles:
 
 def _folder(source: str, revision: str | None) -> Path:
     try:
-        found = resolve_source(source)
+        found = locate(source)
+        if not (Path(found) / CONFIG).exists():
+            refuse_adapter(source, Path(found))
     except BridgeError as error:
         if error.faults:
             raise AdapterError(

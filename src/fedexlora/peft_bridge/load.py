@@ -58,7 +58,18 @@ _TYPES: Mapping[str, Any] = {
 
 
 def resolve_source(source: str) -> str:
-    """The folder or hub name that a recipe's ``model.source`` means.
+    """The folder or hub name of the base model that a recipe's ``model.source`` means.
+
+    Raises:
+        BridgeError: as :func:`locate`, or if it is an adapter.
+    """
+    found = locate(source)
+    refuse_adapter(source, Path(found))
+    return found
+
+
+def locate(source: str) -> str:
+    """The folder or hub name that a source means, whatever is there.
 
     ``package:NAME/PATH`` is the folder PATH inside the installed Python package NAME; everything
     else is taken as it is: a folder or a hub name.
@@ -75,16 +86,18 @@ def resolve_source(source: str) -> str:
     elif source.startswith((".", "/", "~")):
         folder = Path(source).expanduser()
     else:
-        _refuse_adapter(source, Path(source))
         return source
     if not folder.is_dir():
         raise BridgeError(f"model.source {source!r}: there is no folder {folder}")
-    _refuse_adapter(source, folder)
     return str(folder)
 
 
-def _refuse_adapter(source: str, folder: Path) -> None:
-    """Refuse an adapter as a base: transformers loads it with its own base, and PEFT loses it."""
+def refuse_adapter(source: str, folder: Path) -> None:
+    """Refuse an adapter as a base: transformers loads it with its own base, and PEFT loses it.
+
+    Raises:
+        BridgeError: if it is one; says the command that makes a base of it.
+    """
     path = folder / "adapter_config.json"
     if not path.is_file():
         return
@@ -139,7 +152,7 @@ def load_base(
         BridgeError: if there is no such model, or bitsandbytes is needed and not installed.
     """
     if found := find_adapter_config_file(source, revision=revision):
-        _refuse_adapter(source, Path(found).parent)
+        refuse_adapter(source, Path(found).parent)
     width: torch.dtype = getattr(torch, dtype)
     options = dict(config)
     if quantization:
