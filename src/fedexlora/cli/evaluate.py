@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedexlora.cli.options import progress_bars
-from fedexlora.cli.tables import print_blocks
+from fedexlora.cli.tables import print_blocks, print_entry
 from fedexlora.cli.text import make_console, plain
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.quiet import quiet_libraries
@@ -97,4 +97,4 @@ def _print(record: EvaluationRecord) -> None:
     print_blocks(console, title, ["metric", *found], rows)
     for name, scorer in record.scorers.items():
         version = f", {scorer['version']}" if scorer["version"] else ""
-        console.print(f"{plain(name):<12} {plain(scorer['implementation'] + version)}")
+        print_entry(console, plain(name), plain(scorer["implementation"] + version))

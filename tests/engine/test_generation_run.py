@@ -1,0 +1,216 @@
+"""Runs that are scored by what the model writes, and the command that scores what is finished."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tomlkit
+
+from fedexlora.data.generation import Generation
+from fedexlora.engine.evaluation import evaluate
+from fedexlora.engine.export import ExportOptions, export_run
+from fedexlora.engine.observer import Observer
+from fedexlora.engine.prepare import prepare
+from fedexlora.engine.recipe import parse_recipe
+from fedexlora.engine.run import run
+from fedexlora.errors import DataError, InputError
+from fedexlora.flower.node import recipe_for_nodes
+from tests.cli.invoke import fedexlora
+from tests.engine.conftest import records_without_times
+from tests.engine.test_run import StopAt, same_run
+
+GENERATION = {"metrics": ["bleu", "gsm8k"], "max_new_tokens": 5, "num_beams": 2, "batch_size": 4}
+COUNTS = {"generation/unfinished", "gsm8k/unparsed"}
+
+
+def texts(count: int) -> list[dict[str, str]]:
+    """Half of the prompts are there twice; the answers count on from them."""
+    made = []
+    for i in range(count):
+        first = (i // 2 * 3) % 13
+        words = " ".join(f"w{first + j}" for j in range(1, 5))
+        made.append({"prompt": f"w{first} w{first}", "answer": f"{words} {first + i % 2}"})
+    return made
+
+
+@pytest.fixture(scope="session")
+def generating(gpt2, tmp_path_factory) -> dict:
+    """A recipe that generates, as a TOML parser gives it."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, count in (("train", 24), ("validation", 10)):
+        lines = "\n".join(map(json.dumps, texts(count)))
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return {
+        "model": {"source": gpt2},
+        "task": {"kind": "causal-lm", "prompt": "prompt", "completion": "answer"}
+        | {"max_length": 16, "generation": GENERATION},
+        "data": {"source": str(folder)},
+        "partition": {"kind": "iid", "clients": 3},
+        "federation": {"rounds": 3, "seed": 1},
+        "evaluation": {"every": 2},
+        "lora": {"r": 2, "lora_alpha": 6, "target_modules": ["c_attn"], "fan_in_fan_out": True},
+        "training": {"learning_rate": 3e-2, "per_device_train_batch_size": 4, "use_cpu": True},
+    }
+
+
+@pytest.fixture(scope="session")
+def written(generating, tmp_path_factory) -> Path:
+    """The folder of its run; tests only read it."""
+    out = tmp_path_factory.mktemp("written") / "run"
+    run(parse_recipe(generating, "test"), out)
+    return out
+
+
+def test_scores_of_texts_are_recorded_every_second_round_and_after_the_last(written):
+    metrics = [record["metrics"] for record in records_without_times(written)]
+    assert metrics[0] == {}
+    for found in metrics[1:]:
+        assert set(found) == {"loss", "perplexity", "bleu", "gsm8k"} | COUNTS
+    header = json.loads((written / "run.json").read_text())
+    assert header["headline"] == "bleu"
+    assert set(header["initial_metrics"]) == set(metrics[1])
+    assert re.fullmatch(r"sacrebleu \d.*", header["scorers"]["bleu"]["version"])
+    assert header["scorers"]["gsm8k"]["implementation"]
+
+
+def test_a_run_that_generates_resumes_to_the_same_bits(generating, written, tmp_path):
+    parsed = parse_recipe(generating, "test")
+    with pytest.raises(KeyboardInterrupt):
+        run(parsed, tmp_path / "run", observer=StopAt(2, "evaluate"))
+    run(parsed, tmp_path / "run", resume=True)
+    same_run(written, tmp_path / "run")
+
+
+def test_no_certificate_waits_for_texts(generating, monkeypatch):
+    prepared, _ = prepare(parse_recipe(generating, "test"), Observer())
+    monkeypatch.setattr(Generation, "evaluate", lambda *_: pytest.fail("it generates"))
+    for read in prepared.forwards.values():
+        read()
+
+
+def test_nodes_are_not_told_of_it(generating):
+    recipe = parse_recipe(generating, "test")
+    sent = recipe_for_nodes(recipe, recipe.task.model_dump(mode="json", exclude_none=True))
+    assert "generation" not in sent["task"]
+    assert "evaluation" not in sent
+
+
+def test_a_metric_that_this_machine_lacks_leaves_no_folder(generating, monkeypatch, tmp_path):
+    monkeypatch.setattr("fedexlora.data.score._version", lambda name: None)
+    with pytest.raises(DataError, match="bleu: sacrebleu is missing: pip install"):
+        run(parse_recipe(generating, "test"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_terminal_and_the_card_show_rounds_without_scores(generating, written, tmp_path):
+    (tmp_path / "recipe.toml").write_text(tomlkit.dumps(generating), encoding="utf-8")
+    again = tmp_path / "run"
+    shutil.copytree(written, again)
+    done = fedexlora("run", tmp_path / "recipe.toml", "--out", again, "--resume", columns=200)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^ +(start|\d) (.*)$", done.stdout, re.M)
+    assert [name for name, _ in rows] == ["start", "1", "2", "3"]
+    scored = [len(cells.split()) for _, cells in rows]
+    assert scored == [6, 5, 11, 11]
+    export_run(written, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    last = records_without_times(written)[-1]["metrics"]
+    assert f"| {last['bleu']:.4f} |" in card
+    assert f"| {last['gsm8k/unparsed']:.0f} |" in card
+
+
+def close(found: dict, expected: dict) -> None:
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_and_its_adapter_score_as_the_run_recorded(generating, written, tmp_path):
+    recorded = records_without_times(written)[-1]["metrics"]
+    task = tmp_path / "recipe.toml"
+    task.write_text(tomlkit.dumps(generating), encoding="utf-8")
+    of_run = evaluate(str(written))
+    assert (of_run.kind, of_run.rows, of_run.recorded) == ("run", 10, recorded)
+    close(of_run.metrics, recorded)
+    of_adapter = evaluate(str(written / "adapter"), task)
+    assert (of_adapter.kind, of_adapter.recorded) == ("adapter", None)
+    assert of_adapter.metrics == of_run.metrics
+    export_run(written, tmp_path / "merged", ExportOptions(kind="merged"))
+    of_merged = evaluate(str(tmp_path / "merged"), task)
+    assert of_merged.kind == "model"
+    close(of_merged.metrics, recorded)
+
+
+def test_a_plain_model_scores_as_the_run_did_before_round_1(generating, written, tmp_path, gpt2):
+    task = tmp_path / "recipe.toml"
+    elsewhere = {**generating, "model": {"source": "no-such-model"}}
+    task.write_text(tomlkit.dumps(elsewhere), encoding="utf-8")
+    record = evaluate(gpt2, task)
+    assert record.base == gpt2
+    assert record.metrics == json.loads((written / "run.json").read_text())["initial_metrics"]
+
+
+def test_the_base_of_an_adapter_is_the_one_that_it_names(generating, written, tmp_path, gpt2):
+    task, moved = tmp_path / "recipe.toml", tmp_path / "moved"
+    elsewhere = {**generating, "model": {"source": "no-such-model"}}
+    task.write_text(tomlkit.dumps(elsewhere), encoding="utf-8")
+    shutil.copytree(written / "adapter", moved)
+    config = json.loads((moved / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/moved/away"
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="its base is a folder that is not here: /moved/away"):
+        evaluate(str(moved), task)
+    named = evaluate(str(moved), task, [f"model.source={gpt2}"])
+    config["base_model_name_or_path"] = gpt2
+    (moved / "adapter_config.json").write_text(json.dumps(config))
+    assert evaluate(str(moved), task).metrics == named.metrics
+
+
+def test_a_run_of_classes_needs_no_training_rows(whole, document, data_folder, tmp_path):
+    shutil.copy(data_folder / "validation.jsonl", tmp_path)
+    changed = [f"data.source={tmp_path}"]
+    recorded = records_without_times(whole)[-1]["metrics"]
+    close(evaluate(str(whole)).metrics, recorded)
+    elsewhere = evaluate(str(whole), overrides=changed)
+    close(elsewhere.metrics, recorded)
+    assert elsewhere.recorded is None
+
+
+def test_the_command_prints_a_table_or_json(written):
+    recorded = records_without_times(written)[-1]["metrics"]
+    bleu = f"{recorded['bleu']:.4f}"
+    for columns in (30, 80):
+        done = fedexlora("evaluate", written, columns=columns)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(bleu) == 2
+        assert "sacrebleu" in done.stdout
+        assert "…" not in done.stdout
+    assert re.search(rf"bleu +{bleu} +{bleu}", done.stdout)
+    found = json.loads(fedexlora("evaluate", written, "--json").stdout)
+    assert found["metrics"]["bleu"] == recorded["bleu"]
+    smaller = ["--set", "data.max_validation_rows=4", "--json"]
+    found = json.loads(fedexlora("evaluate", written, *smaller).stdout)
+    assert (found["rows"], found["recorded"]) == (4, None)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda run, bert: [run / "adapter"], "--task RECIPE.toml"),
+        (lambda run, bert: [run / "nothing", "--task", run / "recipe.toml"], "nothing"),
+        (lambda run, bert: [run, "--task", run / "none.toml"], "none.toml: cannot be read"),
+        (
+            lambda run, bert: (
+                [run / "adapter", "--task", run / "recipe.toml", "--set", f"model.source={bert}"]
+            ),
+            "does not fit the model",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_a_fault_of_input(make, said, written, bert):
+    done = fedexlora("evaluate", *make(written, bert))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
