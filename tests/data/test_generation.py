@@ -10,8 +10,16 @@ import pytest
 import torch
 from datasets import Dataset
 from pydantic import TypeAdapter, ValidationError
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as bpe
 from transformers import GenerationConfig as ModelOptions
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fedexlora.data import generation
 from fedexlora.data.config import CausalLMTask, TaskConfig
@@ -300,3 +308,58 @@ def test_a_resolved_task_can_be_read_again():
     assert made.headline == "bleu"
     with pytest.raises(ValidationError, match="needs prompts"):
         read({"kind": "causal-lm", "text": "t", "generation": {"metrics": ["bleu"]}})
+
+
+def byte_model():
+    """A random GPT-2 that reads and writes bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(bpe.BPE(vocab={x: i for i, x in enumerate(["<end>", *alphabet])}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<end>", pad_token="<end>"
+    )
+    torch.manual_seed(0)
+    options = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 320, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=257, **options)), tokenizer
+
+
+def real(folder, name, count, task):
+    """The first rows of a real data set, ready for a model that reads bytes."""
+    with (folder / f"{name}.jsonl").open(encoding="utf-8") as file:
+        rows = Dataset.from_list([json.loads(next(file)) for _ in range(count)])
+    model, tokenizer = byte_model()
+    made = prepare_task(CausalLMTask(kind="causal-lm", **task), Splits(rows, rows, ""))
+    return prepare_generation(made, rows, tokenizer, model), rows, model, tokenizer
+
+
+def test_rows_of_e2e_with_the_papers_decoding(real_data):
+    table = {"metrics": ["e2e_bleu", "nist"], "max_new_tokens": 6, "num_beams": 10}
+    table |= {"length_penalty": 0.9, "no_repeat_ngram_size": 4}
+    columns = {"prompt": "meaning_representation", "completion": "human_reference"}
+    task = columns | {"prompt_template": "{prompt}\n", "generation": table}
+    made, rows, model, tokenizer = real(real_data / "e2e_nlg", "validation", 40, task)
+    assert len(made.prompts) == len(set(rows["meaning_representation"])) < 40
+    assert sum(map(len, made.grouped)) == 40
+    perfect = made.scores([references[-1] for references in made.grouped])
+    assert perfect["e2e_bleu"] == pytest.approx(100)
+    found = made.evaluate(model, tokenizer)
+    assert found["e2e_bleu"] < 1
+    assert found["generation/unfinished"] > 0
+
+
+def test_rows_of_gsm8k(real_data):
+    columns = {"prompt": "question", "completion": "answer"}
+    task = columns | {"generation": {"metrics": ["gsm8k"], "max_new_tokens": 8}}
+    made, rows, model, tokenizer = real(real_data / "gsm8k", "test", 12, task)
+    assert made.scores(rows["answer"][:]) == {"gsm8k": 1.0, "gsm8k/unparsed": 0.0}
+    assert made.notes  # questions of more than 256 bytes
+    found = made.evaluate(model, tokenizer)
+    assert set(found) == {"gsm8k", "gsm8k/unparsed", "generation/unfinished"}
+
+
+def test_rows_of_a_commonsense_set(real_data):
+    table = {"metrics": ["boolq"], "reference": "answer", "max_new_tokens": 8}
+    columns = {"prompt": "instruction", "completion": "output"}
+    made, rows, _, _ = real(real_data / "boolq", "test", 12, columns | {"generation": table})
+    assert made.scores(rows["output"][:]) == {"boolq": 1.0, "boolq/unparsed": 0.0}
