@@ -17,14 +17,20 @@ from fedexlora.engine.observer import Observer
 from fedexlora.engine.prepare import prepare
 from fedexlora.engine.recipe import parse_recipe
 from fedexlora.engine.run import run
-from fedexlora.errors import DataError, InputError
+from fedexlora.errors import DataError, InputError, RecipeError, ResumeError
 from fedexlora.flower.node import recipe_for_nodes
 from tests.cli.invoke import fedexlora
 from tests.engine.conftest import records_without_times
 from tests.engine.test_run import StopAt, same_run
 
 GENERATION = {"metrics": ["bleu", "gsm8k"], "max_new_tokens": 5, "num_beams": 2, "batch_size": 4}
-COUNTS = {"generation/unfinished", "gsm8k/unparsed"}
+MORE = {
+    "data": {"validation": "more"},
+    "task": {"prompt_template": "{prompt} w1", "metrics": ["loss"]}
+    | {"generation": {"metrics": ["gsm8k"]}},
+}
+WRITTEN = {"bleu", "gsm8k", "generation/unfinished", "gsm8k/unparsed"}
+OF_MORE = {"more.loss", "more.gsm8k", "more.generation/unfinished", "more.gsm8k/unparsed"}
 
 
 def texts(count: int) -> list[dict[str, str]]:
@@ -41,7 +47,7 @@ def texts(count: int) -> list[dict[str, str]]:
 def generating(gpt2, tmp_path_factory) -> dict:
     """A recipe that generates, as a TOML parser gives it."""
     folder = tmp_path_factory.mktemp("texts")
-    for name, count in (("train", 24), ("validation", 10)):
+    for name, count in (("train", 24), ("validation", 10), ("more", 6)):
         lines = "\n".join(map(json.dumps, texts(count)))
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return {
@@ -51,7 +57,7 @@ def generating(gpt2, tmp_path_factory) -> dict:
         "data": {"source": str(folder)},
         "partition": {"kind": "iid", "clients": 3},
         "federation": {"rounds": 3, "seed": 1},
-        "evaluation": {"every": 2},
+        "evaluation": {"every": 2, "sets": {"more": MORE}},
         "lora": {"r": 2, "lora_alpha": 6, "target_modules": ["c_attn"], "fan_in_fan_out": True},
         "training": {"learning_rate": 3e-2, "per_device_train_batch_size": 4, "use_cpu": True},
     }
@@ -69,12 +75,13 @@ def test_scores_of_texts_are_recorded_every_second_round_and_after_the_last(writ
     metrics = [record["metrics"] for record in records_without_times(written)]
     assert metrics[0] == {}
     for found in metrics[1:]:
-        assert set(found) == {"loss", "perplexity", "bleu", "gsm8k"} | COUNTS
+        assert set(found) == {"loss", "perplexity"} | WRITTEN | OF_MORE
     header = json.loads((written / "run.json").read_text())
     assert header["headline"] == "bleu"
     assert set(header["initial_metrics"]) == set(metrics[1])
     assert re.fullmatch(r"sacrebleu \d.*", header["scorers"]["bleu"]["version"])
-    assert header["scorers"]["gsm8k"]["implementation"]
+    assert header["scorers"]["more.gsm8k"] == header["scorers"]["gsm8k"]
+    assert set(header["scorers"]) == {"bleu", "gsm8k", "more.gsm8k"}
 
 
 def test_a_run_that_generates_resumes_to_the_same_bits(generating, written, tmp_path):
@@ -90,6 +97,68 @@ def test_no_certificate_waits_for_texts(generating, monkeypatch):
     monkeypatch.setattr(Generation, "evaluate", lambda *_: pytest.fail("it generates"))
     for read in prepared.forwards.values():
         read()
+
+
+def test_a_set_is_scored_as_a_recipe_of_its_own(generating, written, tmp_path):
+    recipe = parse_recipe(generating, "test").of_set("more")
+    assert recipe.task.generation.num_beams == GENERATION["num_beams"]
+    (tmp_path / "more.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    alone = evaluate(str(written / "adapter"), tmp_path / "more.toml")
+    assert alone.rows == 6
+    recorded = records_without_times(written)[-1]["metrics"]
+    found = {f"more.{name}": value for name, value in alone.metrics.items()}
+    close(found, {name: recorded[name] for name in OF_MORE})
+
+
+def test_a_set_of_classes_has_the_labels_of_the_model(document, data_folder, tmp_path):
+    lines = (data_folder / "validation.jsonl").read_text().splitlines()
+    only = [line for line in lines if json.loads(line)["label"] == "y"]
+    (tmp_path / "only.jsonl").write_text("\n".join(only))
+    table = {"data": {"source": str(tmp_path), "validation": "only"}}
+    document["evaluation"] = {"sets": {"only-y": table, "same": {}}}
+    prepared, _ = prepare(parse_recipe(document, "test"), Observer())
+    scores = prepared.evaluate(Observer())
+    assert {f"same.{name}": scores[name] for name in ("accuracy", "f1", "loss")} == {
+        name: value for name, value in scores.items() if name.startswith("same.")
+    }
+    share = len(only) / len(lines)
+    right = scores["only-y.accuracy"] * share
+    assert right <= scores["accuracy"] <= right + 1 - share
+
+
+def test_the_rows_of_a_set_are_part_of_a_runs_data(generating, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(generating["data"]["source"], data)
+    document = {**generating, "data": {"source": str(data)}, "federation": {"rounds": 1}}
+    run(parse_recipe(document, "test"), out)
+    (data / "more.jsonl").write_text(json.dumps(texts(1)[0]), encoding="utf-8")
+    document["federation"] = {"rounds": 2}
+    with pytest.raises(ResumeError, match="other data"):
+        run(parse_recipe(document, "test"), out, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"task": {"promt": "x"}}, "evaluation.sets.more.task.promt: unknown key; did you mean"),
+        ({"task": {"kind": "regression"}}, "evaluation.sets.more.task.kind: the model is one for"),
+        ({"task": {"generation": {"metrics": ["x"]}}}, "evaluation.sets.more.task.generation"),
+        ({"task": {"generation": 3}}, "evaluation.sets.more.task.generation"),
+        ({"data": {"train": "x"}}, "evaluation.sets.more.data.train: has no effect"),
+        ({"dta": {}}, "evaluation.sets.more.dta: unknown key; did you mean 'data'"),
+    ],
+)
+def test_a_fault_of_a_set_names_its_key(generating, table, said):
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({**generating, "evaluation": {"sets": {"more": table}}}, "test")
+    assert said in str(caught.value)
+
+
+def test_a_set_that_is_not_there_leaves_no_folder(generating, tmp_path):
+    document = {**generating, "evaluation": {"sets": {"more": {"data": {"validation": "none"}}}}}
+    with pytest.raises(DataError, match="none"):
+        run(parse_recipe(document, "test"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_nodes_are_not_told_of_it(generating):
@@ -110,12 +179,12 @@ def test_the_terminal_and_the_card_show_rounds_without_scores(generating, writte
     (tmp_path / "recipe.toml").write_text(tomlkit.dumps(generating), encoding="utf-8")
     again = tmp_path / "run"
     shutil.copytree(written, again)
-    done = fedexlora("run", tmp_path / "recipe.toml", "--out", again, "--resume", columns=200)
+    done = fedexlora("run", tmp_path / "recipe.toml", "--out", again, "--resume", columns=300)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^ +(start|\d) (.*)$", done.stdout, re.M)
     assert [name for name, _ in rows] == ["start", "1", "2", "3"]
     scored = [len(cells.split()) for _, cells in rows]
-    assert scored == [6, 5, 11, 11]
+    assert scored == [10, 5, 15, 15]
     export_run(written, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     last = records_without_times(written)[-1]["metrics"]

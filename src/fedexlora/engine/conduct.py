@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedexlora.data.generation import scorers
 from fedexlora.engine.divergence import check_finite, check_score
 from fedexlora.engine.environment import (
     describe_environment,
@@ -24,7 +23,7 @@ from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.prepare import Prepared
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.round import Federation, run_round
-from fedexlora.engine.scoring import scoring_arithmetic
+from fedexlora.engine.scoring import all_scorers, scoring_arithmetic
 from fedexlora.engine.training import training_arithmetic
 from fedexlora.engine.transport import Transport
 from fedexlora.errors import BridgeError, RecipeError, ResumeError
@@ -261,7 +260,7 @@ def _header(
         **prepared.summary.record(),
         "validation_rows": len(prepared.validation),
         "headline": prepared.recipe.task.headline,
-        "scorers": scorers(prepared.recipe.task),
+        "scorers": all_scorers(prepared.recipe),
         "model_config": dict(prepared.task.model_config),
         "initial_metrics": dict(initial_metrics),
     }

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fedexlora.data.generation import scorers
 from fedexlora.engine.finished import FinishedRun, read_finished
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import Recipe, load_recipe
 from fedexlora.engine.rescore import rescore
+from fedexlora.engine.scoring import all_scorers
 from fedexlora.errors import InputError
 from fedexlora.exchange.adapter_records import EvaluationRecord
 from fedexlora.peft_bridge.adapter_config import CONFIG
@@ -54,7 +54,7 @@ def evaluate(
         rows=scored.rows,
         metrics=dict(sorted(scored.metrics.items())),
         recorded=_recorded(recipe, run),
-        scorers=scorers(recipe.task),
+        scorers=all_scorers(recipe),
     )
 
 
@@ -127,6 +127,7 @@ def _recorded(recipe: Recipe, run: FinishedRun | None) -> dict[str, float] | Non
         return None
     own = _with_labels(run.recipe, run)
     same = all(getattr(own, x) == getattr(recipe, x) for x in ("model", "task", "data"))
+    same = same and own.evaluation.sets == recipe.evaluation.sets
     if not same or own.scoring_dtype != recipe.scoring_dtype:
         return None
     return dict(run.records[-1].metrics)

@@ -12,7 +12,6 @@ from datasets import Dataset
 from transformers.modeling_utils import PreTrainedModel
 
 from fedexlora.data.capacity import check_config, load_config
-from fedexlora.data.generation import check_metrics
 from fedexlora.data.head import head_labels, head_note, in_head_order
 from fedexlora.data.load import Splits, fingerprint, load_splits, load_train, load_validation
 from fedexlora.data.partition import client_values, split_clients
@@ -22,7 +21,7 @@ from fedexlora.engine.local import LocalTrainer
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import ClientTable, Recipe
 from fedexlora.engine.rows import RowSummary, check_rows
-from fedexlora.engine.scoring import Scoring, prepare_scoring, scoring_arithmetic
+from fedexlora.engine.scoring import Scoring, load_sets, prepare_scoring, scoring_arithmetic
 from fedexlora.engine.training import training_arithmetic, training_device
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
@@ -83,8 +82,8 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
     seed = recipe.federation.seed
-    check_metrics(recipe.task)
     observer.preparing("reading the data")
+    sets = load_sets(recipe)
     splits = load_splits(recipe.data, seed)
     task = prepare_task(recipe.task, splits)
     every = _shares(recipe, task, splits.train)
@@ -93,13 +92,16 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
     task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
-    scoring, notes = prepare_scoring(recipe, task, tokenizer, model.peft_model, splits.validation)
+    scoring = prepare_scoring(recipe, task, tokenizer, model.peft_model, splits.validation, sets)
     tokenized = {"training": rows, "validation": scoring.validation}
     summary = check_rows(
-        recipe, task, model.peft_model, tokenizer, tokenized, [note, *notes], observer
+        recipe, task, model.peft_model, tokenizer, tokenized, [note, *scoring.notes], observer
     )
     summary = replace(summary, client_values=client_values(splits.train, recipe.partition, shares))
-    prepared = Prepared(recipe, scoring, model, specs, splits.fingerprint, summary)
+    # Every row that a number of the run comes from is part of its data.
+    others = [own.rows for own in sets.values()]
+    data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
+    prepared = Prepared(recipe, scoring, model, specs, data, summary)
     collator = task.collator(tokenizer)
     return prepared, LocalTrainer(model, rows, shares, collator, recipe.training, seed, specs)
 
@@ -111,18 +113,19 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
         DataError: if the validation rows are missing or do not fit the task.
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
-    check_metrics(recipe.task)
     observer.preparing("reading the data")
+    sets = load_sets(recipe)
     rows = load_validation(recipe.data, recipe.federation.seed)
     task = prepare_task(recipe.task, Splits.one("validation", rows))
     task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
-    scoring, notes = prepare_scoring(recipe, task, tokenizer, model.peft_model, rows)
+    scoring = prepare_scoring(recipe, task, tokenizer, model.peft_model, rows, sets)
     tokenized = {"validation": scoring.validation}
     summary = check_rows(
-        recipe, task, model.peft_model, tokenizer, tokenized, [note, *notes], observer
+        recipe, task, model.peft_model, tokenizer, tokenized, [note, *scoring.notes], observer
     )
-    return Prepared(recipe, scoring, model, specs, fingerprint(rows), summary)
+    data = fingerprint(rows, *(own.rows for own in sets.values()))
+    return Prepared(recipe, scoring, model, specs, data, summary)
 
 
 def prepare_client(

@@ -7,14 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
-from fedexlora.data.generation import check_metrics
 from fedexlora.data.load import Splits, load_splits, load_validation
 from fedexlora.data.task import Task, prepare_task
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.prepare import load_task_base
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.rows import check_rows
-from fedexlora.engine.scoring import prepare_scoring
+from fedexlora.engine.scoring import load_sets, prepare_scoring
 from fedexlora.engine.training import training_device
 from fedexlora.peft_bridge.adapter_file import open_adapter
 from fedexlora.peft_bridge.inspect import check_new_weights
@@ -49,8 +48,8 @@ def rescore(
             or a model has weights that no file holds.
     """
     observer = observer or Observer()
-    check_metrics(recipe.task)
     observer.preparing("reading the data")
+    sets = load_sets(recipe)
     task, splits = _prepared_task(recipe)
     task, tokenizer, base, new, note = load_task_base(recipe, task, observer)
     model: nn.Module = base
@@ -64,9 +63,9 @@ def rescore(
     if recipe.model.quantization is None or merged:
         model.to(training_device(recipe.training))
     observer.preparing("tokenising the data")
-    scoring, notes = prepare_scoring(recipe, task, tokenizer, model, splits.validation)
+    scoring = prepare_scoring(recipe, task, tokenizer, model, splits.validation, sets)
     tokenized = {"validation": scoring.validation}
-    check_rows(recipe, task, model, tokenizer, tokenized, [note, *notes], observer)
+    check_rows(recipe, task, model, tokenizer, tokenized, [note, *scoring.notes], observer)
     observer.preparing("scoring")
     return Scored(scoring.scores(model, observer), len(scoring.validation))
 

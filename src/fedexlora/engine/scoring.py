@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import isfinite
 
 from datasets import Dataset
 from torch.nn import Module
 from transformers import PreTrainedTokenizerBase
 
-from fedexlora.data.generation import Generation, prepare_generation
-from fedexlora.data.task import Task
+from fedexlora.data.capacity import check_capacity
+from fedexlora.data.generation import Generation, check_metrics, prepare_generation, scorers
+from fedexlora.data.load import Splits, load_validation
+from fedexlora.data.task import Task, prepare_task
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import Recipe
 from fedexlora.peft_bridge.arithmetic import Arithmetic
@@ -28,9 +30,20 @@ class Scoring:
     """Tokenised."""
     generation: Generation | None
     """The prompts after which the model writes, if the task says so."""
+    sets: Mapping[str, Scoring] = field(default_factory=dict)
+    """By name, other rows that it is scored on."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is odd about prompts, and yet no fault."""
+        own = [] if self.generation is None else list(self.generation.notes)
+        return own + [f"{name}: {note}" for name, x in self.sets.items() for note in x.notes]
 
     def scores(self, model: Module, observer: Observer) -> dict[str, float]:
-        """Every metric, in the recipe's arithmetic; the model is left as it was."""
+        """Every metric, in the recipe's arithmetic; the model is left as it was.
+
+        Those of a set have its name and a dot before theirs.
+        """
         with scoring_arithmetic(self.recipe).active(next(model.parameters()).device):
             found = self.task.evaluate(
                 model,
@@ -42,6 +55,9 @@ class Scoring:
             # A model that has diverged has no likeliest token; its run is about to stop.
             if self.generation is not None and isfinite(found["loss"]):
                 found |= self.generation.evaluate(model, self.tokenizer, observer.evaluating)
+        for name, scoring in self.sets.items():
+            scores = scoring.scores(model, observer)
+            found |= {f"{name}.{metric}": value for metric, value in scores.items()}
         return found
 
     def read_rows(self, model: Module, arithmetic: Arithmetic, count: int) -> None:
@@ -51,24 +67,72 @@ class Scoring:
             self.task.evaluate(model, rows, self.tokenizer, self.recipe.evaluation.batch_size)
 
 
+@dataclass(frozen=True, slots=True)
+class SetRows:
+    """The rows of one of ``[evaluation.sets]``."""
+
+    recipe: Recipe
+    rows: Dataset
+
+
+def load_sets(recipe: Recipe) -> dict[str, SetRows]:
+    """Read the rows of all sets, and check that every metric can be computed on this machine.
+
+    Raises:
+        DataError: if a metric's package is missing, or the rows of a set.
+    """
+    check_metrics(recipe.task)
+    recipes = {name: recipe.of_set(name) for name in recipe.evaluation.sets}
+    for own in recipes.values():
+        check_metrics(own.task)
+    seed = recipe.federation.seed
+    return {name: SetRows(own, load_validation(own.data, seed)) for name, own in recipes.items()}
+
+
 def prepare_scoring(
     recipe: Recipe,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     model: Module,
     rows: Dataset,
-) -> tuple[Scoring, Sequence[str]]:
-    """Tokenise validation rows, and their prompts if the task generates.
-
-    Returns:
-        What a model is scored on, and notes on the prompts.
+    sets: Mapping[str, SetRows],
+) -> Scoring:
+    """Tokenise validation rows and those of all sets, and their prompts if a task generates.
 
     Raises:
-        DataError: if rows do not fit the task, or the model has too few positions for a prompt.
+        DataError: if rows do not fit the task or the model.
     """
     generation = prepare_generation(task, rows, tokenizer, model)
-    scoring = Scoring(recipe, task, tokenizer, task.tokenize(rows, tokenizer), generation)
-    return scoring, () if generation is None else generation.notes
+    return Scoring(
+        recipe,
+        task,
+        tokenizer,
+        task.tokenize(rows, tokenizer),
+        generation,
+        {name: _of_set(name, own, task, tokenizer, model) for name, own in sets.items()},
+    )
+
+
+def _of_set(
+    name: str, own: SetRows, task: Task, tokenizer: PreTrainedTokenizerBase, model: Module
+) -> Scoring:
+    config = own.recipe.task
+    if config.kind == "classification":  # the outputs are those of the labels that are trained
+        config = config.model_copy(update={"labels": task.config.labels})
+    told = prepare_task(config, Splits.one(name, own.rows))
+    scoring = prepare_scoring(own.recipe, told, tokenizer, model, own.rows, {})
+    half = own.recipe.model.dtype == "float16"
+    check_capacity(config, model, tokenizer, {name: scoring.validation}, half=half)
+    return scoring
+
+
+def all_scorers(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """By metric of generated texts, of sets too: what computes it, and its packages' versions."""
+    found = scorers(recipe.task)
+    for name in recipe.evaluation.sets:
+        own = scorers(recipe.of_set(name).task)
+        found |= {f"{name}.{metric}": scorer for metric, scorer in own.items()}
+    return found
 
 
 def scoring_arithmetic(recipe: Recipe) -> Arithmetic:
