@@ -12,14 +12,16 @@ from datasets import Dataset
 from pydantic import TypeAdapter, ValidationError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as bpe
-from transformers import GenerationConfig as ModelOptions
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers import GenerationConfig as ModelOptions
 
 from fedexlora.data import generation
 from fedexlora.data.config import CausalLMTask, TaskConfig
@@ -50,10 +52,14 @@ def models(gpt2):
     torch.manual_seed(3)
     options = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.5}
-    llama = LlamaConfig(vocab_size=21, eos_token_id=0, bos_token_id=None, **options, **heads)
+    names = {"vocab_size": 21, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": None}
+    llama = LlamaConfig(**names, **options, **heads)
     return {
         "gpt2": GPT2LMHeadModel.from_pretrained(gpt2),
         "llama": LlamaForCausalLM(llama),
+        "gemma2": Gemma2ForCausalLM(
+            Gemma2Config(**names, head_dim=4, sliding_window=4, **options, **heads)
+        ),
     }
 
 
@@ -68,7 +74,7 @@ def by_hand(model, prompt, count):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_a_padded_batch_is_what_each_prompt_gives_alone(name, models, tokenizer):
     model = models[name]
     written = write_texts(model, PROMPTS, tokenizer, config(batch_size=5))
@@ -79,7 +85,7 @@ def test_a_padded_batch_is_what_each_prompt_gives_alone(name, models, tokenizer)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_texts_do_not_depend_on_the_batch(name, beams, models, tokenizer):
     options = {"num_beams": beams, "no_repeat_ngram_size": 2}
     together = write_texts(models[name], PROMPTS, tokenizer, config(batch_size=4, **options))

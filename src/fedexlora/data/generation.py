@@ -109,7 +109,7 @@ def prepare_generation(
         return None
     config, length = task.config.generation, task.config.max_length
     references = _references(task, rows)
-    texts = task.texts(rows[:])[0]
+    texts = task.texts(rows.select_columns(list(task.config.columns))[:])[0]
     numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     prompts, cut = prompt_tokens(tokenizer, list(numbers), length)
     faults = [] if all(prompts) else ["a prompt has no token to write after"]

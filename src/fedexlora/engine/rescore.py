@@ -56,7 +56,8 @@ def rescore(
     if merged and folder is not None:
         model = load_merged(folder, task.peft_task_type, recipe.model.dtype)
     elif folder is not None:
-        check_new_weights(new, open_adapter(folder).dense)
+        if new:  # an adapter of any kind can be scored, but heads are looked for in plain LoRA
+            check_new_weights(new, open_adapter(folder).dense)
         model = with_adapter(base, folder)
     else:
         check_new_weights(new, ())
