@@ -126,6 +126,20 @@ def test_a_set_of_classes_has_the_labels_of_the_model(document, data_folder, tmp
     assert right <= scores["accuracy"] <= right + 1 - share
 
 
+def test_the_likeliest_of_a_rows_answers_is_a_score_beside_the_others(generating, tmp_path):
+    choices = {"answers": [f"w{i}" for i in range(20)], "template": "w1 {choice}"}
+    table = {**generating["task"], "prompt_template": "{prompt} w19", "completion": "one"}
+    rows = [{"prompt": f"w{i}", "one": "w19" if i % 2 else f"w{i}"} for i in range(6)]
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = {"source": str(tmp_path), "train": "choices", "validation": "choices"}
+    del table["generation"]
+    document = {**generating, "data": data, "task": table | {"choices": choices}}
+    prepared, _ = prepare(parse_recipe({**document, "evaluation": {}}, "test"), Observer())
+    scores = prepared.evaluate(Observer())
+    assert set(scores) == {"loss", "perplexity", "choice_accuracy"}
+    assert scores["choice_accuracy"] * 6 == pytest.approx(round(scores["choice_accuracy"] * 6))
+
+
 def test_the_rows_of_a_set_are_part_of_a_runs_data(generating, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(generating["data"]["source"], data)

@@ -10,7 +10,7 @@ METHODS = ("fedex", "fedit", "ffa")
 _TABLES = {
     "model": "source revision dtype quantization",
     "task": "kind text label labels prompt completion prompt_template completion_template messages "
-    "chat_template max_length metrics generation",
+    "chat_template max_length metrics generation choices",
     "data": "source config revision train validation max_train_rows max_validation_rows",
     "partition": "kind clients alpha column min_rows",
     "federation": "method next_adapter remainder_rank remainder_energy placement clients_per_round "

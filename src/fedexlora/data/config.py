@@ -154,6 +154,23 @@ class RegressionTask(_TextTask):
     """Most tokens of a row; longer ones are truncated on the right."""
 
 
+class ChoicesConfig(_Config):
+    """How rows are scored by which of their possible answers the model finds likeliest."""
+
+    answers: tuple[Column, ...] = Field(min_length=2)
+    """All possible answers; a row has those that its prompt names."""
+    template: str = "{choice}"
+    """The completion that an answer makes; `{choice}` stands for it."""
+    reference: Column | None = None
+    """The column of right answers; the task's `completion` if not given."""
+
+    @model_validator(mode="after")
+    def _template_has_the_choice(self) -> Self:
+        if placeholders(self.template) != ("choice",):
+            raise ValueError(f"template: expected {{choice}} in it, found {self.template!r}")
+        return self
+
+
 class CausalLMTask(_Task):
     """Predict a text's tokens, or those of a completion after a prompt."""
 
@@ -177,6 +194,8 @@ class CausalLMTask(_Task):
     """What is measured on the validation split; the first one is the headline."""
     generation: GenerationConfig | None = None
     """How the texts that the model writes are scored; nothing is generated if not given."""
+    choices: ChoicesConfig | None = None
+    """How rows are scored by the likeliest of their possible answers; not so if not given."""
 
     @property
     def headline(self) -> str:
@@ -207,6 +226,8 @@ class CausalLMTask(_Task):
     def _one_way_to_get_text(self) -> Self:
         pair = ("prompt", "completion")
         given = [x for x in ("text", *pair) if getattr(self, x) is not None]
+        if self.choices is not None and self.completion is None:
+            raise ValueError("choices: they take the place of a `completion`; name its column")
         if self.text is not None:
             for key in ("prompt_template", "completion_template"):
                 # A resolved recipe states every default.

@@ -11,6 +11,7 @@ from torch.nn import Module
 from transformers import PreTrainedTokenizerBase
 
 from fedexlora.data.capacity import check_capacity
+from fedexlora.data.choices import Choices, prepare_choices
 from fedexlora.data.generation import Generation, check_metrics, prepare_generation, scorers
 from fedexlora.data.load import Splits, load_validation
 from fedexlora.data.task import Task, prepare_task
@@ -30,6 +31,8 @@ class Scoring:
     """Tokenised."""
     generation: Generation | None
     """The prompts after which the model writes, if the task says so."""
+    choices: Choices | None
+    """The answers of which one is the likeliest, if the task has any."""
     sets: Mapping[str, Scoring] = field(default_factory=dict)
     """By name, other rows that it is scored on."""
 
@@ -55,6 +58,13 @@ class Scoring:
             # A model that has diverged has no likeliest token; its run is about to stop.
             if self.generation is not None and isfinite(found["loss"]):
                 found |= self.generation.evaluate(model, self.tokenizer, observer.evaluating)
+            if self.choices is not None:
+                found |= self.choices.evaluate(
+                    model,
+                    self.tokenizer,
+                    self.recipe.evaluation.batch_size,
+                    observer.evaluating,
+                )
         for name, scoring in self.sets.items():
             scores = scoring.scores(model, observer)
             found |= {f"{name}.{metric}": value for metric, value in scores.items()}
@@ -109,6 +119,7 @@ def prepare_scoring(
         tokenizer,
         task.tokenize(rows, tokenizer),
         generation,
+        prepare_choices(task, rows, tokenizer),
         {name: _of_set(name, own, task, tokenizer, model) for name, own in sets.items()},
     )
 

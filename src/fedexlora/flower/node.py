@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _FEDERATION = ("method", "next_adapter", "placement", "seed")
 """What of the federation's table concerns a client: it need not load anew when the rest changes."""
-TASK_OF_SERVER = frozenset({"generation"})
+TASK_OF_SERVER = frozenset({"generation", "choices"})
 """Fields of a task that concern scores alone, and that no node is sent."""
 
 
