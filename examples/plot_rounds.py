@@ -17,10 +17,9 @@ def main(out, folders):
         records = [json.loads(x) for x in (folder / "rounds.jsonl").read_text().splitlines()]
         rounds = [record["round"] for record in records]
         headline, method = header["headline"], records[0]["method"]
-        values = [record["metrics"][headline] for record in records]
-        scores.plot(
-            [0, *rounds], [header["initial_metrics"][headline], *values], "o-", label=method
-        )
+        found = [(0, header["initial_metrics"]), *((r["round"], r["metrics"]) for r in records)]
+        scored = [(number, metrics[headline]) for number, metrics in found if headline in metrics]
+        scores.plot(*zip(*scored, strict=True), "o-", label=method)
         off = [record["certificate"]["error"] for record in records]
         (line,) = errors.semilogy(rounds, off, "o-", label=f"{method}: distance from it")
         lost = [record["deviation"] for record in records]

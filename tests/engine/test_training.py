@@ -122,7 +122,7 @@ def test_scores_of_a_run_are_those_of_its_adapter_loaded_anew(document, tmp_path
     document["federation"]["rounds"] = 2
     parsed = parse_recipe(document, "test")
     result = run(parsed, tmp_path / "run")
-    fresh = rescore(parsed, result.adapter, merged=False)
+    fresh = rescore(parsed, result.adapter).metrics
     assert fresh == pytest.approx(dict(result.records[-1].metrics), abs=1e-6)
 
 

@@ -13,7 +13,7 @@ from fedexlora.data.config import PartitionConfig, TaskConfig
 from fedexlora.engine.recipe import parse_recipe
 from fedexlora.errors import NodeError, RecipeError
 from fedexlora.exchange.node_faults import NodeFault
-from fedexlora.flower.node import Node, load_node, recipe_for_nodes
+from fedexlora.flower.node import TASK_OF_SERVER, Node, load_node, recipe_for_nodes
 from fedexlora.flower.permission import (
     PARTITION_COLUMNS,
     PARTITION_OPTIONS,
@@ -77,7 +77,7 @@ def test_a_node_fills_in_its_own_data_and_model():
 @pytest.mark.parametrize(
     ("tables", "known"),
     [
-        (TaskConfig, TASK_COLUMNS | TASK_OPTIONS | TASK_PROGRAMS),
+        (TaskConfig, TASK_COLUMNS | TASK_OPTIONS | TASK_PROGRAMS | TASK_OF_SERVER),
         (PartitionConfig, PARTITION_COLUMNS | PARTITION_OPTIONS),
     ],
     ids=["task", "partition"],
@@ -87,6 +87,7 @@ def test_of_every_field_it_is_known_whether_it_names_a_column(tables, known):
     fields = {field for table in get_args(get_args(tables)[0]) for field in table.model_fields}
     assert fields == known
     assert not TASK_COLUMNS & TASK_OPTIONS
+    assert not TASK_OF_SERVER & (TASK_COLUMNS | TASK_OPTIONS)
     assert not PARTITION_COLUMNS & PARTITION_OPTIONS
 
 

@@ -10,13 +10,13 @@ METHODS = ("fedex", "fedit", "ffa")
 _TABLES = {
     "model": "source revision dtype quantization",
     "task": "kind text label labels prompt completion prompt_template completion_template messages "
-    "chat_template max_length metrics",
+    "chat_template max_length metrics generation choices",
     "data": "source config revision train validation max_train_rows max_validation_rows",
     "partition": "kind clients alpha column min_rows",
     "federation": "method next_adapter remainder_rank remainder_energy placement clients_per_round "
     "fraction min_updates deadline stale weighting weight_cap robust clip_norm bad_share history "
     "allow exclude rounds seed",
-    "evaluation": "batch_size dtype",
+    "evaluation": "every batch_size dtype sets",
 }
 KEYS = tuple(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys.split())
 _OPEN = ("lora.", "training.")

@@ -10,6 +10,7 @@ import typer
 from fedexlora.cli.options import progress_over
 from fedexlora.cli.text import make_console, plain
 from fedexlora.engine.quiet import quiet_libraries
+from fedexlora.exchange.records import score_text
 
 if TYPE_CHECKING:
     from fedexlora.exchange.adapter_records import ExportRecord
@@ -114,11 +115,11 @@ def _print(record: ExportRecord, out: Path, kind: str) -> None:
     )
     if kind == "merged":
         console.print(f"rounding     {record.rounding:.1e} of the update is lost in the weights")
-    for name, value in record.metrics.items():
+    for name in record.metrics:
         again = ""
         if record.exported_metrics is not None:
-            again = f"  as exported {record.exported_metrics[name]:.4f}"
-        console.print(f"{plain(name):<12} {value:.4f}{again}")
+            again = f"  as exported {score_text(record.exported_metrics, name)}"
+        console.print(f"{plain(name):<12} {score_text(record.metrics, name)}{again}")
     console.print(f"{kind:<12} [bold]{plain(out)}[/]", soft_wrap=True)
     if record.pushed_to:
         console.print(f"uploaded to  [bold]{plain(record.pushed_to)}[/]", soft_wrap=True)

@@ -10,6 +10,7 @@ import typer
 from fedexlora import __version__
 from fedexlora.cli.aggregate import aggregate
 from fedexlora.cli.deviation import deviation
+from fedexlora.cli.evaluate import evaluate
 from fedexlora.cli.export import export
 from fedexlora.cli.methods import methods
 from fedexlora.cli.recipes import recipes
@@ -28,6 +29,7 @@ app.command(epilog=EPILOG)(run)
 app.command()(recipes)
 app.command()(aggregate)
 app.command()(deviation)
+app.command()(evaluate)
 app.command()(export)
 app.command()(methods)
 

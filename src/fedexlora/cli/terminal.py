@@ -16,7 +16,7 @@ from fedexlora.engine.conduct import RunResult
 from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.threads import describe_threads
-from fedexlora.exchange.records import MOST_FORWARD, RoundRecord
+from fedexlora.exchange.records import MOST_FORWARD, RoundRecord, score_text
 from fedexlora.methods import METHODS, Method
 from fedexlora.texts import printable
 
@@ -77,8 +77,8 @@ class Terminal(Observer):
         if info.finished:
             self.console.print(f"resumed after round {len(info.finished)}")
         else:
-            score = info.initial_metrics[info.headline]
-            self.console.print(f"before round 1    {info.headline} {score:.4f}")
+            score = score_text(info.initial_metrics, info.headline) or "not computed"
+            self.console.print(f"before round 1    {info.headline} {score}")
         self._progress.update(
             self._rounds, description="rounds", total=info.rounds, completed=len(info.finished)
         )
@@ -103,10 +103,12 @@ class Terminal(Observer):
             return
         headline, certificate = self._info.headline, record.certificate
         asked = len(record.clients) + len(record.left_out)
+        text = score_text(record.metrics, headline)
+        score = f"{headline} {text}  " if text else ""
         sampled = f"{len(record.clients)} clients  " if asked < record.registered else ""
         self.console.print(
             f"round {record.round:>3} of {self._info.rounds:<4}  {sampled}"
-            f"{headline} {record.metrics[headline]:.4f}  "
+            f"{score}"
             f"averaging loses {record.deviation:6.2%}  "
             f"error {certificate.error:.0e}  "
             f"{sum(record.seconds.values()):.1f} s"
@@ -131,13 +133,14 @@ def closing(result: RunResult, recipe: Recipe) -> None:
 
 
 def _print_table(console: Console, result: RunResult, title: str) -> None:
-    names = list(result.initial_metrics)
-    scores = [f"{result.initial_metrics[name]:.4f}" for name in names]
+    every = [result.initial_metrics, *(record.metrics for record in result.records)]
+    names = list(dict.fromkeys(name for scores in every for name in scores))
+    scores = [score_text(result.initial_metrics, name) for name in names]
     rows = [["start", *scores, *[""] * 5]]
     rows += [
         [
             str(record.round),
-            *(f"{record.metrics[name]:.4f}" for name in names),
+            *(score_text(record.metrics, name) for name in names),
             f"{record.deviation:.2%}",
             f"{record.certificate.error:.1e}",
             f"{record.bytes.up / 1e6:.2f}",

@@ -135,6 +135,21 @@ def prepare_causal_lm(config: CausalLMTask, splits: Splits) -> CausalLM:
     return CausalLM(config)
 
 
+def prompt_tokens(
+    tokenizer: Tokenizer, prompts: list[str], max_length: int
+) -> tuple[list[list[int]], int]:
+    """Prompts as a model reads them before it writes: as in training, and no target after them.
+
+    Returns:
+        The token ids of each, and how many prompts lost their beginning to ``max_length``.
+    """
+    begin = _begin(tokenizer)
+    room = max_length - len(begin)
+    whole = _tokens(tokenizer, prompts)
+    kept = [begin + tokens[max(0, len(tokens) - room) :] for tokens in whole]
+    return kept, sum(len(tokens) > room for tokens in whole)
+
+
 def _begin(tokenizer: Tokenizer) -> list[int]:
     """The token that this tokenizer begins every text with, if it has one."""
     begin: list[int] = tokenizer("")["input_ids"][:1]

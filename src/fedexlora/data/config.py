@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
+from fedexlora.data.generation_config import GenerationConfig
 from fedexlora.data.template import placeholders
 
 ClassificationMetric: TypeAlias = Literal["accuracy", "f1", "matthews", "loss"]
@@ -153,6 +154,23 @@ class RegressionTask(_TextTask):
     """Most tokens of a row; longer ones are truncated on the right."""
 
 
+class ChoicesConfig(_Config):
+    """How rows are scored by which of their possible answers the model finds likeliest."""
+
+    answers: tuple[Column, ...] = Field(min_length=2)
+    """All possible answers; a row has those that its prompt names."""
+    template: str = "{choice}"
+    """The completion that an answer makes; `{choice}` stands for it."""
+    reference: Column | None = None
+    """The column of right answers; the task's `completion` if not given."""
+
+    @model_validator(mode="after")
+    def _template_has_the_choice(self) -> Self:
+        if placeholders(self.template) != ("choice",):
+            raise ValueError(f"template: expected {{choice}} in it, found {self.template!r}")
+        return self
+
+
 class CausalLMTask(_Task):
     """Predict a text's tokens, or those of a completion after a prompt."""
 
@@ -174,6 +192,15 @@ class CausalLMTask(_Task):
     """Most tokens of a row; a prompt loses its beginning first, a text or completion its end."""
     metrics: tuple[CausalLMMetric, ...] = ("loss", "perplexity")
     """What is measured on the validation split; the first one is the headline."""
+    generation: GenerationConfig | None = None
+    """How the texts that the model writes are scored; nothing is generated if not given."""
+    choices: ChoicesConfig | None = None
+    """How rows are scored by the likeliest of their possible answers; not so if not given."""
+
+    @property
+    def headline(self) -> str:
+        """The metric that runs are compared by: of what is generated, if anything is."""
+        return (self.generation or self).metrics[0]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -199,10 +226,15 @@ class CausalLMTask(_Task):
     def _one_way_to_get_text(self) -> Self:
         pair = ("prompt", "completion")
         given = [x for x in ("text", *pair) if getattr(self, x) is not None]
+        if self.choices is not None and self.completion is None:
+            raise ValueError("choices: they take the place of a `completion`; name its column")
         if self.text is not None:
             for key in ("prompt_template", "completion_template"):
-                if key in self.model_fields_set:
+                # A resolved recipe states every default.
+                if getattr(self, key) != type(self).model_fields[key].default:
                     raise ValueError(f"{key}: has no effect with `text`; leave it out")
+            if self.generation is not None:
+                raise ValueError("generation: needs prompts, which `text` has none of")
         templated = [x for x in pair if self._stands_alone(x)]
         if given != ["text"] and ("text" in given or set(given) | set(templated) != set(pair)):
             found = " and ".join(f"`{x}`" for x in given) or "none of them"

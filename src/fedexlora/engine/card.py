@@ -10,7 +10,7 @@ from fedexlora.engine.card_source import Source, data_name
 from fedexlora.engine.finished import FinishedRun
 from fedexlora.engine.markdown import code_span
 from fedexlora.exchange.adapter_records import ExportRecord
-from fedexlora.exchange.records import CertificateRecord, RoundRecord
+from fedexlora.exchange.records import CertificateRecord, RoundRecord, score_text
 
 _PIPELINES: Mapping[str, str] = {
     "classification": "text-classification",
@@ -27,6 +27,12 @@ _METRICS: Mapping[str, tuple[str, str | None]] = {
     "mse": ("mean squared error", "mse"),
     "perplexity": ("perplexity", "perplexity"),
     "loss": ("loss", None),
+    "bleu": ("BLEU", "bleu"),
+    "e2e_bleu": ("BLEU in lower case", "bleu"),
+    "nist": ("NIST", "nist_mt"),
+    "meteor": ("METEOR", "meteor"),
+    "rouge_l": ("ROUGE-L", "rouge"),
+    "cider": ("CIDEr", None),
 }
 """By our name: what people call a metric, and its name on the hub, if it has one."""
 
@@ -113,10 +119,11 @@ def _scores(run: FinishedRun, record: ExportRecord) -> str:
     if record.exported_metrics is not None:
         head, line = f"{head} as exported |", f"{line}---|"
     rows = []
-    for name, value in record.metrics.items():
-        cells = [_METRICS.get(name, (name, None))[0], f"{initial[name]:.4f}", f"{value:.4f}"]
+    for name in record.metrics:
+        called = _METRICS.get(name, (name, None))[0]
+        cells = [called, score_text(initial, name), score_text(record.metrics, name)]
         if record.exported_metrics is not None:
-            cells.append(f"{record.exported_metrics[name]:.4f}")
+            cells.append(score_text(record.exported_metrics, name))
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join([head, line, *rows, ""])
 

@@ -20,9 +20,10 @@ from fedexlora.engine.environment import (
 )
 from fedexlora.engine.folder import Progress, RunFolder, writing
 from fedexlora.engine.observer import Observer, RunInfo
-from fedexlora.engine.prepare import Prepared, scoring_arithmetic
+from fedexlora.engine.prepare import Prepared
 from fedexlora.engine.recipe import Recipe
 from fedexlora.engine.round import Federation, run_round
+from fedexlora.engine.scoring import all_scorers, scoring_arithmetic
 from fedexlora.engine.training import training_arithmetic
 from fedexlora.engine.transport import Transport
 from fedexlora.errors import BridgeError, RecipeError, ResumeError
@@ -137,6 +138,7 @@ def _rounds(
         observer=observer,
         screening=recipe.screening,
         forwards=prepared.forwards,
+        scored=recipe.scored,
     )
     while state.version < recipe.federation.rounds:
         shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
@@ -258,6 +260,7 @@ def _header(
         **prepared.summary.record(),
         "validation_rows": len(prepared.validation),
         "headline": prepared.recipe.task.headline,
+        "scorers": all_scorers(prepared.recipe),
         "model_config": dict(prepared.task.model_config),
         "initial_metrics": dict(initial_metrics),
     }

@@ -80,8 +80,8 @@ def export_run(
         if options.evaluate:
             from fedexlora.engine.rescore import rescore
 
-            scores = rescore(finished.recipe, content, merged=options.kind == "merged")
-            record = record.model_copy(update={"exported_metrics": scores})
+            scored = rescore(finished.recipe, content, merged=options.kind == "merged")
+            record = record.model_copy(update={"exported_metrics": scored.metrics})
         merged = options.kind == "merged"
         card = model_card(finished, record, merged=merged, hub=options.push_to)
         (content / "README.md").write_text(card, encoding="utf-8")

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset
-from torch.nn import Module
 from transformers.modeling_utils import PreTrainedModel
 
 from fedexlora.data.capacity import check_config, load_config
@@ -22,6 +21,7 @@ from fedexlora.engine.local import LocalTrainer
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import ClientTable, Recipe
 from fedexlora.engine.rows import RowSummary, check_rows
+from fedexlora.engine.scoring import Scoring, load_sets, prepare_scoring, scoring_arithmetic
 from fedexlora.engine.training import training_arithmetic, training_device
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
@@ -40,48 +40,37 @@ class Prepared:
     """What the server's side of a recipe names, loaded and checked; nothing is written yet."""
 
     recipe: Recipe
-    task: Task
-    tokenizer: Any
+    scoring: Scoring
     model: AdaptedModel
     specs: Mapping[str, AdapterSpec]
     """The adapters of the clients that have another one than the model, by client."""
-    validation: Dataset
-    """Tokenised."""
     data_fingerprint: str
     summary: RowSummary
 
-    def evaluate(self, observer: Observer, model: Module | None = None) -> dict[str, float]:
-        """Scores on the validation rows, in the recipe's arithmetic.
+    @property
+    def task(self) -> Task:
+        """With what it learned from the rows and the model."""
+        return self.scoring.task
 
-        Args:
-            observer: told of progress.
-            model: the model as it is now, by default, or another form of it.
-        """
-        scored = model or self.model.peft_model
-        with scoring_arithmetic(self.recipe).active(next(scored.parameters()).device):
-            return self.task.evaluate(
-                scored,
-                self.validation,
-                self.tokenizer,
-                self.recipe.evaluation.batch_size,
-                observer.evaluating,
-            )
+    @property
+    def tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped here
+        """The model's."""
+        return self.scoring.tokenizer
+
+    @property
+    def validation(self) -> Dataset:
+        """Tokenised."""
+        return self.scoring.validation
+
+    def evaluate(self, observer: Observer) -> dict[str, float]:
+        """Scores of the model as it is now."""
+        return self.scoring.scores(self.model.peft_model, observer)
 
     @property
     def forwards(self) -> dict[Arithmetic, Callable[[], None]]:
         """By arithmetic in which the model is used: it reads some validation rows."""
-        return {how: partial(self._read_rows, how) for how in self.model.arithmetics}
-
-    def _read_rows(self, arithmetic: Arithmetic) -> None:
-        model = self.model.peft_model
-        rows = self.validation.select(range(min(len(self.validation), _ROWS_READ)))
-        with arithmetic.active(next(model.parameters()).device):
-            self.task.evaluate(model, rows, self.tokenizer, self.recipe.evaluation.batch_size)
-
-
-def scoring_arithmetic(recipe: Recipe) -> Arithmetic:
-    """How the model multiplies when it is scored."""
-    return Arithmetic.of_scoring(recipe.scoring_dtype, recipe.model.dtype)
+        read, model = self.scoring.read_rows, self.model.peft_model
+        return {how: partial(read, model, how, _ROWS_READ) for how in self.model.arithmetics}
 
 
 def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]:
@@ -94,6 +83,7 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
     """
     seed = recipe.federation.seed
     observer.preparing("reading the data")
+    sets = load_sets(recipe)
     splits = load_splits(recipe.data, seed)
     task = prepare_task(recipe.task, splits)
     every = _shares(recipe, task, splits.train)
@@ -102,13 +92,16 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
     task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
-    validation = task.tokenize(splits.validation, tokenizer)
-    tokenized = {"training": rows, "validation": validation}
-    summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
-    summary = replace(summary, client_values=client_values(splits.train, recipe.partition, shares))
-    prepared = Prepared(
-        recipe, task, tokenizer, model, specs, validation, splits.fingerprint, summary
+    scoring = prepare_scoring(recipe, task, tokenizer, model.peft_model, splits.validation, sets)
+    tokenized = {"training": rows, "validation": scoring.validation}
+    summary = check_rows(
+        recipe, task, model.peft_model, tokenizer, tokenized, [note, *scoring.notes], observer
     )
+    summary = replace(summary, client_values=client_values(splits.train, recipe.partition, shares))
+    # Every row that a number of the run comes from is part of its data.
+    others = [own.rows for own in sets.values()]
+    data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
+    prepared = Prepared(recipe, scoring, model, specs, data, summary)
     collator = task.collator(tokenizer)
     return prepared, LocalTrainer(model, rows, shares, collator, recipe.training, seed, specs)
 
@@ -121,14 +114,18 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
     observer.preparing("reading the data")
+    sets = load_sets(recipe)
     rows = load_validation(recipe.data, recipe.federation.seed)
     task = prepare_task(recipe.task, Splits.one("validation", rows))
     task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
-    validation = task.tokenize(rows, tokenizer)
-    tokenized = {"validation": validation}
-    summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
-    return Prepared(recipe, task, tokenizer, model, specs, validation, fingerprint(rows), summary)
+    scoring = prepare_scoring(recipe, task, tokenizer, model.peft_model, rows, sets)
+    tokenized = {"validation": scoring.validation}
+    summary = check_rows(
+        recipe, task, model.peft_model, tokenizer, tokenized, [note, *scoring.notes], observer
+    )
+    data = fingerprint(rows, *(own.rows for own in sets.values()))
+    return Prepared(recipe, scoring, model, specs, data, summary)
 
 
 def prepare_client(
@@ -225,27 +222,8 @@ def _load_model(
     recipe: Recipe, task: Task, own: Mapping[str, ClientTable], observer: Observer
 ) -> tuple[Task, Any, AdaptedModel, dict[str, AdapterSpec], str | None]:
     """What a base makes of a task: its labels' order, tokenizer, model, own specs, and a note."""
-    observer.preparing("loading the model")
     seed = recipe.federation.seed
-    source, revision = resolve_source(recipe.model.source), recipe.model.revision
-    own_config, tokenizer = load_config(source, revision), prepare_tokenizer(source, revision)
-    check_config(recipe.task, task.model_config.get("num_labels"), own_config, tokenizer)
-    head = head_labels(own_config)
-    stated, task = task, in_head_order(task, head)
-    config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
-    base, new = load_base(
-        source,
-        revision,
-        task.peft_task_type,
-        config,
-        seed,
-        dtype=recipe.model.dtype,
-        quantization=recipe.model.quantization,
-        unquantised=recipe.lora.get("modules_to_save") or (),
-        device=training_device(recipe.training),
-    )
-    inside = f"{base.base_model_prefix}."
-    note = head_note(stated, task, head, trained=all(x.startswith(inside) for x in new))
+    task, tokenizer, base, new, note = load_task_base(recipe, task, observer)
     shapes = _client_shapes(recipe, own, base, task.peft_task_type)
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
     if recipe.model.quantization is None:
@@ -257,6 +235,42 @@ def _load_model(
     check_new_weights(new, model.spec.dense)
     file_names(model)  # refused now, not when the adapter is written
     return task, tokenizer, model, specs, note
+
+
+def load_task_base(
+    recipe: Recipe, task: Task, observer: Observer
+) -> tuple[Task, Any, PreTrainedModel, frozenset[str], str | None]:
+    """A recipe's untouched base with a head for its task, on the processor unless it is quantised.
+
+    Returns:
+        The task with its labels in the order of the base's head, the tokenizer, the base, the
+        names of its parameters that its files lack, and a note.
+
+    Raises:
+        DataError: if the task does not fit the base.
+        BridgeError: if it cannot be loaded.
+    """
+    observer.preparing("loading the model")
+    source, revision = resolve_source(recipe.model.source), recipe.model.revision
+    own_config, tokenizer = load_config(source, revision), prepare_tokenizer(source, revision)
+    check_config(recipe.task, task.model_config.get("num_labels"), own_config, tokenizer)
+    head = head_labels(own_config)
+    stated, task = task, in_head_order(task, head)
+    config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
+    base, new = load_base(
+        source,
+        revision,
+        task.peft_task_type,
+        config,
+        recipe.federation.seed,
+        dtype=recipe.model.dtype,
+        quantization=recipe.model.quantization,
+        unquantised=recipe.lora.get("modules_to_save") or (),
+        device=training_device(recipe.training),
+    )
+    inside = f"{base.base_model_prefix}."
+    note = head_note(stated, task, head, trained=all(x.startswith(inside) for x in new))
+    return task, tokenizer, base, new, note
 
 
 def _client_shapes(

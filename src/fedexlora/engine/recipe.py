@@ -26,6 +26,7 @@ _CHOICES = ("next_adapter", "remainder_rank", "remainder_energy")
 _OF_ONE_CLIENT = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 ClientName = Annotated[str, Field(pattern=CLIENT_NAME)]
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 class _Table(BaseModel):
@@ -95,13 +96,26 @@ class FederationTable(_Table):
     """Where all randomness comes from."""
 
 
-class EvaluationTable(_Table):
-    """How the global model is scored after every round."""
+class EvaluationSet(_Table):
+    """Other rows that the model is scored on, as far as they differ from the validation rows."""
 
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Values of ``[data]``: ``source``, ``validation``, ..."""
+    task: dict[str, Any] = Field(default_factory=dict)
+    """Values of ``[task]``: its columns, templates and metrics."""
+
+
+class EvaluationTable(_Table):
+    """How the global model is scored, before the first round and after others."""
+
+    every: int = Field(default=1, ge=1)
+    """After every this many rounds, and after the last one."""
     batch_size: int = Field(default=64, ge=1)
     """Rows at a time; changes speed and memory, not results beyond rounding."""
     dtype: Width | None = None
     """In which products are computed; that of the model's weights if not given."""
+    sets: dict[SetName, EvaluationSet] = Field(default_factory=dict)
+    """By name: what the model is scored on beside the validation rows."""
 
 
 class ClientTable(_Table):
@@ -109,6 +123,10 @@ class ClientTable(_Table):
 
     lora: dict[str, Any]
     """Rank and scaling of its adapter: fields of PEFT's ``LoraConfig``."""
+
+
+_NAMED: Mapping[type[BaseModel], int] = {ClientTable: 2, EvaluationSet: 3}
+"""Tables that stand under names, and how many keys such a name ends."""
 
 
 class Recipe(_Table):
@@ -139,6 +157,29 @@ class Recipe(_Table):
     def scoring_dtype(self) -> Width:
         """In which products are computed when the model is scored."""
         return self.evaluation.dtype or self.model.dtype
+
+    def scored(self, round_: int) -> bool:
+        """Whether a round ends with scores."""
+        return round_ % self.evaluation.every == 0 or round_ == self.federation.rounds
+
+    def of_set(self, name: str) -> Recipe:
+        """The recipe of one of ``[evaluation.sets]``, whose validation rows are that set.
+
+        Raises:
+            ValidationError: if its values are wrong.
+        """
+        table = self.evaluation.sets[name]
+        document = self.model_dump(mode="json", exclude_none=True)
+        data, task = document["data"], document["task"]
+        if "source" in table.data:  # another data set has its own configurations and revisions
+            data = {k: v for k, v in data.items() if k not in ("config", "revision")}
+        document["data"] = {**data, **table.data}
+        document["task"] = {**task, **table.task}
+        generation = table.task.get("generation")
+        if isinstance(generation, dict):
+            document["task"]["generation"] = {**task.get("generation", {}), **generation}
+        document["evaluation"]["sets"] = {}
+        return Recipe.model_validate(document)
 
     @property
     def method(self) -> Method:
@@ -189,18 +230,22 @@ class Recipe(_Table):
         ]
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: a TOML file; ``task.chat_template`` may name a file, whose text takes its place.
         overrides: ``table.key=value``, the value in TOML or else taken as text.
+        model: values of the model's table that go before those of the file, not of the overrides.
 
     Raises:
         RecipeError: if a file cannot be read or parsed; with all unknown keys (and the nearest
             valid ones), missing keys and invalid values at once.
     """
-    return parse_recipe(read_document(path, overrides), str(path))
+    over = {"model": model} if model else {}
+    return parse_recipe(read_document(path, overrides, over), str(path))
 
 
 def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
@@ -225,7 +270,7 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
     faults += _method_faults(document.get("federation", {}))
     if recipe is not None:
         faults += _participation_faults(recipe.federation) + _screening_faults(recipe)
-        faults += _scoring_faults(recipe) + _loss_faults(recipe)
+        faults += _scoring_faults(recipe) + _loss_faults(recipe) + _set_faults(recipe)
     if recipe is not None:
         for client, own in recipe.clients.items():
             faults += _client_faults(f'clients."{client}"', own, recipe)
@@ -281,6 +326,26 @@ def _loss_faults(recipe: Recipe) -> list[str]:
     if recipe.task.kind != "regression" or not recipe.training.get("label_smoothing_factor"):
         return []
     return ["training.label_smoothing_factor: numbers are no classes to be smoothed over"]
+
+
+def _set_faults(recipe: Recipe) -> list[str]:
+    faults = []
+    for name, table in recipe.evaluation.sets.items():
+        key = f"evaluation.sets.{name}"
+        faults += [
+            f"{key}.data.{x}: has no effect, nothing is trained on it"
+            for x in ("train", "max_train_rows")
+            if x in table.data
+        ]
+        if table.task.get("kind", recipe.task.kind) != recipe.task.kind:
+            faults.append(f"{key}.task.kind: the model is one for {recipe.task.kind}; leave it out")
+            continue
+        try:
+            recipe.of_set(name)
+        except ValidationError as error:
+            found = (_describe(e["type"], e["loc"], e["msg"], e["input"]) for e in error.errors())
+            faults += [f"{key}.{fault}" for fault in found]
+    return faults
 
 
 def _screening_faults(recipe: Recipe) -> list[str]:
@@ -358,8 +423,8 @@ def _resolve(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel
         holder = table
         field = table.model_fields.get(part)
         members = _tables(field.annotation) if field else []
-        if table is ClientTable and part not in table.model_fields and len(keys) == 2:
-            continue  # the name of a client
+        if table in _NAMED and part not in table.model_fields and len(keys) == _NAMED[table]:
+            continue  # the name of a client or a set
         tags = {str(m.model_fields["kind"].default): m for m in members if len(members) > 1}
         table = members[0] if len(members) == 1 else (table if tags else None)
     return keys, holder if not tags else None

@@ -13,7 +13,9 @@ from fedexlora.errors import RecipeError
 _EXTENDS = "extends"
 
 
-def read_document(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_document(
+    path: Path, overrides: Sequence[str] = (), over: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A recipe's content, not yet checked.
 
     ``extends = "FILE"``, beside the recipe, takes that recipe's values where this one gives none.
@@ -22,11 +24,12 @@ def read_document(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Args:
         path: a TOML file.
         overrides: ``table.key=value``, the value in TOML or else taken as text.
+        over: tables whose values go before those of the file, not before ``overrides``.
 
     Raises:
         RecipeError: if a file cannot be read or parsed, or extends itself, or an override is none.
     """
-    document = _read(path, ())
+    document = _over(_read(path, ()), over or {})
     for override in overrides:
         _set(document, override)
     _read_chat_template(document)

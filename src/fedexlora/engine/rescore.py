@@ -1,29 +1,81 @@
-"""Scores of an exported adapter or model, loaded as its users load it."""
+"""Scores of what is finished, loaded as users load it: an adapter, a merged or a plain model."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
+from fedexlora.data.load import Splits, load_splits, load_validation
+from fedexlora.data.task import Task, prepare_task
 from fedexlora.engine.observer import Observer
-from fedexlora.engine.prepare import prepare
+from fedexlora.engine.prepare import load_task_base
 from fedexlora.engine.recipe import Recipe
+from fedexlora.engine.rows import check_rows
+from fedexlora.engine.scoring import load_sets, prepare_scoring
+from fedexlora.engine.training import training_device
+from fedexlora.peft_bridge.adapter_file import open_adapter
+from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import load_merged, with_adapter
 
 
-def rescore(recipe: Recipe, folder: Path, *, merged: bool) -> dict[str, float]:
-    """Score what was exported on the run's own validation rows.
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What was found on the validation rows."""
+
+    metrics: dict[str, float]
+    rows: int
+
+
+def rescore(
+    recipe: Recipe,
+    folder: Path | None,
+    *,
+    merged: bool = False,
+    observer: Observer | None = None,
+) -> Scored:
+    """Score a finished model on a recipe's validation rows.
 
     Args:
-        recipe: of the run; its data has to be where it was.
-        folder: the adapter, or the merged model.
-        merged: which of the two.
+        recipe: names the base, the rows and the task; its data has to be where it was.
+        folder: the adapter, or the merged model; None for the recipe's model as it is.
+        merged: whether it is a merged model.
+        observer: told of progress.
 
     Raises:
-        InputError: if the recipe's data or model is not there any more.
+        InputError: if the recipe's data or model is not there, the adapter does not fit the model,
+            or a model has weights that no file holds.
     """
-    prepared, _ = prepare(recipe, Observer())
-    if merged:
-        model = load_merged(folder, prepared.task.peft_task_type, recipe.model.dtype)
+    observer = observer or Observer()
+    observer.preparing("reading the data")
+    sets = load_sets(recipe)
+    task, splits = _prepared_task(recipe)
+    task, tokenizer, base, new, note = load_task_base(recipe, task, observer)
+    model: nn.Module = base
+    if merged and folder is not None:
+        model = load_merged(folder, task.peft_task_type, recipe.model.dtype)
+    elif folder is not None:
+        if new:  # an adapter of any kind can be scored, but heads are looked for in plain LoRA
+            check_new_weights(new, open_adapter(folder).dense)
+        model = with_adapter(base, folder)
     else:
-        model = with_adapter(prepared.model.peft_model.unload(), folder)
-    return prepared.evaluate(Observer(), model)
+        check_new_weights(new, ())
+    if recipe.model.quantization is None or merged:
+        model.to(training_device(recipe.training))
+    observer.preparing("tokenising the data")
+    scoring = prepare_scoring(recipe, task, tokenizer, model, splits.validation, sets)
+    tokenized = {"validation": scoring.validation}
+    check_rows(recipe, task, model, tokenizer, tokenized, [note, *scoring.notes], observer)
+    observer.preparing("scoring")
+    return Scored(scoring.scores(model, observer), len(scoring.validation))
+
+
+def _prepared_task(recipe: Recipe) -> tuple[Task, Splits]:
+    """The task and the rows; the training rows only where the labels are to be read from them."""
+    if recipe.task.kind == "classification" and recipe.task.labels is None:
+        splits = load_splits(recipe.data, recipe.federation.seed)
+    else:
+        rows = load_validation(recipe.data, recipe.federation.seed)
+        splits = Splits.one("validation", rows)
+    return prepare_task(recipe.task, splits), splits

@@ -46,6 +46,8 @@ class Federation:
     """The rule against bad updates, if there is one."""
     forwards: Mapping[Arithmetic, Forward] = field(default_factory=dict)
     """By arithmetic in which the model is used: runs the server's copy so on some real inputs."""
+    scored: Callable[[int], bool] | None = None
+    """Which rounds end with scores; all if not given."""
 
 
 def run_round(
@@ -105,9 +107,11 @@ def run_round(
         )
         if federation.method.certified and not federation.model.lossy_fold:
             enforce(certificate, got.sums, round_)
-    federation.observer.phase(round_, "evaluate")
+    metrics: Mapping[str, float] = {}
     with clock.phase("evaluate"):
-        metrics = federation.evaluate()  # step 7
+        if federation.scored is None or federation.scored(round_):
+            federation.observer.phase(round_, "evaluate")
+            metrics = federation.evaluate()  # step 7
     after = holdings.after(step, got.landed, got.lost)
     record = _record(federation, round_, got, certificate, metrics, clock.seconds)
     return step.state, after, record  # step 8, the checkpoint, is the run's

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from fedexlora.exchange.records import Record
 
 
@@ -121,6 +123,24 @@ class MergeReport(Record):
     """Heads that the base lacks, in its main dtype; not part of the error."""
     bytes: int
     """Size of all tensors."""
+
+
+class EvaluationRecord(Record):
+    """Scores of something finished on a task's validation rows."""
+
+    schema_version: int = 1
+    source: str
+    """What was scored, as it was named."""
+    kind: Literal["run", "adapter", "model"]
+    base: str
+    """The model, or that of the adapter."""
+    rows: int
+    """Validation rows."""
+    metrics: dict[str, float]
+    recorded: dict[str, float] | None
+    """The scores of a run's last round; None for anything else, or another task or rows."""
+    scorers: dict[str, dict[str, str]]
+    """By metric of generated texts: what computes it, and the versions of its packages."""
 
 
 class ExportRecord(Record):

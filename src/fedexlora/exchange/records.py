@@ -6,6 +6,7 @@ bit, however often a run is repeated or resumed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -164,6 +165,18 @@ class RoundRecord(Record):
     certificate: CertificateRecord
     modules: tuple[ModuleRecord, ...]
     metrics: dict[str, float]
-    """Scores of the new global model on the validation rows."""
+    """Scores of the new global model on the validation rows; empty in rounds without scores. What
+    has a slash in its name is a count, such as ``gsm8k/unparsed``."""
     seconds: dict[str, float]
     """Wall-clock seconds by phase."""
+
+
+def score_text(scores: Mapping[str, float], name: str) -> str:
+    """A score for people to read; nothing where there is none.
+
+    >>> score_text({"gsm8k": 0.25, "gsm8k/unparsed": 3.0}, "gsm8k/unparsed")
+    '3'
+    """
+    if name not in scores:
+        return ""
+    return f"{scores[name]:.0f}" if "/" in name else f"{scores[name]:.4f}"

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _FEDERATION = ("method", "next_adapter", "placement", "seed")
 """What of the federation's table concerns a client: it need not load anew when the rest changes."""
+TASK_OF_SERVER = frozenset({"generation", "choices"})
+"""Fields of a task that concern scores alone, and that no node is sent."""
 
 
 class _Table(BaseModel):
@@ -147,10 +149,13 @@ def load_node(path: Path) -> Node:
 def recipe_for_nodes(recipe: Recipe, task: Mapping[str, Any]) -> dict[str, Any]:
     """What the server sends of its recipe: no data, and the task with its labels.
 
+    What is generated for scores is left out: nodes have no part in that.
+
     Args:
         recipe: the server's.
         task: the task's table.
     """
     document = recipe.model_dump(mode="json", exclude_none=True, exclude={"data", "evaluation"})
     federation = {key: document["federation"][key] for key in _FEDERATION}
-    return {**document, "task": dict(task), "federation": federation}
+    learned = {key: value for key, value in task.items() if key not in TASK_OF_SERVER}
+    return {**document, "task": learned, "federation": federation}

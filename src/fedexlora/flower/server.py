@@ -16,7 +16,7 @@ from fedexlora.engine.observer import Observer, RunInfo
 from fedexlora.engine.prepare import check_clients, prepare, prepare_server
 from fedexlora.engine.recipe import Recipe
 from fedexlora.errors import RecipeError
-from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.records import RoundRecord, score_text
 from fedexlora.exchange.update import largest_update
 from fedexlora.flower import names
 from fedexlora.flower.names import Names
@@ -76,14 +76,14 @@ class LogLines(Observer):
 
     def started(self, info: RunInfo) -> None:
         """Where the run stands."""
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in info.initial_metrics.items())
+        scores = _scores(info.initial_metrics)
         _log.info(
             "%d of %d rounds are done; before round 1: %s", len(info.finished), info.rounds, scores
         )
 
     def finished_round(self, record: RoundRecord) -> None:
         """Scores and certificate of a round, and who is not part of it."""
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
+        scores = _scores(record.metrics)
         _log.info(
             "round %d: %d clients, %s, error of the applied update %.1e",
             record.round,
@@ -95,6 +95,11 @@ class LogLines(Observer):
             _log.warning(
                 "round %d: without %s: %s", record.round, out.client, "; ".join(out.reasons)
             )
+
+
+def _scores(metrics: Mapping[str, float]) -> str:
+    found = ", ".join(f"{name} {score_text(metrics, name)}" for name in metrics)
+    return found or "not scored"
 
 
 def serve(

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fedexlora.errors import BridgeError
+from fedexlora.peft_bridge.adapter_config import TENSORS
 from fedexlora.peft_bridge.arithmetic import Width
 from fedexlora.peft_bridge.inspect import base_name
 from fedexlora.peft_bridge.options import option_faults
@@ -250,8 +252,25 @@ def attach_lora(
 
 
 def with_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
-    """An untouched base with a stored adapter, as its users load it."""
-    model: PeftModel = PeftModel.from_pretrained(base, str(folder))
+    """An untouched base with a stored adapter, as its users load it.
+
+    Raises:
+        BridgeError: if there are no tensors, or the adapter is one of another model.
+    """
+    tensors = folder / TENSORS
+    if not tensors.is_file():
+        raise BridgeError(f"{folder}: expected {TENSORS}, found none")
+    try:
+        model: PeftModel = PeftModel.from_pretrained(base, str(folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise BridgeError(f"{folder}: this adapter does not fit the model: {error}") from error
+    with safe_open(tensors, framework="pt") as file:
+        stored = set(file.keys())
+    held = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    # Beside its factors an adapter may hold embeddings of the base, which PEFT stores with them.
+    unknown = {key for key in stored - held if ".lora_" in key}
+    if left := sorted(unknown) + sorted(held - stored):
+        raise BridgeError(f"{folder}: tensors that the model and the adapter do not share", left)
     return model
 
 
