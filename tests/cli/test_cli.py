@@ -16,6 +16,7 @@ import torch
 from typer.main import get_command
 
 from fedexlora.cli.main import app
+from fedexlora.engine.recipe import load_recipe
 from fedexlora.engine.threads import set_threads
 from tests.cli.invoke import fedexlora
 from tests.engine.conftest import data_folder, document  # noqa: F401 - fixtures
@@ -139,7 +140,9 @@ def test_recipes_are_listed_and_written_to_be_run(tmp_path, monkeypatch):
     for name, path in stored.items():
         done = fedexlora("recipes", "--write", name)
         assert f"fedexlora run {name}.toml" in done.stdout
-        assert (tmp_path / f"{name}.toml").read_bytes() == path.read_bytes()
+        # By itself, also where it extends another one here.
+        assert load_recipe(tmp_path / f"{name}.toml") == load_recipe(path)
+        assert "extends" not in (tmp_path / f"{name}.toml").read_text().splitlines()
     again = fedexlora("recipes", "--write", "cola")
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
     other = fedexlora("recipes", "--write", "../cola")

@@ -112,7 +112,7 @@ def core() -> list[Cell]:
     chosen = [cell for i, cell in enumerate(every) if i % 8 == 6]
     present = {value for cell in chosen for value in vars(cell).values()}
     assert present >= {*MODELS.values(), *DTYPES, *RANKS, *NEXT}
-    return chosen + [x for x in autocast_cells() if x.model in ("llama-gqa", "gpt2", "patches")]
+    return chosen + [x for x in autocast_cells() if x.model in ("llama-gqa", "patches")]
 
 
 def _options(cell: Cell) -> dict:

@@ -104,6 +104,8 @@ def regression(changed: Tensor, wanted: Tensor) -> float:
 def test_a_small_remainder_comes_out_of_the_layer(kind, dtype, cast, rank):
     if kind == "nf4" and dtype == torch.float32:
         pytest.skip("its arithmetic is that of its compute dtype")
+    if dtype == torch.float16 and (kind != "Linear" or cast):
+        pytest.skip("the same sums as in bfloat16, many times slower here")
     model = adapted(kind, dtype, placement="side")
     module, x = model.modules["layer"], inputs(kind, dtype)
     for std, noise in ((1e-3, 1e-3), (1e-4, 3e-3), (1e-5, 1e-2)):
