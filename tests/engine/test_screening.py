@@ -146,7 +146,7 @@ def test_the_global_model_is_the_stated_mean_of_the_changes_that_count(variant, 
         updates = [sent[round_, client] for client in CLIENTS]
         check(model, before, record, after, state, updates, [state] * 8, specs, rule)
         state = after
-        clipped = [c.client for c in record.clients if c.kept < 1.0]
+        clipped = [c.client for c in record.clients if c.counted < 1.0]
         assert set(BAD) <= set(clipped) if rule == "clip" else not clipped
         rejects = rule in ("multi_krum", "trimmed_mean")
         assert [c.client for c in record.left_out] == (list(BAD) if rejects else [])

@@ -153,7 +153,7 @@ class Collector:
                 self._leave_out(arrived.record.client, [judged.reasons[i]], size)
                 continue
             weight, kept = judged.result.weights[i], judged.result.kept[i]
-            said = {"weight": weight, "kept": kept, "norm": judged.norms[i]}
+            said = {"weight": weight, "counted": kept, "norm": judged.norms[i]}
             record = arrived.record.model_copy(update=said)
             counted.append(replace(arrived, weight=weight, record=record))
         self.got.stay = judged.result.stay
@@ -260,7 +260,7 @@ class Collector:
             num_examples=update.num_examples,
             weight=weight,
             loss=update.loss,
-            kept=1.0,
+            counted=1.0,
             norm=None,
             staleness=staleness,
             since=self._holdings.versions.get(client),

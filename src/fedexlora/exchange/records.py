@@ -41,7 +41,7 @@ class ClientRecord(Record):
     """Its share of the mean, 0 to 1."""
     loss: float
     """Mean training loss of the round."""
-    kept: float
+    counted: float
     """The share of its change that counts; below 1 if it was clipped."""
     norm: float | None
     """Length of its change of the global model, all modules and heads; None without a rule against
