@@ -1,6 +1,6 @@
 """Write the measured tables of docs/exactness.md: ``python -m tests.exactness.table``.
 
-It took 24 minutes on one shared core.
+It took from 2 to 24 minutes on one core of shared machines.
 """
 
 from __future__ import annotations
