@@ -100,7 +100,7 @@ def conduct(
             finished = progress.state.version if progress else 0
             header = resumed_header(header, finished, prepared.model)
             folder.write_header(header)
-        with _settled_heap():
+        with settled_heap():
             records = _rounds(prepared, folder, progress, header, connect, keep_updates, observer)
     metrics, precision = header["initial_metrics"], header["precision"]
     return RunResult(folder.path, folder.adapter, metrics, precision, records)
@@ -161,7 +161,7 @@ def _empty_history(recipe: Recipe) -> History:
 
 
 @contextmanager
-def _settled_heap() -> Iterator[None]:
+def settled_heap() -> Iterator[None]:
     """Leave everything that is loaded by now out of garbage collection.
 
     ``Trainer`` collects garbage after every client; walking all of the imported libraries each

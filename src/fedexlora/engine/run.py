@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedexlora.engine.conduct import RunResult, conduct
+from fedexlora.engine.conduct import RunResult, conduct, settled_heap
 from fedexlora.engine.folder import Progress, RunFolder
 from fedexlora.engine.in_process import InProcessTransport
 from fedexlora.engine.observer import Observer
@@ -39,7 +39,8 @@ def run(
     continued = folder.check_same(recipe) if resume else folder.check_new()
     prepared, trainer = prepare(recipe, observer)
     observer.preparing("rehearsing a step")
-    trainer.rehearse()
+    with settled_heap():
+        trainer.rehearse()
 
     def connect(progress: Progress) -> InProcessTransport:
         return InProcessTransport(
