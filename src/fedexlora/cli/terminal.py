@@ -211,8 +211,13 @@ def _arithmetic(result: RunResult) -> str:
     if kept:
         furthest = max(kept, key=lambda share: abs(share - 1.0))
         said += f"; {furthest:.1%} of the remainder comes out of them"
-    if worst <= MOST_FORWARD:
+    modules = [module for record in result.records for module in record.modules]
+    # What a method drops or truncates on purpose is no loss of the arithmetic.
+    lossy = [m for m in modules if m.forward > MOST_FORWARD + m.allowed and m.error <= m.allowed]
+    if not lossy:
         return said
+    if not any(module.placement == "fold" for module in lossy):
+        return f"[yellow]lossy[/]: {said}"
     return f"[yellow]lossy[/]: {said}; federation.placement = 'auto' keeps it beside the weight"
 
 
