@@ -16,6 +16,7 @@ SOURCE = ROOT / "src" / "fedexlora"
 BELOW_EXCHANGE = {"texts", "errors", "algebra"}
 ALLOWED = {
     "__init__": {"adapters"},
+    "__main__": {"cli"},
     "texts": set(),
     "errors": {"texts"},
     "algebra": {"errors"},
