@@ -1,0 +1,1 @@
+"""The evidence of docs/results.md: runs, their records, and the tables made of them."""

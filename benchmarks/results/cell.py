@@ -33,7 +33,7 @@ class Cell:
         recipe: name of a file of ``recipes/``, without its ending.
         settings: values of ``--set``; ``{data}`` stands for the folder of the data sets, ``{work}``
             for that of the runs.
-        modules: whether each module's deviation is kept too.
+        modules: whether each module's deviation and the norm of its ideal are kept too, by round.
     """
 
     key: Mapping[str, str | int]
@@ -145,7 +145,7 @@ def _figures(out: Path, *, modules: bool) -> dict:
     }
     if modules:
         figures["modules"] = [
-            {module["module"]: module["deviation"] for module in record["modules"]}
+            {m["module"]: [m["deviation"], m["ideal"]] for m in record["modules"]}
             for record in rounds
         ]
     return figures
