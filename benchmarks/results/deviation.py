@@ -18,7 +18,7 @@ from benchmarks.results.tables import table, with_spread
 from scipy.stats import spearmanr
 
 TASKS = ("cola", "sst2", "stsb")
-ROWS = 240
+ROWS = 160
 EPOCHS = (1, 3, 10)
 SEEDS = (0, 1, 2)
 COMMON = (

@@ -27,8 +27,8 @@ COMMON = (
 )
 TASKS = {
     "sst2": ("accuracy", 400, 32),
-    "stsb": ("pearson", 400, 48),
-    "cola": ("matthews", 800, 32),
+    "stsb": ("pearson", 300, 48),
+    "cola": ("matthews", 600, 32),
 }
 """By recipe: the headline, training rows, most tokens of a row."""
 SKEWED = ("partition.kind=dirichlet", "partition.alpha=0.5", "partition.min_rows=64")
@@ -63,6 +63,10 @@ def cells(*, smoke: bool) -> list[Cell]:
     return found
 
 
+def _own(task: str) -> tuple[str, ...]:
+    return ("data.max_validation_rows=600",) if task == "stsb" else ()
+
+
 def _skew(task: str) -> tuple[str, ...]:
     return (*SKEWED, "partition.column=genre") if task == "stsb" else SKEWED
 
@@ -75,6 +79,7 @@ def _cell(task: str, rows: str, method: str, values: tuple[str, ...], seed: int)
         f"task.max_length={length}",
         f"federation.seed={seed}",
         *COMMON,
+        *_own(task),
         *values,
     )
     return Cell({"task": task, "rows": rows, "method": method, "seed": seed}, task, settings)
