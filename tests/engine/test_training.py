@@ -11,8 +11,9 @@ import torch
 from transformers import BertForMaskedLM
 
 from fedexlora.engine import environment
+from fedexlora.engine.export import ExportOptions, export_run
 from fedexlora.engine.observer import Observer
-from fedexlora.engine.recipe import parse_recipe
+from fedexlora.engine.recipe import load_recipe, parse_recipe
 from fedexlora.engine.rescore import rescore
 from fedexlora.engine.run import run
 from fedexlora.engine.training import arguments, training_device, training_faults
@@ -53,6 +54,25 @@ def test_what_can_be_is_taken():
     options = {"learning_rate": 1, "warmup_steps": 0.1, "lr_scheduler_type": "cosine"}
     options |= {"optim": "adafactor", "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     assert training_faults({"use_cpu": True, **options}) == []
+
+
+@pytest.mark.parametrize("arithmetic", ["bf16", "tf32"])
+def test_a_run_of_another_machines_arithmetic_is_exported_and_scored_here(
+    document, tmp_path, monkeypatch, arithmetic
+):
+    """Where there is no GPU, and the recipe means one."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    document["federation"]["rounds"] = 1
+    folder = tmp_path / "run"
+    run(parse_recipe(document, "test"), folder)
+    text = (folder / "recipe.toml").read_text().replace("use_cpu = true", f"{arithmetic} = true")
+    (folder / "recipe.toml").write_text(text)
+    other = load_recipe(folder / "recipe.toml")
+    record = export_run(folder, tmp_path / "out", ExportOptions(evaluate=True))
+    assert record.evaluation is not None
+    with pytest.raises(RecipeError, match="this machine cannot train so"):
+        run(other, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_all_faults_of_a_table_are_said_at_once():

@@ -22,7 +22,11 @@ from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import ClientTable, Recipe
 from fedexlora.engine.rows import RowSummary, check_rows
 from fedexlora.engine.scoring import Scoring, load_sets, prepare_scoring, scoring_arithmetic
-from fedexlora.engine.training import training_arithmetic, training_device
+from fedexlora.engine.training import (
+    check_training_device,
+    training_arithmetic,
+    training_device,
+)
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.peft_bridge.arithmetic import Arithmetic
@@ -78,7 +82,8 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
 
     Raises:
         DataError: if data, columns or partitions are wrong.
-        RecipeError: if the recipe names a client that there is not.
+        RecipeError: if the recipe names a client that there is not, or trains in an arithmetic that
+            this machine has not.
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
     seed = recipe.federation.seed
@@ -111,6 +116,7 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
 
     Raises:
         DataError: if the validation rows are missing or do not fit the task.
+        RecipeError: if this machine has not the arithmetic in which clients train.
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
     observer.preparing("reading the data")
@@ -222,6 +228,7 @@ def _load_model(
     recipe: Recipe, task: Task, own: Mapping[str, ClientTable], observer: Observer
 ) -> tuple[Task, Any, AdaptedModel, dict[str, AdapterSpec], str | None]:
     """What a base makes of a task: its labels' order, tokenizer, model, own specs, and a note."""
+    check_training_device(recipe.training)
     seed = recipe.federation.seed
     task, tokenizer, base, new, note = load_task_base(recipe, task, observer)
     shapes = _client_shapes(recipe, own, base, task.peft_task_type)

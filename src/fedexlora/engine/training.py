@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from fedexlora.errors import RecipeError
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.isolation import process_settings
 from fedexlora.peft_bridge.options import option_faults
@@ -119,15 +120,30 @@ def arguments(options: Mapping[str, Any], *, seed: int, folder: str) -> Training
 
 
 def training_faults(options: Mapping[str, Any]) -> list[str]:
-    """Every fault of a recipe's ``[training]`` table; none means that training can start."""
+    """Every fault of a recipe's ``[training]`` table, whatever device this machine has.
+
+    A run is exported, scored and looked at where it could not be trained.
+    """
     return option_faults(
         "training", options, TrainingArguments, _RESERVED, lambda: _check(options), _range_faults
     )
 
 
+def check_training_device(options: Mapping[str, Any]) -> None:
+    """Refuse to train in an arithmetic that this machine has not.
+
+    Raises:
+        RecipeError: saying which.
+    """
+    try:
+        _made(options)
+    except ValueError as error:
+        raise RecipeError("this machine cannot train so", [f"training: {error}"]) from error
+
+
 def training_device(options: Mapping[str, Any]) -> torch.device:
     """The one device that the model is on, trained and scored."""
-    device: torch.device = _made(options).device
+    device: torch.device = _made(_without_arithmetic(options)).device
     return device
 
 
@@ -146,14 +162,28 @@ def _made(options: Mapping[str, Any]) -> TrainingArguments:
     return arguments(options, seed=0, folder=tempfile.gettempdir())
 
 
+def _without_arithmetic(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in ("bf16", "tf32")}
+
+
+def _made_anywhere(options: Mapping[str, Any]) -> TrainingArguments:
+    """As on a machine that has the arithmetic: every processor has bf16; TF32 is a GPU's."""
+    try:
+        return _made(options)
+    except ValueError:
+        elsewhere = {**options, "use_cpu": True}
+        elsewhere.pop("tf32", None)
+        return _made(elsewhere)
+
+
 def _check(options: Mapping[str, Any]) -> None:
-    """Raise what ``Trainer`` would before its first step.
+    """Raise what ``Trainer`` would before its first step, on some machine.
 
     Raises:
         ValueError: if a value cannot be, or the process is one of several.
         ImportError: if a package is not installed.
     """
-    made = _made(options)
+    made = _made_anywhere(options)
     if made.world_size > 1:
         raise ValueError(
             f"this is one of {made.world_size} processes of a distributed launcher; a client "
