@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedexlora.data.config import DataConfig, PartitionConfig, TaskConfig
+from fedexlora.data.config import DataConfig, TaskConfig
+from fedexlora.data.partition_config import PartitionConfig
 from fedexlora.engine.participation import Admission, Participation
 from fedexlora.engine.recipe_faults import method_faults, table_faults
 from fedexlora.engine.recipe_file import read_document
