@@ -271,7 +271,7 @@ def test_prompts_are_those_of_training_with_their_beginning_cut(models, tokenize
         (
             {"metrics": ("bleu",)},
             [{"q": "w1", "a": " "}, ROWS[0]],
-            "an empty one in 1 row.s., the first is row 1",
+            r"an empty one in 1 row\(s\), the first is row 1",
         ),
         ({}, [{"q": "", "a": "w1"}, ROWS[0]], "no token to write after"),
     ],
