@@ -96,7 +96,8 @@ class Chat(LanguageTask):
             if x[-1]["role"] != "assistant"
         ]
         if faults:
-            raise DataError("conversations without an answer to be written", _shown(faults))
+            said = "task.generation has the model write the last turn of every validation row"
+            raise DataError(said, _shown(faults))
         template = chat_template(tokenizer, self.config.chat_template)
         chats = _by_row(template.write, conversations)
         asked = zip(conversations, (chat.prompt for chat in chats), strict=True)
