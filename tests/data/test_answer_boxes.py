@@ -200,7 +200,7 @@ def test_the_score_names_the_versions_that_verdicts_depend_on():
 
 
 def test_an_empty_right_answer_is_refused():
-    with pytest.raises(DataError, match="row 1"):
+    with pytest.raises(DataError, match="row 2"):
         grade_boxed(["1", "2"], [r"\boxed{1}", r"\boxed{}"])
 
 

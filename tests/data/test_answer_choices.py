@@ -67,7 +67,7 @@ def test_the_eight_sets_of_the_paper_have_a_rule():
 
 
 def test_a_right_answer_that_is_no_choice_is_refused():
-    with pytest.raises(DataError, match="row 0: expected a right answer, found 'yes'"):
+    with pytest.raises(DataError, match="row 1: expected a right answer, found 'yes'"):
         grade_choices(["true"], ["yes"], CHOICES["boolq"])
     with pytest.raises(DataError, match="expected one of gsm8k, math, boolq"):
         grade("bool", ["true"], ["true"])

@@ -111,7 +111,7 @@ def test_the_answers_of_gsm8k_are_right_however_they_are_put(real_data):
 
 
 def test_right_answers_that_cannot_be_read_are_all_named():
-    with pytest.raises(DataError, match=r"row 1: .*'#### many'") as caught:
+    with pytest.raises(DataError, match=r"row 2: .*'#### many'") as caught:
         grade_numbers(["1", "2", "3"], ["#### 1", "#### many", "3 or 4"])
     assert len(caught.value.faults) == 2
     with pytest.raises(DataError, match="found 1 and 2"):

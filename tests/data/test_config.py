@@ -4,7 +4,8 @@ import sys
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from fedexlora.data.config import CausalLMTask, DataConfig, PartitionConfig, TaskConfig
+from fedexlora.data.config import CausalLMTask, DataConfig, TaskConfig
+from fedexlora.data.partition_config import PartitionConfig
 
 TASK, PARTITION = TypeAdapter(TaskConfig), TypeAdapter(PartitionConfig)
 

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
 
-from fedexlora.data.config import ByColumnPartition, DataConfig
+from fedexlora.data.config import DataConfig
 from fedexlora.data.load import load_splits
 from fedexlora.data.partition import split_clients
+from fedexlora.data.partition_config import ByColumnPartition
 from fedexlora.data.source import read_split
 from fedexlora.errors import DataError
 

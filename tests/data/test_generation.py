@@ -268,7 +268,11 @@ def test_prompts_are_those_of_training_with_their_beginning_cut(models, tokenize
         ({"reference": "gold"}, ROWS, "expected a column 'gold'"),
         ({"metrics": ("gsm8k",)}, [{"q": "w1", "a": "none"}], "right answers that cannot be read"),
         ({"max_new_tokens": 255}, ROWS, "max_new_tokens: expected at most 254"),
-        ({"metrics": ("bleu",)}, [{"q": "w1", "a": " "}, ROWS[0]], "reference 0 is empty"),
+        (
+            {"metrics": ("bleu",)},
+            [{"q": "w1", "a": " "}, ROWS[0]],
+            r"an empty one in 1 row\(s\), the first is row 1",
+        ),
         ({}, [{"q": "", "a": "w1"}, ROWS[0]], "no token to write after"),
     ],
 )

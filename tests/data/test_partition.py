@@ -7,14 +7,14 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedexlora.data.config import (
+from fedexlora.data.config import DataConfig
+from fedexlora.data.load import load_splits
+from fedexlora.data.partition import client_values, split_clients
+from fedexlora.data.partition_config import (
     ByColumnPartition,
-    DataConfig,
     DirichletPartition,
     IidPartition,
 )
-from fedexlora.data.load import load_splits
-from fedexlora.data.partition import client_values, split_clients
 from fedexlora.errors import DataError
 from fedexlora.exchange.untrusted import CLIENT_NAME
 

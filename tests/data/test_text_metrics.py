@@ -116,10 +116,10 @@ def test_a_model_that_generates_nothing_scores_zero(sacrebleu, name):
 
 
 def test_all_faults_of_the_texts_are_said_at_once():
-    with pytest.raises(DataError, match="row 1: expected at least one reference") as caught:
+    with pytest.raises(DataError, match="row 2: expected at least one reference") as caught:
         text_scores(["bleu"], ["a", "b", "c", "d"], [["x"], [], ["y", " "], "text"])
     assert len(caught.value.faults) == 3
-    assert "row 2: reference 1 is empty" in str(caught.value)
+    assert "row 3: reference 2 is empty" in str(caught.value)
     with pytest.raises(DataError, match="references of 2 rows, found 1"):
         text_scores(["bleu"], ["a", "b"], [["x"]])
     with pytest.raises(DataError, match="at least one row"):

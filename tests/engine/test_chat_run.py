@@ -11,9 +11,11 @@ import tomlkit
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedexlora.engine.evaluation import evaluate
 from fedexlora.engine.recipe import load_recipe, parse_recipe
 from fedexlora.engine.run import run
 from fedexlora.errors import DataError, RecipeError
+from fedexlora.flower.node import recipe_for_nodes
 from tests.data.chats import chat, chat_tokenizer, template
 from tests.engine.test_run import StopAt, same_run
 
@@ -52,7 +54,7 @@ def conversation(generator: random.Random) -> list[dict[str, str]]:
 def document(llama, tmp_path) -> dict:
     generator = random.Random(3)
     for name, count in (("train", 24), ("validation", 6)):
-        rows = [{"messages": conversation(generator)} for _ in range(count)]
+        rows = [{"messages": conversation(generator), "gold": str(i)} for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return {
         "model": {"source": str(llama)},
@@ -66,7 +68,15 @@ def document(llama, tmp_path) -> dict:
 
 
 def test_a_chat_recipe_trains_and_resumes_to_the_same_bits(document, tmp_path):
+    """With what the model writes for each last answer, on the validation rows and on a set."""
+    generation = {"metrics": ["gsm8k", "bleu"], "reference": "gold", "max_new_tokens": 6}
+    document["task"]["generation"] = generation
+    document["evaluation"] = {
+        "sets": {"four": {"data": {"max_validation_rows": 4}}},
+        "mean": ["gsm8k", "four.gsm8k"],
+    }
     parsed = parse_recipe(document, "test")
+    assert "generation" not in recipe_for_nodes(parsed, parsed.task.model_dump())["task"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(parsed, whole)
     with pytest.raises(KeyboardInterrupt):
@@ -75,8 +85,19 @@ def test_a_chat_recipe_trains_and_resumes_to_the_same_bits(document, tmp_path):
     same_run(whole, stopped)
     records = [json.loads(line) for line in (whole / "rounds.jsonl").read_text().splitlines()]
     assert records[1]["metrics"]["loss"] < records[0]["metrics"]["loss"]
-    assert set(records[0]["metrics"]) == {"loss", "perplexity"}
+    written = {"gsm8k", "gsm8k/unparsed", "bleu", "generation/unfinished"}
+    own = written | {"loss", "perplexity"}
+    last = records[-1]["metrics"]
+    assert set(last) == own | {f"four.{name}" for name in own} | {"mean"}
+    assert last["mean"] == (last["gsm8k"] + last["four.gsm8k"]) / 2
     header = json.loads((whole / "run.json").read_text())
+    assert header["headline"] == "mean"
+    assert header["scorers"]["mean"]["implementation"] == "the mean of gsm8k, four.gsm8k"
+    assert header["scorers"]["four.bleu"] == header["scorers"]["bleu"]
+    assert any("prompts lose their beginning" in note for note in header["notes"])
+    again = evaluate(str(whole))
+    assert again.recorded == last
+    assert again.metrics == pytest.approx(last, rel=1e-5)
     assert header["cut_rows"]["training"]["cut"] > 0
     assert header["notes"]
 

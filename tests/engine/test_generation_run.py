@@ -11,6 +11,7 @@ import pytest
 import tomlkit
 
 from fedexlora.data.generation import Generation
+from fedexlora.data.score import INSTALL, Score
 from fedexlora.engine.evaluation import evaluate
 from fedexlora.engine.export import ExportOptions, export_run
 from fedexlora.engine.observer import Observer
@@ -20,6 +21,7 @@ from fedexlora.engine.run import run
 from fedexlora.errors import DataError, InputError, RecipeError, ResumeError
 from fedexlora.flower.node import recipe_for_nodes
 from tests.cli.invoke import fedexlora
+from tests.data.test_text_metrics import needs_java
 from tests.engine.conftest import records_without_times
 from tests.engine.test_run import StopAt, same_run
 
@@ -172,6 +174,101 @@ def test_a_set_that_is_not_there_leaves_no_folder(generating, tmp_path):
     document = {**generating, "evaluation": {"sets": {"more": {"data": {"validation": "none"}}}}}
     with pytest.raises(DataError, match="none"):
         run(parse_recipe(document, "test"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("mean", "said"),
+    [
+        (["bleu"], "evaluation.mean: tuple should have at least 2 items"),
+        (
+            ["gsm8k", "mor.gsm8k"],
+            "evaluation.mean: the recipe has no score 'mor.gsm8k'; did you mean 'more.gsm8k'?",
+        ),
+        (["gsm8k", "more.gsm8k/unparsed"], "no score 'more.gsm8k/unparsed'; did you mean 'more."),
+        (["gsm8k", "x"], "no score 'x'; known here: loss, perplexity, bleu, gsm8k, more.loss"),
+        (["gsm8k", "gsm8k"], "evaluation.mean: 'gsm8k' stands there 2 times"),
+        (
+            ["bleu", "more.gsm8k"],
+            "evaluation.mean: expected one metric of several sets, or shares of right answers",
+        ),
+    ],
+)
+def test_a_mean_of_what_is_no_score_or_of_different_ones_is_refused(generating, mean, said):
+    document = {**generating, "evaluation": {"sets": {"more": MORE}, "mean": mean}}
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(document, "test")
+    assert said in str(caught.value)
+
+
+def test_a_mean_has_no_value_where_one_of_its_scores_has_none(generating, monkeypatch):
+    more = {**MORE, "task": {"generation": {"metrics": ["bleu", "gsm8k"]}}}
+    evaluation = {"sets": {"more": more}, "mean": ["bleu", "more.bleu"]}
+    recipe = parse_recipe({**generating, "evaluation": evaluation}, "test")
+    prepared, _ = prepare(recipe, Observer())
+    scores = prepared.evaluate(Observer())
+    assert scores["mean"] == (scores["bleu"] + scores["more.bleu"]) / 2
+    failing = iter([None, "it ended with code 1"])
+
+    def score(names, texts, references):
+        reason = next(failing)
+        return [Score("bleu", None if reason else 3.0, reason, "a program", "1.0")]
+
+    monkeypatch.setattr("fedexlora.data.generation.text_scores", score)
+    scores = prepared.evaluate(Observer())
+    assert (scores["bleu"], scores["more.bleu/uncomputed"]) == (3.0, 1.0)
+    assert scores["mean/uncomputed"] == 1.0
+    assert "mean" not in scores
+
+
+E2E = ["e2e_bleu", "nist", "meteor", "rouge_l", "cider"]
+
+
+@needs_java
+def test_the_five_metrics_of_e2e_are_computed_in_a_run(generating, tmp_path):
+    table = {**GENERATION, "metrics": E2E}
+    document = {
+        **generating,
+        "task": {**generating["task"], "generation": table},
+        "federation": {"rounds": 1, "seed": 1},
+        "evaluation": {},
+    }
+    (tmp_path / "recipe.toml").write_text(tomlkit.dumps(document), encoding="utf-8")
+    out = tmp_path / "run"
+    done = fedexlora("run", tmp_path / "recipe.toml", "--out", out, columns=300)
+    assert done.returncode == 0, done.stderr
+    header = json.loads((out / "run.json").read_text())
+    (record,) = records_without_times(out)
+    for scores in (header["initial_metrics"], record["metrics"]):
+        assert set(E2E) <= set(scores)
+        assert not [name for name in scores if name.endswith("/uncomputed")]
+    versions = {name: scorer["version"] for name, scorer in header["scorers"].items()}
+    assert list(versions) == E2E
+    for name in E2E[2:]:
+        assert re.fullmatch(r"pycocoevalcap [\d.]+, java [\d._]+.*", versions[name])
+    found = evaluate(str(out))
+    close(found.metrics, record["metrics"])
+    export_run(out, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    for title, name in (("METEOR", "meteor"), ("ROUGE-L", "rouge_l"), ("CIDEr", "cider")):
+        cells = [f"{x[name]:.4f}" for x in (header["initial_metrics"], record["metrics"])]
+        assert f"| {title} | {' | '.join(cells)} |" in card
+        assert cells[1] in done.stdout
+
+
+@pytest.mark.parametrize("absent", ["java", "pycocoevalcap"])
+def test_what_the_metrics_in_java_lack_is_named_before_the_run(
+    absent, generating, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(
+        "fedexlora.data.score._version", lambda name: None if name == absent else "1.0"
+    )
+    table = {**GENERATION, "metrics": E2E}
+    document = {**generating, "task": {**generating["task"], "generation": table}}
+    with pytest.raises(DataError, match="task.generation.metrics cannot be computed") as caught:
+        run(parse_recipe(document, "test"), tmp_path / "run")
+    expected = [f"{name}: {absent} is missing: {INSTALL[absent]}" for name in E2E[2:]]
+    assert list(caught.value.faults) == expected
     assert not (tmp_path / "run").exists()
 
 

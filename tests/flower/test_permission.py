@@ -9,7 +9,8 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from fedexlora.data.config import PartitionConfig, TaskConfig
+from fedexlora.data.config import TaskConfig
+from fedexlora.data.partition_config import PartitionConfig
 from fedexlora.engine.recipe import parse_recipe
 from fedexlora.errors import NodeError, RecipeError
 from fedexlora.exchange.node_faults import NodeFault

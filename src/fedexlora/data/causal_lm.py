@@ -7,44 +7,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, Sequence, Value
-from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fedexlora.data.batches import Collator, Progress, tokenized
+from fedexlora.data.batches import tokenized
 from fedexlora.data.checks import missing_columns, named_splits, shown_columns, text_faults
 from fedexlora.data.config import CausalLMTask
 from fedexlora.data.cuts import Cut
+from fedexlora.data.language_task import LanguageTask
 from fedexlora.data.load import Splits
+from fedexlora.data.prompts import Prompts, cut_beginnings, distinct
 from fedexlora.data.template import fill
-from fedexlora.data.token_loss import IGNORED, check_targets, label_collator, token_metrics
+from fedexlora.data.token_loss import IGNORED, check_targets
+from fedexlora.data.tokenizer import token_ids
 from fedexlora.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class CausalLM:
+class CausalLM(LanguageTask):
     """A language modelling task; see ``fedexlora.data.task.Task`` for what its members do."""
 
     config: CausalLMTask
-
-    @property
-    def peft_task_type(self) -> str:
-        """What peft calls the task."""
-        return "CAUSAL_LM"
-
-    @property
-    def partition_column(self) -> None:
-        """Texts are no classes: there is no column to divide by."""
-        return
-
-    @property
-    def model_config(self) -> dict[str, Any]:
-        """Nothing: the model is used as it is."""
-        return {}
-
-    @property
-    def notes(self) -> list[str]:
-        """None."""
-        return []
 
     def tokenize(self, rows: Dataset, tokenizer: Tokenizer) -> Dataset:
         """Rows as tokens that end with the end token; ``labels`` are ``IGNORED`` in the prompt.
@@ -62,7 +44,7 @@ class CausalLM:
             rows = [
                 _join(begin, prompt, [*target, end], self.config.max_length)
                 for prompt, target in zip(
-                    _tokens(tokenizer, prompts), _tokens(tokenizer, targets), strict=True
+                    token_ids(tokenizer, prompts), token_ids(tokenizer, targets), strict=True
                 )
             ]
             if self.config.text is not None:
@@ -79,24 +61,17 @@ class CausalLM:
         check_targets(result)
         return result
 
-    def collator(self, tokenizer: Tokenizer) -> Collator:
-        """Makes a padded batch; ``labels`` are ``(n, tokens)`` int64, ``IGNORED`` in padding."""
-        return label_collator(tokenizer)
-
-    def evaluate(
-        self,
-        model: nn.Module,
-        tokenized: Dataset,
-        tokenizer: Tokenizer,
-        batch_size: int,
-        progress: Progress | None = None,
-    ) -> dict[str, float]:
-        """``"loss"``, the mean over all target tokens, and ``"perplexity"``, if asked for.
-
-        Every token counts the same, whichever row or batch it is in; summed in float64.
-        """
-        collate, metrics = self.collator(tokenizer), self.config.metrics
-        return token_metrics(model, tokenized, collate, batch_size, metrics, progress)
+    def prompts(self, rows: Dataset, tokenizer: Tokenizer) -> Prompts:
+        """What is read before each completion, as in training, and no target after it."""
+        columns = rows.select_columns(list(self.config.columns))[:]
+        texts, targets = self.texts(columns)
+        different, of_row = distinct(texts)
+        tokens, notes = cut_beginnings(
+            token_ids(tokenizer, different), _begin(tokenizer), self.config.max_length
+        )
+        completion = self.config.completion
+        answers = [x.strip() for x in targets] if completion is None else columns[completion]
+        return Prompts(tokens, of_row, answers, notes=notes)
 
     def texts(self, batch: Mapping[str, list[Any]]) -> tuple[list[str], list[str]]:
         """Prompts and targets of a batch; a prompt is empty where all of a text is the target."""
@@ -135,31 +110,10 @@ def prepare_causal_lm(config: CausalLMTask, splits: Splits) -> CausalLM:
     return CausalLM(config)
 
 
-def prompt_tokens(
-    tokenizer: Tokenizer, prompts: list[str], max_length: int
-) -> tuple[list[list[int]], int]:
-    """Prompts as a model reads them before it writes: as in training, and no target after them.
-
-    Returns:
-        The token ids of each, and how many prompts lost their beginning to ``max_length``.
-    """
-    begin = _begin(tokenizer)
-    room = max_length - len(begin)
-    whole = _tokens(tokenizer, prompts)
-    kept = [begin + tokens[max(0, len(tokens) - room) :] for tokens in whole]
-    return kept, sum(len(tokens) > room for tokens in whole)
-
-
 def _begin(tokenizer: Tokenizer) -> list[int]:
     """The token that this tokenizer begins every text with, if it has one."""
     begin: list[int] = tokenizer("")["input_ids"][:1]
     return begin if begin == [tokenizer.bos_token_id] else []
-
-
-def _tokens(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    # verbose: it would warn of texts longer than the model reads, which are cut afterwards
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def _join(

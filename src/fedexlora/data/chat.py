@@ -2,55 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from datasets import Dataset, Value
-from torch import nn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fedexlora.data.batches import Collator, Progress, tokenized
+from fedexlora.data.batches import tokenized
+from fedexlora.data.chat_prompts import answer_frame, chat_prompts
 from fedexlora.data.chat_template import ChatTemplateError, Span, WrittenChat, chat_template
 from fedexlora.data.checks import missing_columns, named_splits
 from fedexlora.data.config import ChatTask
-from fedexlora.data.conversation import read_conversation
+from fedexlora.data.conversation import Message, read_conversation
 from fedexlora.data.cuts import Cut
+from fedexlora.data.language_task import LanguageTask
 from fedexlora.data.load import Splits
-from fedexlora.data.token_loss import IGNORED, check_targets, label_collator, token_metrics
+from fedexlora.data.prompts import Prompts
+from fedexlora.data.token_loss import IGNORED, check_targets
 from fedexlora.errors import DataError
 from fedexlora.exchange.untrusted import short
 
 _SHOWN = 10
+Row = TypeVar("Row")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
+class Chat(LanguageTask):
     """A chat task; see ``fedexlora.data.task.Task`` for what its members do."""
 
     config: ChatTask
-
-    @property
-    def peft_task_type(self) -> str:
-        """What peft calls the task."""
-        return "CAUSAL_LM"
-
-    @property
-    def partition_column(self) -> None:
-        """Conversations are no classes: there is no column to divide by."""
-        return
-
-    @property
-    def model_config(self) -> dict[str, Any]:
-        """Nothing: the model is used as it is."""
-        return {}
-
-    @property
-    def notes(self) -> list[str]:
-        """None."""
-        return []
 
     def tokenize(self, rows: Dataset, tokenizer: Tokenizer) -> Dataset:
         """Conversations as tokens; ``labels`` are ``IGNORED`` but in the assistant's turns.
@@ -65,7 +49,8 @@ class Chat:
                 "the tokenizer: chat needs one that says where in a text its tokens are (a "
                 f"tokenizer.json), found {type(tokenizer).__name__}"
             )
-        chats = self._written(rows, tokenizer)
+        template = chat_template(tokenizer, self.config.chat_template)
+        chats = _by_row(template.write, self._conversations(rows))
         faults: list[str] = []
 
         def encode(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -98,38 +83,31 @@ class Chat:
         check_targets(result)
         return result
 
-    def collator(self, tokenizer: Tokenizer) -> Collator:
-        """Makes a padded batch; ``labels`` are ``(n, tokens)`` int64, ``IGNORED`` in padding."""
-        return label_collator(tokenizer)
-
-    def evaluate(
-        self,
-        model: nn.Module,
-        tokenized: Dataset,
-        tokenizer: Tokenizer,
-        batch_size: int,
-        progress: Progress | None = None,
-    ) -> dict[str, float]:
-        """``"loss"``, the mean over the assistant's tokens, and ``"perplexity"``, if asked for."""
-        collate, metrics = self.collator(tokenizer), self.config.metrics
-        return token_metrics(model, tokenized, collate, batch_size, metrics, progress)
-
-    def _written(self, rows: Dataset, tokenizer: Tokenizer) -> list[WrittenChat]:
-        """Every row as its model would read it.
+    def prompts(self, rows: Dataset, tokenizer: Tokenizer) -> Prompts:
+        """The conversations up to their last answer, as the template prompts for that.
 
         Raises:
-            DataError: naming the rows that the template does not write so.
+            DataError: if some row does not end with an answer.
         """
-        template = chat_template(tokenizer, self.config.chat_template)
-        chats, faults = [], []
-        for number, value in enumerate(rows[self.config.messages], 1):
-            try:
-                chats.append(template.write(read_conversation(value)[0]))
-            except ChatTemplateError as fault:
-                faults.append(f"row {number}: {fault}")
+        conversations = self._conversations(rows)
+        faults = [
+            f"row {number}: expected the assistant's turn at the end, found the {x[-1]['role']}'s"
+            for number, x in enumerate(conversations, 1)
+            if x[-1]["role"] != "assistant"
+        ]
         if faults:
-            raise DataError("the conversations do not fit the chat template", _shown(faults))
-        return chats
+            said = "task.generation has the model write the last turn of every validation row"
+            raise DataError(said, _shown(faults))
+        template = chat_template(tokenizer, self.config.chat_template)
+        chats = _by_row(template.write, conversations)
+        asked = zip(conversations, (chat.prompt for chat in chats), strict=True)
+        around = _by_row(lambda row: template.around(*row), asked)
+        frame = answer_frame(tokenizer, around)
+        answers = [x[-1]["content"] for x in conversations]
+        return chat_prompts(chats, answers, frame, tokenizer, self.config.max_length)
+
+    def _conversations(self, rows: Dataset) -> list[list[Message]]:
+        return [read_conversation(value)[0] for value in rows[self.config.messages][:]]
 
 
 def prepare_chat(config: ChatTask, splits: Splits) -> Chat:
@@ -147,6 +125,23 @@ def prepare_chat(config: ChatTask, splits: Splits) -> Chat:
     if faults:
         raise DataError("the data set does not fit the chat task", faults)
     return Chat(config)
+
+
+def _by_row(make: Callable[[Row], Made], rows: Iterable[Row]) -> list[Made]:
+    """What a template makes of every row.
+
+    Raises:
+        DataError: naming the rows of which it does not make what its model would read.
+    """
+    made, faults = [], []
+    for number, row in enumerate(rows, 1):
+        try:
+            made.append(make(row))
+        except ChatTemplateError as fault:
+            faults.append(f"row {number}: {fault}")
+    if faults:
+        raise DataError("the conversations do not fit the chat template", _shown(faults))
+    return made
 
 
 def _row_faults(values: Iterable[object]) -> list[str]:

@@ -28,6 +28,7 @@ _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Llama 3's templates write this day where none is given and there is no clock.
 _DATE = "26 Jul 2024"
 _SHOWN = 60
+_ANSWER = "Answer7Text"
 
 
 class ChatTemplateError(ValueError):
@@ -43,6 +44,11 @@ class WrittenChat:
     """What a model has to generate, one span for each of the assistant's turns."""
     marks: tuple[Span, ...] | None
     """What the template itself marks as generated; None if it marks nothing."""
+
+    @property
+    def prompt(self) -> str:
+        """What is read before the last answer."""
+        return self.text[: self.answers[-1][0]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,27 @@ class ChatTemplate:
             if message["role"] == "assistant"
         )
         return WrittenChat(text, answers, marks if self.marked else None)
+
+    def around(self, messages: Sequence[Message], prompt: str) -> tuple[str, str]:
+        """What it writes before the last answer and none of its prompt, and what after it.
+
+        Another text is written in the answer's place: the answer's own may stand around it too.
+
+        Args:
+            messages: a conversation that ends with an answer.
+            prompt: what is read before that.
+
+        Raises:
+            ChatTemplateError: if the template does not write a word as it is.
+        """
+        text, _ = self._render([*messages[:-1], {**messages[-1], "content": _ANSWER}])
+        before, found, after = text.removeprefix(prompt).partition(_ANSWER)
+        if not text.startswith(prompt) or not found:
+            raise ChatTemplateError(
+                f"message {len(messages)}: where an answer begins and ends cannot be told, as the "
+                f"template does not write {short(_ANSWER)} as it is"
+            )
+        return before, after
 
     def _answer(self, messages: Sequence[Message], number: int, text: str) -> Span:
         """Where the answer with a number, from 1, is in the text of the whole conversation."""

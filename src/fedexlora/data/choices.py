@@ -16,14 +16,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fedexlora.data.batches import Progress, map_batches
 from fedexlora.data.causal_lm import CausalLM
 from fedexlora.data.checks import missing_columns, text_faults
+from fedexlora.data.config import CHOICE_ACCURACY
 from fedexlora.data.cuts import Cut
 from fedexlora.data.load import Splits
 from fedexlora.data.task import Task
 from fedexlora.data.template import fill
 from fedexlora.data.token_loss import IGNORED
 from fedexlora.errors import DataError
-
-ACCURACY = "choice_accuracy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class Choices:
             # The right answer has to be likelier than all others.
             held = best.get(row, (-np.inf, False))
             best[row] = max(held, (score, right), key=lambda x: (x[0], not x[1]))
-        return {ACCURACY: sum(right for _, right in best.values()) / len(best)}
+        return {CHOICE_ACCURACY: sum(right for _, right in best.values()) / len(best)}
 
 
 def prepare_choices(task: Task, rows: Dataset, tokenizer: Tokenizer) -> Choices | None:

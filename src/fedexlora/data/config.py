@@ -1,4 +1,4 @@
-"""What a recipe says about its data set, its division among clients, and its task.
+"""What a recipe says about its data set and its task.
 
 Plain values that are checked when they are made; nothing here reads a file or loads a library.
 """
@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from fedexlora.data.generation_config import GenerationConfig
+from fedexlora.data.partition_config import Column
 from fedexlora.data.template import placeholders
 
 ClassificationMetric: TypeAlias = Literal["accuracy", "f1", "matthews", "loss"]
 RegressionMetric: TypeAlias = Literal["pearson", "spearman", "mse", "loss"]
 CausalLMMetric: TypeAlias = Literal["loss", "perplexity"]
-Column: TypeAlias = Annotated[str, Field(min_length=1)]
 
+CHOICE_ACCURACY = "choice_accuracy"
+"""The share of rows whose right answer is the likeliest."""
 LONGEST_CHAT_TEMPLATE = 100_000
 """Characters of a chat template; the longest ones of published models have a third of that."""
 
@@ -44,45 +46,6 @@ class DataConfig(_Config):
     """Use a random subset of this many training rows; all rows if not given."""
     max_validation_rows: int | None = Field(default=None, gt=0)
     """Use a random subset of this many validation rows; all rows if not given."""
-
-
-class IidPartition(_Config):
-    """Every client gets an equal random share of the training rows."""
-
-    kind: Literal["iid"] = "iid"
-    """Selects this way of dividing the rows."""
-    clients: int = Field(ge=1)
-    """Number of clients."""
-
-
-class DirichletPartition(_Config):
-    """Each label's rows are divided by proportions drawn from a Dirichlet distribution."""
-
-    kind: Literal["dirichlet"] = "dirichlet"
-    """Selects this way of dividing the rows."""
-    clients: int = Field(ge=1)
-    """Number of clients."""
-    alpha: float = Field(gt=0, allow_inf_nan=False)
-    """Concentration: small values (0.1) give clients very different labels, large ones similar."""
-    column: Column | None = None
-    """The column whose values are divided; the task's label column if not given."""
-    min_rows: int = Field(default=1, ge=1)
-    """Fewest rows of a client; the proportions are drawn again until every client has them."""
-
-
-class ByColumnPartition(_Config):
-    """One client for every distinct value of a column: a division that the data already has."""
-
-    kind: Literal["by_column"] = "by_column"
-    """Selects this way of dividing the rows."""
-    column: Column
-    """The column that names a row's client."""
-
-
-PartitionConfig: TypeAlias = Annotated[
-    IidPartition | DirichletPartition | ByColumnPartition, Field(discriminator="kind")
-]
-"""How the training rows are divided among the clients; `kind` selects one of three."""
 
 
 class _Task(_Config):
@@ -171,7 +134,17 @@ class ChoicesConfig(_Config):
         return self
 
 
-class CausalLMTask(_Task):
+class _LanguageTask(_Task):
+    if TYPE_CHECKING:
+        generation: GenerationConfig | None
+
+    @property
+    def headline(self) -> str:
+        """The metric that runs are compared by: of what is generated, if anything is."""
+        return (self.generation or self).metrics[0]
+
+
+class CausalLMTask(_LanguageTask):
     """Predict a text's tokens, or those of a completion after a prompt."""
 
     kind: Literal["causal-lm"] = "causal-lm"
@@ -196,11 +169,6 @@ class CausalLMTask(_Task):
     """How the texts that the model writes are scored; nothing is generated if not given."""
     choices: ChoicesConfig | None = None
     """How rows are scored by the likeliest of their possible answers; not so if not given."""
-
-    @property
-    def headline(self) -> str:
-        """The metric that runs are compared by: of what is generated, if anything is."""
-        return (self.generation or self).metrics[0]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -258,7 +226,7 @@ class CausalLMTask(_Task):
         return bool(names) and part not in names
 
 
-class ChatTask(_Task):
+class ChatTask(_LanguageTask):
     """Predict the assistant's turns of conversations, written by the model's chat template."""
 
     kind: Literal["chat"] = "chat"
@@ -273,6 +241,8 @@ class ChatTask(_Task):
     """Most tokens of a conversation; a longer one loses its end."""
     metrics: tuple[CausalLMMetric, ...] = ("loss", "perplexity")
     """What is measured on the validation split; the first one is the headline."""
+    generation: GenerationConfig | None = None
+    """How the last answers that the model writes are scored; nothing is generated if not given."""
 
     @property
     def columns(self) -> tuple[str, ...]:

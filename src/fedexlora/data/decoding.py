@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 
 from fedexlora.data.batches import Progress, evaluating
 from fedexlora.data.generation_config import GenerationConfig
+from fedexlora.data.prompts import NO_FRAME, AnswerFrame
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class Written:
     """What a model wrote after one prompt."""
 
     text: str
-    """Without the prompt, the end token, and what a stop string begins."""
+    """Without the prompt, an opening, the end token, and what a stop string begins."""
     finished: bool
     """Whether it came to an end before ``max_new_tokens``."""
 
@@ -32,6 +33,7 @@ def write_texts(
     tokenizer: PreTrainedTokenizerBase,
     config: GenerationConfig,
     progress: Progress | None = None,
+    frame: AnswerFrame = NO_FRAME,
 ) -> list[Written]:
     """The likeliest text after each prompt, longest prompts first.
 
@@ -41,6 +43,7 @@ def write_texts(
         tokenizer: the model's; left as it was.
         config: how texts are written.
         progress: called after each batch with the prompts done and all prompts.
+        frame: what stands around an answer.
 
     Returns:
         One for each prompt, in their order.
@@ -48,7 +51,8 @@ def write_texts(
     # Adapters sit in the layers: the model inside writes as the whole one does, and PEFT's own
     # `generate` would leave its traces on it.
     inner: Any = getattr(model, "get_base_model", lambda: model)()
-    ends = _end_tokens(inner, tokenizer)
+    ends = _end_tokens(inner, tokenizer) | frame.ends
+    stops = (*config.stop, *frame.stops)
     options = _options(config, ends, tokenizer)
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -61,10 +65,10 @@ def write_texts(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=options,
-                stopping_criteria=_stops(tokenizer, config.stop, ids.shape[1]),
+                stopping_criteria=_stops(tokenizer, stops, frame, ids.shape[1]),
             )
             for i, row in zip(chosen, tokens[:, ids.shape[1] :].tolist(), strict=True):
-                written[i] = _read(row, ends, tokenizer, config.stop)
+                written[i] = _read(row, ends, tokenizer, stops, frame)
             if progress is not None:
                 progress(len(written), len(prompts))
     return [written[i] for i in range(len(prompts))]
@@ -79,7 +83,7 @@ def _options(
         max_new_tokens=config.max_new_tokens,
         num_beams=config.num_beams,
         no_repeat_ngram_size=config.no_repeat_ngram_size,
-        eos_token_id=sorted(ends),
+        eos_token_id=sorted(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
         **beams,
@@ -100,12 +104,12 @@ def _no_options_of_its_own(model: Any) -> Iterator[None]:  # noqa: ANN401 - any 
 def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:  # noqa: ANN401
     """The tokenizer's end token, which rows are trained to end with, and those of the model."""
     own = getattr(model.generation_config, "eos_token_id", None)
-    more = own if isinstance(own, list) else [] if own is None else [own]
-    return frozenset([tokenizer.eos_token_id, *more])
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return frozenset(x for x in found if x is not None)
 
 
 def _stops(
-    tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt: int
+    tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], frame: AnswerFrame, prompt: int
 ) -> StoppingCriteriaList:
     """Ends a text that holds one of some strings, whatever tokens they are made of.
 
@@ -114,14 +118,15 @@ def _stops(
 
     def holds_one(input_ids: Tensor, *_: Tensor, **__: Any) -> Tensor:  # noqa: ANN401
         """Of token ids ``(n, tokens)``, which rows are done, ``(n,)`` bool."""
-        texts = (_decoded(tokenizer, row) for row in input_ids[:, prompt:].tolist())
-        done = [any(x in text for x in stop) for text in texts]
+        texts = (decoded(tokenizer, row) for row in input_ids[:, prompt:].tolist())
+        done = [not frame.opens(x) and bool(_places(frame.answer(x), stop)) for x in texts]
         return torch.tensor(done, device=input_ids.device)
 
     return StoppingCriteriaList([holds_one] if stop else [])
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+def decoded(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """The text of tokens, without special ones."""
     text: str = tokenizer.decode(
         tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -141,9 +146,15 @@ def _read(
     ends: frozenset[int],
     tokenizer: PreTrainedTokenizerBase,
     stop: Sequence[str],
+    frame: AnswerFrame,
 ) -> Written:
     length = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    text = _decoded(tokenizer, tokens[:length])
-    stops = [at for at in map(text.find, stop) if at >= 0]
+    text = frame.answer(decoded(tokenizer, tokens[:length]))
+    stops = _places(text, stop)
     finished = length < len(tokens) or bool(stops)
     return Written(text[: min(stops, default=len(text))].strip(), finished)
+
+
+def _places(text: str, stop: Sequence[str]) -> list[int]:
+    """Where in a text each of the strings that end it begins, of those that it holds."""
+    return [at for at in map(text.find, stop) if at >= 0]

@@ -18,15 +18,15 @@ from fedexlora.data.answers.table import ANSWER_RULES, AnswerRule, grade, rule_f
 from fedexlora.data.answers.verdict import Verdict
 from fedexlora.data.batches import Progress
 from fedexlora.data.capacity import positions
-from fedexlora.data.causal_lm import CausalLM, prompt_tokens
 from fedexlora.data.checks import missing_columns, text_faults
 from fedexlora.data.config import TaskConfig
 from fedexlora.data.decoding import write_texts
 from fedexlora.data.generation_config import GenerationConfig
+from fedexlora.data.language_task import LanguageTask
 from fedexlora.data.load import Splits
+from fedexlora.data.prompts import NO_FRAME, AnswerFrame
 from fedexlora.data.score import Score, versions
 from fedexlora.data.task import Task
-from fedexlora.data.text_metrics.corpus import Corpus
 from fedexlora.data.text_metrics.table import TEXT_METRICS, TextMetric, metric_faults, text_scores
 from fedexlora.errors import DataError
 
@@ -44,6 +44,8 @@ class Generation:
     """By row, which prompt it has."""
     references: Sequence[str]
     """By row."""
+    frame: AnswerFrame = NO_FRAME
+    """What stands around an answer, and is none of it."""
     notes: Sequence[str] = ()
     """What is odd about the prompts, and yet no fault."""
 
@@ -56,7 +58,7 @@ class Generation:
         latter only if there are any). A metric whose program fails has no value, and
         ``NAME/uncomputed`` is 1; the log says why.
         """
-        written = write_texts(model, self.prompts, tokenizer, self.config, progress)
+        written = write_texts(model, self.prompts, tokenizer, self.config, progress, self.frame)
         measured = self.scores([x.text for x in written])
         return measured | {"generation/unfinished": float(sum(not x.finished for x in written))}
 
@@ -105,15 +107,13 @@ def prepare_generation(
         DataError: with all faults: a column that is missing or has rows without a text, a reference
             that cannot be read, a prompt without a token, too few positions.
     """
-    if not isinstance(task, CausalLM) or task.config.generation is None:
+    if not isinstance(task, LanguageTask) or task.config.generation is None:
         return None
-    config, length = task.config.generation, task.config.max_length
-    references = _references(task, rows)
-    texts = task.texts(rows.select_columns(list(task.config.columns))[:])[0]
-    numbers = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    prompts, cut = prompt_tokens(tokenizer, list(numbers), length)
-    faults = [] if all(prompts) else ["a prompt has no token to write after"]
-    longest, limit = max(map(len, prompts)), positions(model)
+    config: GenerationConfig = task.config.generation
+    named = None if config.reference is None else _references(config.reference, rows)
+    prompts = task.prompts(rows, tokenizer)
+    faults = [] if all(prompts.tokens) else ["a prompt has no token to write after"]
+    longest, limit = max(map(len, prompts.tokens)), positions(model)
     if limit is not None and longest + config.max_new_tokens > limit:
         faults.append(
             f"task.generation.max_new_tokens: expected at most {limit - longest}, as the longest "
@@ -122,9 +122,9 @@ def prepare_generation(
         )
     if faults:
         raise DataError("the validation rows cannot be prompts", faults)
-    notes = [f"{cut} of {len(prompts)} prompts lose their beginning to task.max_length, {length}"]
+    references = prompts.answers if named is None else named
     made = Generation(
-        config, prompts, [numbers[text] for text in texts], references, notes if cut else ()
+        config, prompts.tokens, prompts.of_row, references, prompts.frame, prompts.notes
     )
     _check_references(made)
     return made
@@ -159,12 +159,7 @@ def scorers(task: TaskConfig) -> dict[str, dict[str, str]]:
     }
 
 
-def _references(task: CausalLM, rows: Dataset) -> list[str]:
-    config = task.config
-    column = config.generation.reference if config.generation else None
-    column = column or config.completion
-    if column is None:
-        return [text.strip() for text in task.texts(rows[:])[1]]
+def _references(column: str, rows: Dataset) -> list[str]:
     splits = Splits.one("validation", rows)
     faults = missing_columns(splits, [column]) or text_faults(splits, [column])
     if faults:
@@ -176,7 +171,11 @@ def _references(task: CausalLM, rows: Dataset) -> list[str]:
 def _check_references(generation: Generation) -> None:
     """Find now, and not after the first round, a reference that cannot be read."""
     if any(name in TEXT_METRICS for name in generation.config.metrics):
-        Corpus([""] * len(generation.prompts), generation.grouped)
+        empty = [i for i, text in enumerate(generation.references, 1) if not text.strip()]
+        if empty:
+            found = f"found an empty one in {len(empty)} row(s)"
+            fault = f"expected a reference in every row, {found}, the first is row {empty[0]}"
+            raise DataError("the references of task.generation", [fault])
     for name in generation.config.metrics:
         if name in ANSWER_RULES:
             grade(name, [""] * len(generation.references), generation.references)

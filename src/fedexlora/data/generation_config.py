@@ -23,7 +23,8 @@ class GenerationConfig(BaseModel):
     """Scores of the texts against one or more references (`bleu`, ...), or the share of right
     answers by a rule (`gsm8k`, ...); the first is the headline."""
     reference: Annotated[str, Field(min_length=1)] | None = None
-    """The column of references or right answers; `task.completion` if not given."""
+    """The column of references or right answers; `task.completion`, or the conversation's last
+    answer, if not given."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Most tokens of a text; one that has not ended by then is cut, and counted."""
     num_beams: int = Field(default=1, ge=1)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset
 
-from fedexlora.data.config import (
+from fedexlora.data.partition_config import (
     ByColumnPartition,
     DirichletPartition,
     IidPartition,

@@ -33,3 +33,10 @@ def prepare_tokenizer(path: str, revision: str | None) -> PreTrainedTokenizerBas
     # Positions count from the left, and classifiers of GPT-2's kind read the last real token.
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text, and none that the tokenizer would add."""
+    # verbose: it would warn of texts longer than the model reads, which are cut afterwards
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids

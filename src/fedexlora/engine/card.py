@@ -33,6 +33,7 @@ _METRICS: Mapping[str, tuple[str, str | None]] = {
     "meteor": ("METEOR", "meteor"),
     "rouge_l": ("ROUGE-L", "rouge"),
     "cider": ("CIDEr", None),
+    "mean": ("mean of the sets", None),
 }
 """By our name: what people call a metric, and its name on the hub, if it has one."""
 

@@ -259,7 +259,7 @@ def _header(
         "clients": dict(rows),
         **prepared.summary.record(),
         "validation_rows": len(prepared.validation),
-        "headline": prepared.recipe.task.headline,
+        "headline": prepared.recipe.headline,
         "scorers": all_scorers(prepared.recipe),
         "model_config": dict(prepared.task.model_config),
         "initial_metrics": dict(initial_metrics),

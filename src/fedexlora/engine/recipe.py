@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal, Self, get_args
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedexlora.data.config import DataConfig, PartitionConfig, TaskConfig
+from fedexlora.data.config import DataConfig, TaskConfig
+from fedexlora.data.partition_config import PartitionConfig
 from fedexlora.engine.participation import Admission, Participation
 from fedexlora.engine.recipe_faults import method_faults, table_faults
 from fedexlora.engine.recipe_file import read_document
 from fedexlora.engine.screening import Screening
+from fedexlora.engine.set_mean import MEAN, mean_faults
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.untrusted import CLIENT_NAME
 from fedexlora.methods import METHODS, Method
@@ -113,6 +115,9 @@ class EvaluationTable(_Table):
     """In which products are computed; that of the model's weights if not given."""
     sets: dict[SetName, EvaluationSet] = Field(default_factory=dict)
     """By name: what the model is scored on beside the validation rows."""
+    mean: tuple[str, ...] | None = Field(default=None, min_length=2)
+    """Scores, those of sets as ``NAME.METRIC``, whose mean is the run's headline; none if not
+    given."""
 
 
 class ClientTable(_Table):
@@ -155,6 +160,11 @@ class Recipe(_Table):
         """In which products are computed when the model is scored."""
         return self.evaluation.dtype or self.model.dtype
 
+    @property
+    def headline(self) -> str:
+        """The score that runs are compared by."""
+        return self.task.headline if self.evaluation.mean is None else MEAN
+
     def scored(self, round_: int) -> bool:
         """Whether a round ends with scores."""
         return round_ % self.evaluation.every == 0 or round_ == self.federation.rounds
@@ -176,6 +186,7 @@ class Recipe(_Table):
         if isinstance(generation, dict):
             document["task"]["generation"] = {**task.get("generation", {}), **generation}
         document["evaluation"]["sets"] = {}
+        document["evaluation"].pop("mean", None)
         return Recipe.model_validate(document)
 
     @property
@@ -266,7 +277,7 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
             faults += check(document[table])
     faults += method_faults(document.get("federation", {}))
     if recipe is not None:
-        faults += table_faults(recipe) + _set_faults(recipe)
+        faults += table_faults(recipe) + (_set_faults(recipe) or mean_faults(recipe))
         for client, own in recipe.clients.items():
             faults += lora_faults({**recipe.lora, **own.lora}, f'clients."{client}".lora')
     if faults or recipe is None:

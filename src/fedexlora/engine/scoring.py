@@ -17,6 +17,7 @@ from fedexlora.data.load import Splits, load_validation
 from fedexlora.data.task import Task, prepare_task
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.recipe import Recipe
+from fedexlora.engine.set_mean import MEAN, mean_score
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 
 
@@ -45,7 +46,8 @@ class Scoring:
     def scores(self, model: Module, observer: Observer) -> dict[str, float]:
         """Every metric, in the recipe's arithmetic; the model is left as it was.
 
-        Those of a set have its name and a dot before theirs.
+        Those of a set have its name and a dot before theirs; ``mean`` is that of those that
+        ``evaluation.mean`` names.
         """
         with scoring_arithmetic(self.recipe).active(next(model.parameters()).device):
             found = self.task.evaluate(
@@ -68,6 +70,8 @@ class Scoring:
         for name, scoring in self.sets.items():
             scores = scoring.scores(model, observer)
             found |= {f"{name}.{metric}": value for metric, value in scores.items()}
+        if self.recipe.evaluation.mean is not None:
+            found |= mean_score(self.recipe.evaluation.mean, found)
         return found
 
     def read_rows(self, model: Module, arithmetic: Arithmetic, count: int) -> None:
@@ -138,11 +142,14 @@ def _of_set(
 
 
 def all_scorers(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """By metric of generated texts, of sets too: what computes it, and its packages' versions."""
+    """By metric of generated texts, of sets too, and the mean: what computes it, with versions."""
     found = scorers(recipe.task)
     for name in recipe.evaluation.sets:
         own = scorers(recipe.of_set(name).task)
         found |= {f"{name}.{metric}": scorer for metric, scorer in own.items()}
+    if recipe.evaluation.mean is not None:
+        said = f"the mean of {', '.join(recipe.evaluation.mean)}"
+        found[MEAN] = {"implementation": said, "version": ""}
     return found
 
 

@@ -140,7 +140,8 @@ class EvaluationRecord(Record):
     recorded: dict[str, float] | None
     """The scores of a run's last round; None for anything else, or another task or rows."""
     scorers: dict[str, dict[str, str]]
-    """By metric of generated texts: what computes it, and the versions of its packages."""
+    """By metric of generated texts, and the mean of sets: what computes it, and the versions of its
+    packages."""
 
 
 class ExportRecord(Record):

@@ -21,7 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from fedexlora.data.config import Column, TaskConfig
+from fedexlora.data.config import TaskConfig
+from fedexlora.data.partition_config import Column
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.untrusted import CLIENT_NAME
 

@@ -47,8 +47,8 @@ def right_answers(
         )
     found = [read(text) for text in expected]
     faults = [
-        f"row {i}: expected a right answer, found {expected[i][-60:]!r}"
-        for i, answer in enumerate(found)
+        f"row {i}: expected a right answer, found {text[-60:]!r}"
+        for i, (text, answer) in enumerate(zip(expected, found, strict=True), 1)
         if answer is None
     ]
     if faults:

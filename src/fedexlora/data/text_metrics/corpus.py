@@ -54,13 +54,13 @@ def _faults(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     if not predictions:
         return ["expected at least one row, found none"]
     faults = []
-    for i, row in enumerate(references):
+    for i, row in enumerate(references, 1):
         if isinstance(row, str):
             faults.append(f"row {i}: expected a list of references, found one text")
         elif not row:
             faults.append(f"row {i}: expected at least one reference, found none")
         else:
             faults += [
-                f"row {i}: reference {j} is empty" for j, x in enumerate(row) if not x.strip()
+                f"row {i}: reference {j} is empty" for j, x in enumerate(row, 1) if not x.strip()
             ]
     return faults
