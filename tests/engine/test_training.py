@@ -69,7 +69,7 @@ def test_a_run_of_another_machines_arithmetic_is_exported_and_scored_here(
     (folder / "recipe.toml").write_text(text)
     other = load_recipe(folder / "recipe.toml")
     record = export_run(folder, tmp_path / "out", ExportOptions(evaluate=True))
-    assert record.evaluation is not None
+    assert record.exported_metrics is not None
     with pytest.raises(RecipeError, match="this machine cannot train so"):
         run(other, tmp_path / "again")
     assert not (tmp_path / "again").exists()

@@ -71,7 +71,7 @@ def trains_scores_and_resumes(recipe: Recipe, folder: Path) -> None:
         assert len(record.clients) == getattr(recipe.partition, "clients", None)
     assert result.records[0].metrics == {}
     assert scores(recipe) <= result.records[1].metrics.keys()
-    assert recipe.task.headline in result.records[1].metrics
+    assert recipe.headline in result.records[1].metrics
     assert (result.adapter / "adapter_model.safetensors").exists()
     with pytest.raises(KeyboardInterrupt):
         run(recipe, stopped, observer=StopAt(1, "end"))
