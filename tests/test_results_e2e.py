@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from benchmarks.results.cell import ROOT, Folders
-from benchmarks.results.e2e import METRICS, SEEDS, cells
+from benchmarks.results.e2e import METRICS, SEEDS, cells, prepare, tables
 from benchmarks.results.e2e_base import (
     KIND,
     PROMPT,
@@ -74,16 +75,43 @@ def test_a_base_is_made_once_and_reads_back(folders):
     assert len(tokenizer) == model.config.vocab_size
 
 
-def test_every_cell_is_a_valid_recipe(folders, monkeypatch):
+def test_cells_read_what_is_prepared(folders, monkeypatch):
     monkeypatch.setattr("benchmarks.results.e2e.FULL", TINY)
-    found = cells(folders, smoke=False)
+    prepare(folders, smoke=False)
+    found = cells(smoke=False)
     assert len(found) == 7 * len(SEEDS)
-    assert len({cell.name for cell in found}) == len(found)
     for cell in found:
         settings = [text.format(data=folders.data, work=folders.work) for text in cell.settings]
         recipe = load_recipe(ROOT / f"recipes/{cell.recipe}.toml", settings)
-        assert recipe.task.generation is not None
+        assert Path(recipe.data.source, "validation.jsonl").is_file()
+        assert Path(recipe.model.source, "config.json").is_file()
         assert recipe.task.generation.metrics == tuple(METRICS)
-        by_area = cell.key["rows"] == "by kind"
-        assert (recipe.partition.kind == "by_column") == by_area
+        assert (recipe.partition.kind == "by_column") == (cell.key["rows"] == "by kind")
         assert recipe.federation.rounds == recipe.evaluation.every
+
+
+def record(key, bleu):
+    metrics = {name: bleu if name == "e2e_bleu" else 1.0 for name in METRICS}
+    return {
+        "key": key,
+        "initial_metrics": dict.fromkeys(METRICS, 0.5),
+        "metrics": metrics,
+        "deviation": [0.25, 0.125, 0.0],
+    }
+
+
+def test_tables_pair_runs_by_seed():
+    points = {"centralised": 4.0, "FedEx-LoRA": 3.0, "FedIT": 1.0, "FFA-LoRA": 2.0}
+    records = [
+        record(dict(cell.key), points[cell.key["method"]] + 10 * cell.key["seed"])
+        for cell in cells(smoke=False)
+    ]
+    made = tables(records)
+    gains = {row.split(" | ")[0]: row.split(" | ")[1] for row in made["e2e-gains"].splitlines()[2:]}
+    assert gains["| IID: FedEx-LoRA - FedIT"] == "+2.00 ± 0.00 (3 of 3)"
+    assert gains["| by kind: FedIT - FFA-LoRA"] == "-1.00 ± 0.00 (0 of 3)"
+    assert "| centralised, all rows | 14.00 ± 10.00 |" in made["e2e"]
+    assert made["e2e"].splitlines()[2].startswith("| base, before round 1 | 0.50 |")
+    assert made["e2e-deviation"].splitlines()[2] == (
+        "| IID | 25.0 ± 0.0 | 12.5 ± 0.0 | 0.0 ± 0.0 |"
+    )
