@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test slow exactness check lint types format clean
+.PHONY: quickstart test slow exactness results results-smoke check lint types format clean
 
 quickstart: $(VENV)/.quickstart  ## Federated fine-tuning of a real model on real text, in minutes
 	$(BIN)/python examples/stdlib_docstrings.py data/docstrings
@@ -22,6 +22,13 @@ slow: $(VENV)/.dev  ## Servers and nodes that are killed or cut off; models trai
 
 exactness: $(VENV)/.dev  ## Measure the tables of docs/exactness.md again
 	$(BIN)/python -m tests.exactness.table
+
+# METEOR, ROUGE-L and CIDEr are computed by Java programs of the extra java-metrics.
+results: $(VENV)/.java-metrics  ## The tables of docs/results.md, from nothing: about four hours
+	$(BIN)/python -m benchmarks.results
+
+results-smoke: $(VENV)/.java-metrics  ## One row of each of those tables, in minutes
+	$(BIN)/python -m benchmarks.results --smoke
 
 check: lint types test  ## Everything that CI checks
 
@@ -50,4 +57,8 @@ $(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.quickstart
 	$(PIP_INSTALL) --editable '.[quickstart,quantization,flower,simulation,dev]'
+	@touch $@
+
+$(VENV)/.java-metrics: $(VENV)/.dev
+	$(PIP_INSTALL) --editable '.[quickstart,java-metrics]'
 	@touch $@

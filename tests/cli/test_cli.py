@@ -146,7 +146,7 @@ def test_recipes_are_listed_and_written_to_be_run(tmp_path, monkeypatch):
     again = fedexlora("recipes", "--write", "cola")
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
     other = fedexlora("recipes", "--write", "../cola")
-    assert (other.returncode, "expected one of cola, e2e" in other.stderr) == (2, True)
+    assert (other.returncode, "expected one of chat, cola" in other.stderr) == (2, True)
 
 
 def test_a_recipe_that_is_not_there_is_refused_with_the_way_out(tmp_path):
