@@ -55,7 +55,7 @@ def test_the_base_s_half_names_no_kind_of_place_and_the_clients_does(folders):
 
 
 def test_scored_meaning_representations_keep_all_references(folders):
-    rows = read(prepare_rows(folders.data, folders.work, 4) / "validation.jsonl")
+    rows = read(prepare_rows(folders.data, folders.work, 4) / "test.jsonl")
     assert len({row[PROMPT] for row in rows}) == 4
     assert len(rows) == 8
 
@@ -83,7 +83,7 @@ def test_cells_read_what_is_prepared(folders, monkeypatch):
     for cell in found:
         settings = [text.format(data=folders.data, work=folders.work) for text in cell.settings]
         recipe = load_recipe(ROOT / f"recipes/{cell.recipe}.toml", settings)
-        assert Path(recipe.data.source, "validation.jsonl").is_file()
+        assert Path(recipe.data.source, "test.jsonl").is_file()
         assert Path(recipe.model.source, "config.json").is_file()
         assert recipe.task.generation.metrics == tuple(METRICS)
         assert (recipe.partition.kind == "by_column") == (cell.key["rows"] == "by kind")

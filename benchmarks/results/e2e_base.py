@@ -63,7 +63,7 @@ def prepare_rows(data: Path, work: Path, prompts: int | None) -> Path:
     """Write the base's rows, the clients' and those that are scored; return their folder.
 
     ``base.jsonl`` and ``train.jsonl`` are the training split's meaning representations without and
-    with an ``eatType``; ``validation.jsonl`` is of the test split, which all have one. It is a
+    with an ``eatType``; ``test.jsonl`` is of the test split, which all have one. It is a
     column of the rows, so that clients can be divided by it.
 
     Args:
@@ -73,7 +73,7 @@ def prepare_rows(data: Path, work: Path, prompts: int | None) -> Path:
             references; all of the test split if None.
     """
     folder = work / rows_name(prompts)
-    made = [folder / f"{name}.jsonl" for name in ("base", "train", "validation")]
+    made = [folder / f"{name}.jsonl" for name in ("base", "train", "test")]
     if all(path.exists() for path in made):
         return folder
     rows, test = (
