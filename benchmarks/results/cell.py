@@ -6,6 +6,7 @@ record has the command's settings, so that any row can be made again by itself.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -43,8 +44,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """A folder's name."""
-        return "-".join(str(value) for value in self.key.values())
+        """A folder's name: another one with other settings."""
+        words = "-".join(str(value) for value in self.key.values()).replace(" ", "_")
+        return f"{words}-{hashlib.sha256(_text(self.source).encode()).hexdigest()[:8]}"
 
     @property
     def source(self) -> dict:
