@@ -1,4 +1,4 @@
-"""The tables of a document: each stands between two marks, and comes from the records alone."""
+"""The tables of documents: each stands between two marks, and comes from the records alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.results import deviation, e2e, glue
 from benchmarks.results.cell import ROOT, read_records
 
-DOCUMENT = ROOT / "docs" / "results.md"
+DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "paper.md")
 _MARKED = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -30,7 +30,9 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return _MARKED.sub(lambda mark: f"{mark[1]}\n{tables[mark[2]]}\n\n{mark[3]}", text)
 
 
-def write_tables(records: Path, document: Path = DOCUMENT) -> None:
-    """Make the tables of the document again."""
-    text = document.read_text(encoding="utf-8")
-    document.write_text(filled(text, tables(records)), encoding="utf-8")
+def write_tables(records: Path) -> None:
+    """Make the tables of all documents again."""
+    made = tables(records)
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        document.write_text(filled(text, made), encoding="utf-8")
