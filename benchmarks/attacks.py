@@ -39,7 +39,8 @@ from fedexlora.engine.round import Federation, run_round
 from fedexlora.engine.screening import Screening
 from fedexlora.engine.seeds import derive_seed
 from fedexlora.engine.transport import Reply
-from fedexlora.exchange.shipment import History, Holdings, receive
+from fedexlora.exchange.delivery import receive
+from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.state import adapter_tensors
 from fedexlora.exchange.update import ClientUpdate
 
@@ -86,17 +87,18 @@ class Clients:
     """Ten clients in this process, two of which attack."""
 
     def __init__(self, prepared, rows, attack, trained):
-        self.waiting = {}
+        self.waiting, self.stateless = {}, ()
         self._prepared, self._attack, self._trained = prepared, attack, trained
         self._rows = rows
         self.clients = tuple(rows)
         self._held = {}
         self._asked = []
 
-    def ask(self, round_, client, message, own):
+    def ask(self, round_, client, delivery):
         """Bring a client to the version of the round."""
-        del round_, own
-        self._held[client] = receive(self._held.get(client), message)
+        del round_
+        held, message = self._held.get(client), delivery.message
+        self._held[client] = receive(held, delivery.announced, message)
         self._asked.append(client)
 
     def replies(self, round_, deadline, progress):
@@ -122,12 +124,12 @@ class Clients:
             tensors = adapter_tensors(moved) | heads
         base = self._prepared.model.base_fingerprint
         rows = len(self._rows[client])
-        return ClientUpdate(client, round_, held.version, rows, loss, base, tensors)
+        return ClientUpdate(client, round_, held.id, rows, loss, base, tensors)
 
     def _train(self, held, round_, client, flipped):
         """A client's tensors and loss; the same start and rows are trained once."""
         given = self._prepared
-        key = held.fingerprint(), client, flipped
+        key = held.id, client, flipped
         if key not in self._trained:
             rows, count = self._rows[client], len(given.task.labels)
             if flipped:
@@ -163,7 +165,7 @@ def play(prepared, rows, state, attack, rule, trained):
         observer=Observer(),
         screening=RULES[rule],
     )
-    holdings = Holdings({}, History(4, {}, prepared.recipe.method.trained))
+    holdings = Holdings({}, History(4))
     for _ in range(rounds):
         state, holdings, record = run_round(federation, state, holdings)
         assert record.certificate.held

@@ -9,9 +9,9 @@ in a process of its own; its memory is what the system reports as that process's
 memory      peak of 10 clients (10 a round) and of 1,000 (20 a round); of 1 client and of 100, all
             of which take part in every round
 share       the share of a round that is neither local training nor evaluation. Local training is
-            what ``train_locally`` takes; the round ends when its checkpoint is on the disk, and
+            what ``train_locally`` takes; the round ends when its step is on the disk, and
             the first one, which warms up, is not counted
-registered  a round of 20 clients and of its checkpoint, among 1,000 and among 50,000 registered
+registered  a round of 20 clients and of its step, among 1,000 and among 50,000 registered
             ones; they answer at once, with random factors
 """
 
@@ -118,12 +118,12 @@ def trained(task: dict) -> dict:
         {"seconds": after - before, "local": trained_, "phases": record.seconds}
         for before, after, trained_, record in zip(marks, ended, local, result.records)
     ]
-    checkpoint = max(x.stat().st_size for x in (folder / "run" / "checkpoints").iterdir())
+    stored = max(x.stat().st_size for x in (folder / "run" / "versions").glob("step-*"))
     return {
         "peak": peak(),
         "peak_before_round_1": started[0][1],
         "start": started[0][0] - begun,
-        "checkpoint": checkpoint,
+        "step": stored,
         "rounds_measured": rounds,
     }
 
@@ -162,7 +162,7 @@ def registered(task: dict) -> dict:
     from fedexlora.engine.observer import Observer
     from fedexlora.engine.participation import Participation
     from fedexlora.engine.round import Federation, run_round
-    from fedexlora.exchange.shipment import History, Holdings
+    from fedexlora.exchange.history import History, Holdings
     from fedexlora.exchange.update import ClientUpdate
     from fedexlora.methods import METHODS
     from fedexlora.peft_bridge.load import attach_lora, load_base, resolve_source
@@ -186,10 +186,10 @@ def registered(task: dict) -> dict:
                 name: 0.02 * torch.randn(spec.shape, generator=generator)
                 for name, spec in model.spec.tensors().items()
             }
-            said = (client, round_, held.version, 64, 1.0, model.base_fingerprint)
+            said = (client, round_, held.id, 64, 1.0, model.base_fingerprint)
             return ClientUpdate(*said, tensors).encode()
 
-    transport = InProcessTransport(Trainer(), window=4)
+    transport = InProcessTransport(Trainer())
     federation = Federation(
         method=METHODS["fedex"],
         model=model,
@@ -202,10 +202,10 @@ def registered(task: dict) -> dict:
         observer=Observer(),
     )
     folder = RunFolder(Path(task["folder"]) / "run")
-    (folder.path / "checkpoints").mkdir(parents=True)
+    folder.store.path.mkdir(parents=True)
     state, records = model.initial_state(), ()
     # Every client has taken part at some time: the most that the server ever knows of them.
-    holdings = Holdings(dict.fromkeys(names, -9), History(4, {}, ("A", "B")))
+    holdings = Holdings(dict.fromkeys(names, -9), History(4))
     rounds = []
     for _ in range(task["rounds"]):
         wall, begun = time.perf_counter(), time.process_time()
@@ -214,8 +214,8 @@ def registered(task: dict) -> dict:
         folder.save(Progress(state, records, holdings))
         cpu = time.process_time() - begun
         rounds.append({"cpu": cpu, "seconds": time.perf_counter() - wall})
-    checkpoint = max(x.stat().st_size for x in (folder.path / "checkpoints").iterdir())
-    return {"peak": peak(), "checkpoint": checkpoint, "rounds_measured": rounds}
+    stored = max(x.stat().st_size for x in folder.store.path.glob("step-*"))
+    return {"peak": peak(), "step": stored, "rounds_measured": rounds}
 
 
 def peak() -> int:
@@ -265,11 +265,11 @@ def table(found: list[dict]) -> list[str]:
         many, few = by_name["50,000 registered"], by_name["1,000 registered"]
         cpu = [statistics.median(x["cpu"] for x in r["rounds_measured"][1:]) for r in (many, few)]
         more = many["clients"] - few["clients"]
-        ids = [(many[x] - few[x]) / more for x in ("peak", "checkpoint")]
+        ids = [(many[x] - few[x]) / more for x in ("peak", "step")]
         lines.append(
             f"50,000 registered over 1,000: peak memory {many['peak'] / few['peak']:.3f}, "
             f"processor time of a round {cpu[0] / cpu[1]:.2f} ({cpu[0]:.3f} and {cpu[1]:.3f} s); "
-            f"a registered client is {ids[0]:.0f} bytes of memory and {ids[1]:.0f} of a checkpoint"
+            f"a registered client is {ids[0]:.0f} bytes of memory and {ids[1]:.0f} of a step"
         )
     return lines
 

@@ -101,7 +101,7 @@ def test_importing_the_package_loads_nothing_heavy(module):
 
 def test_algebra_exchange_and_methods_need_no_training_library():
     code = (
-        "import sys, fedexlora.methods, fedexlora.exchange.shipment, fedexlora.exchange.update;"
+        "import sys, fedexlora.methods, fedexlora.exchange.delivery, fedexlora.exchange.update;"
         "found = {'peft', 'transformers', 'datasets', 'flwr'} & set(sys.modules);"
         "sys.exit(', '.join(found) or 0)"
     )

@@ -9,7 +9,12 @@
     │   ├── NodeError             a node refuses what a server asks, or fails at it
     │   └── ResumeError           a run folder that cannot be started in or continued
     ├── UpdateError               one client's update in one round; the round goes on without it
-    └── RunError                  exit 1: the run failed; its last checkpoint is intact
+    └── RunError                  exit 1: the run failed; its last version is intact
+        ├── VersionError          a message does not lead its receiver to the version of now
+        │   ├── GapError          its steps begin beyond the version that is held
+        │   ├── HistoryError      its steps belong to another history than that version
+        │   ├── DigestError       a step, or a part of one, is not the one that was announced
+        │   └── SnapshotError     a snapshot is not the one that was announced
         ├── NoUpdatesError        no client delivered a usable update
         ├── DivergenceError       the global model or its score is no number any more
         └── ExactnessError        the applied update is not the ideal one
@@ -104,7 +109,27 @@ class UpdateError(FedexLoraError):
 
 
 class RunError(FedexLoraError):
-    """The run stopped; its last checkpoint is intact and can be resumed."""
+    """The run stopped; its last version is intact and can be resumed."""
+
+
+class VersionError(RunError):
+    """A message is damaged, or does not lead its receiver to the version of now."""
+
+
+class GapError(VersionError):
+    """Steps begin beyond the version that their receiver holds, or end before it."""
+
+
+class HistoryError(VersionError):
+    """Steps lead on from another history than the version that their receiver holds."""
+
+
+class DigestError(VersionError):
+    """A step, a part of one or an adapter has another digest than was announced."""
+
+
+class SnapshotError(VersionError):
+    """A snapshot is not the one that was announced."""
 
 
 class NoUpdatesError(RunError):

@@ -95,7 +95,7 @@ def test_a_run_that_fails_exits_1_and_says_why(recipe_file, tmp_path):
     )
     assert done.returncode == 1
     assert re.search("NoUpdatesError: round 1: no client delivered a usable update", done.stderr)
-    assert (tmp_path / "run" / "checkpoints" / "round-0000.safetensors").exists()
+    assert (tmp_path / "run" / "versions" / "snapshot-0000.safetensors").exists()
 
 
 def test_help_and_version():

@@ -79,7 +79,16 @@ class Moments:
             self.pass_by()
             written(path, content)
 
-        files._write = halves
+        appended = files._append
+
+        def half_lines(path: Path, content: bytes) -> None:
+            self.pass_by()
+            if self.count + 1 == self.last:
+                appended(path, content[: len(content) // 2])
+            self.pass_by()
+            appended(path, content)
+
+        files._write, files._append = halves, half_lines
         for owner, name in (
             *((files, name) for name in ("_sync", "_sync_folder")),
             *((Path, name) for name in ("replace", "unlink", "mkdir")),
@@ -105,7 +114,16 @@ class FullDisk(Moments):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             written(path, content)
 
-        files._write = write
+        appended = files._append
+
+        def append(path: Path, content: bytes) -> None:
+            if self.reached() or self.count > self.last > 0:
+                with path.open("ab") as file:
+                    file.write(content[: len(content) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            appended(path, content)
+
+        files._write, files._append = write, append
 
 
 def quick(made: tuple[Prepared, LocalTrainer] | None, failing: float = 0.0) -> None:

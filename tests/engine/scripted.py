@@ -13,8 +13,9 @@ from fedexlora.engine.round import Federation
 from fedexlora.engine.round import run_round as play_round
 from fedexlora.engine.transport import ClientProgress, Reply
 from fedexlora.errors import RunError
+from fedexlora.exchange.delivery import Delivery, receive
+from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.records import RoundRecord
-from fedexlora.exchange.shipment import History, Holdings, receive, receive_own
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import METHODS, Method
@@ -22,11 +23,19 @@ from fedexlora.peft_bridge.model import AdaptedModel
 
 WEIGHTS = {"site-a": 1, "site-b": 2, "site-c": 5}
 
+IDS: dict[int, str] = {}
+"""The ids of the versions that clients came to last, for updates that a test makes of nothing."""
+
+OTHER = "0" * 64
+"""The id of no version."""
+
 Script = Callable[[int, str, GlobalState], Sequence[Reply]]
 
 
 class Scripted:
     """Every client holds a copy of its own; replies come from ``script(round, client, held)``."""
+
+    stateless = ()
 
     def __init__(self, script: Script, clients: Sequence[str] = tuple(WEIGHTS)) -> None:
         self._script = script
@@ -40,14 +49,15 @@ class Scripted:
         self.holdings: Holdings | None = None
         """What the server knows; kept here from one round to the next."""
 
-    def ask(self, round_: int, client: str, message: bytes, own: bytes | None) -> None:
-        self.delivered.append((client, len(message) + len(own or b"")))
+    def ask(self, round_: int, client: str, delivery: Delivery) -> None:
+        self.delivered.append((client, delivery.size))
+        held, message = self.held.pop(client, None), delivery.message
         try:
-            state = receive(self.held.pop(client, None), message)
-            state = state if own is None else receive_own(state, client, own)
+            state = receive(held, delivery.announced, message, delivery.own, client)
         except RunError as error:
             self.asked.append((client, str(error)))
         else:
+            IDS[state.version] = state.id
             self.held[client] = state
             self.asked.append((client, ""))
 
@@ -66,7 +76,7 @@ class Scripted:
 
 def run_round(parts: Federation, before: GlobalState) -> tuple[GlobalState, RoundRecord]:
     """One round; what clients hold is kept in the transport."""
-    held = parts.transport.holdings or Holdings({}, History(4, {}, parts.method.trained))
+    held = parts.transport.holdings or Holdings({}, History(4))
     state, parts.transport.holdings, record = play_round(parts, before, held)
     return state, record
 
@@ -81,7 +91,7 @@ def random_update(model: AdaptedModel, round_: int, client: str, **changes: obje
     fields = {
         "client": client,
         "round": round_,
-        "version": round_ - 1,
+        "version": IDS.get(round_ - 1, OTHER),
         "num_examples": WEIGHTS.get(client, 1),
         "loss": 1.0,
         "base": model.base_fingerprint,

@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from fedexlora.engine.folder import Progress, RunFolder
 from fedexlora.engine.local import LocalTrainer
@@ -24,13 +24,14 @@ from fedexlora.engine.round import run_round
 from fedexlora.engine.run import run
 from fedexlora.engine.transport import Reply
 from fedexlora.errors import DivergenceError, InputError, RunError
-from fedexlora.exchange.shipment import History, Holdings
+from fedexlora.exchange.delivery import Delivery
+from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.state import GlobalState
 from fedexlora.peft_bridge.model import AdaptedModel
 from tests.cli.invoke import fedexlora
 from tests.engine.conftest import files, recipe_document
 from tests.engine.forked import FullDisk, Moments, count, forked, quick
-from tests.engine.scripted import Scripted, federation, random_update
+from tests.engine.scripted import OTHER, Scripted, federation, random_update
 from tests.exchange.hostile import parts
 from tests.models import adapted
 
@@ -131,7 +132,7 @@ def test_a_sampled_run_with_failing_clients_survives_ten_kills(bert, data_folder
 
 
 CLIENTS = tuple(f"client-{i:02d}" for i in range(50))
-WAYS = ("raises", "silent", "nan", "cut off", "old version", "wiped", "another model")
+WAYS = ("raises", "silent", "nan", "cut off", "old version", "wiped", "another history")
 
 
 class Faulty(Scripted):
@@ -146,16 +147,13 @@ class Faulty(Scripted):
         draw = random.Random(f"{self._round} {client}")
         return draw.choice(WAYS) if draw.random() < 0.2 else "good"
 
-    def ask(self, round_: int, client: str, message: bytes, own: bytes | None) -> None:
+    def ask(self, round_: int, client: str, delivery: Delivery) -> None:
         held, way = self.held.get(client), self.fate(client)
         if way == "wiped":
             self.held.pop(client, None)
-        elif way == "another model" and held is not None:
-            name = next(iter(held.total))
-            slipped = held.total[name].plus([torch.full(held.total[name].shape, 1e-9)])
-            total = {**held.total, name: slipped}
-            self.held[client] = GlobalState(held.version, held.adapter, total, held.dense)
-        super().ask(round_, client, message, own)
+        elif way == "another history" and held is not None:
+            self.held[client] = replace(held, id=OTHER)
+        super().ask(round_, client, delivery)
 
     def reply(self, round_: int, client: str, held: GlobalState) -> list[Reply]:
         way = self.fate(client)
@@ -165,7 +163,7 @@ class Faulty(Scripted):
         if way == "nan":
             next(iter(update.tensors.values()))[0, 0] = float("nan")
         if way == "old version":
-            update = random_update(self._model, round_, client, version=0)
+            update = random_update(self._model, round_, client, version=OTHER)
         message = update.encode()
         if way == "cut off":
             message = message[:-9]
@@ -180,11 +178,15 @@ def play(model: AdaptedModel, out: Path, moments: Moments) -> None:
     rule = Participation(clients_per_round=5)
     parts, state = federation(model, "fedex", transport=transport, participation=rule)
     folder = RunFolder(out)
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    empty = History(4, {}, parts.method.trained)
-    progress = folder.load(empty) or Progress(state, (), Holdings({}, empty))
-    versions = {**progress.earlier, progress.state.version: progress.state}
+    folder.store.path.mkdir(parents=True, exist_ok=True)
+    if (progress := folder.load(4)) is None:
+        progress = Progress(state, (), Holdings({}, History(4, {}, {0: state.start()})))
+        folder.save(progress)
+    else:
+        folder.settle(progress)
     state, records, holdings = progress.state, progress.records, progress.holdings
+    known = [v for v in set(holdings.versions.values()) if v in holdings.history.starts]
+    versions = {v: folder.store.state(v) for v in known}
     transport.held = {c: versions[v] for c, v in holdings.versions.items() if v in versions}
     model.apply(state)
     while state.version < 30:
@@ -235,10 +237,10 @@ def test_a_full_disk_ends_the_command_with_code_1_and_no_traceback(small, tmp_pa
 
     def command() -> None:
         quick(small)
-        FullDisk(5).watch()
+        FullDisk(4).watch()
         done = fedexlora("run", path, "--out", tmp_path / "run")
         assert done.returncode == 1
-        assert "round-0001.safetensors cannot be written: No space left" in done.stderr
+        assert "step-0001.safetensors cannot be written: No space left" in done.stderr
         assert "Traceback" not in done.stderr
 
     assert forked(command) == 0

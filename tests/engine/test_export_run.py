@@ -199,9 +199,9 @@ def test_the_worst_module_is_recorded_and_printed(whole, tmp_path):
     assert held["worst_module"]
 
 
-def test_a_missing_checkpoint_is_named(whole, tmp_path):
+def test_a_missing_version_is_named(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "versions")
     done = fedexlora("export", tmp_path / "run", "--out", tmp_path / "out")
     assert done.returncode == 2
     assert "measured against the last version" in " ".join(done.stderr.split())

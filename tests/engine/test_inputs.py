@@ -27,7 +27,9 @@ def state_of(spec: AdapterSpec, version: int, form: str) -> GlobalState:
 
     adapter = {"m": Factors(random(2, 5), random(7, 2))}
     total = random(7, 5) if form == "dense" else Factors(random(1, 5), random(7, 1))
-    return GlobalState(version, adapter, {"m": LowRank(total)}, {"head": random(3, 4)})
+    return GlobalState(
+        version, f"{version:064x}", adapter, {"m": LowRank(total)}, {"head": random(3, 4)}
+    )
 
 
 @pytest.mark.parametrize("form", ["dense", "factors"])
@@ -42,7 +44,7 @@ def test_sums_write_nothing_that_they_are_given(method, form):
         ClientUpdate(
             client=client,
             round=3,
-            version=2,
+            version=now.id,
             num_examples=int(weight),
             loss=1.0,
             base="",

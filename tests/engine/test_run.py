@@ -52,13 +52,14 @@ def test_a_run_leaves_what_the_design_says(document, whole):
         "recipe.toml",
         "run.json",
         "rounds.jsonl",
-        "checkpoints",
+        "versions",
         "adapter",
         "adapter.json",
         "updates",
     }
     assert names == wanted | {".lock"}
-    assert len(list((whole / "checkpoints").iterdir())) == 4  # versions 0 to 3; history is 4
+    stored = {path.stem for path in (whole / "versions").iterdir()}
+    assert stored == {"snapshot-0000", "step-0001", "step-0002", "step-0003"}
     header = json.loads((whole / "run.json").read_text())
     assert sum(header["clients"].values()) == 36
     assert set(header["clients"]) == {"site-north", "site-south", "site-west"}
@@ -173,7 +174,7 @@ def test_six_rounds_equal_three_kill_nine_and_three_more(document, tmp_path):
     subprocess.run([*command, "--out", str(whole)], check=True, env=environment)
     child = subprocess.Popen([*command, "--out", str(killed)], env=environment)
     deadline = time.monotonic() + 300
-    while not (killed / "checkpoints" / "round-0003.safetensors").exists():
+    while not (killed / "versions" / "step-0003.safetensors").exists():
         assert child.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -206,12 +207,12 @@ def test_a_client_whose_training_diverges_is_left_out_and_named(document, tmp_pa
     assert len(result.records[1].clients) == 3, "it takes part again from the global model"
 
 
-def test_a_run_without_any_usable_update_stops_with_its_checkpoint(document, tmp_path):
+def test_a_run_without_any_usable_update_stops_with_its_last_version(document, tmp_path):
     document["training"]["learning_rate"] = 1e38
     out = tmp_path / "run"
     with pytest.raises(NoUpdatesError, match="round 1"):
         run(recipe(document), out)
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["round-0000.safetensors"]
+    assert [path.name for path in (out / "versions").iterdir()] == ["snapshot-0000.safetensors"]
     assert not (out / "adapter").exists()
 
 
@@ -250,25 +251,26 @@ class Told(Observer):
         self.faults.append(fault)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(document, whole, tmp_path):
+def test_a_damaged_step_is_named_and_the_version_before_is_used(document, whole, tmp_path):
     out, told = tmp_path / "run", Told()
     shutil.copytree(whole, out)
-    path = out / "checkpoints" / "round-0003.safetensors"
+    path = out / "versions" / "step-0003.safetensors"
     path.write_bytes(path.read_bytes()[:-20])
     run(recipe(document), out, resume=True, keep_updates=True, observer=told)
     assert len(told.faults) == 1
-    assert "round-0003.safetensors is damaged" in told.faults[0]
+    assert "step-0003.safetensors is damaged" in told.faults[0]
     same_run(whole, out)
 
 
-def test_without_any_whole_checkpoint_nothing_is_continued(document, whole, tmp_path):
+def test_without_any_whole_snapshot_nothing_is_continued(document, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    for path in (out / "checkpoints").iterdir():
+    for path in (out / "versions").iterdir():
         path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ResumeError, match="no checkpoint can be read") as caught:
+    with pytest.raises(ResumeError, match="no version can be read") as caught:
         run(recipe(document), out, resume=True)
-    assert len(caught.value.faults) == 4
+    assert len(caught.value.faults) == 1
+    assert "snapshot-0000.safetensors is damaged" in caught.value.faults[0]
 
 
 def test_two_processes_cannot_run_in_one_folder(document, whole, tmp_path):

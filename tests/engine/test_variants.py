@@ -145,14 +145,14 @@ def test_another_base_model_is_refused_when_a_run_is_resumed(document, tmp_path)
     assert caught.value.faults[0].startswith("base: 22 entries in float32, 0123456789abcdef there")
 
 
-def test_a_checkpoint_that_was_edited_is_refused_by_name(document, tmp_path):
+def test_a_snapshot_that_was_edited_is_refused_by_name(document, tmp_path):
     parsed = parse_recipe(changed(document, {"federation": {"rounds": 1}}), "first")
     out = tmp_path / "run"
     run(parsed, out)
-    for path in (out / "checkpoints").iterdir():
+    for path in (out / "versions").iterdir():
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(ResumeError, match=r"round-0001.safetensors is damaged: .*checksum"):
+    with pytest.raises(ResumeError, match=r"snapshot-0000.safetensors is damaged: .*checksum"):
         run(parsed, out, resume=True)
 
 

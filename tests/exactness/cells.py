@@ -175,7 +175,7 @@ class Training:
         update = ClientUpdate(
             client=client,
             round=round_,
-            version=held.version,
+            version=held.id,
             num_examples=WEIGHTS[client],
             loss=1.0,
             base=self.model.base_fingerprint,

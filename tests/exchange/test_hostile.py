@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedexlora.engine.folder import Progress, RunFolder
-from fedexlora.errors import ResumeError, RunError, UpdateError
+from fedexlora.errors import ResumeError, UpdateError, VersionError
+from fedexlora.exchange.delivery import deliver, encode_own, receive, with_own
+from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import RoundRecord
-from fedexlora.exchange.shipment import Holdings, encode_own, receive, receive_own
-from fedexlora.exchange.state import GlobalState, lowrank_tensors, state_tensors
+from fedexlora.exchange.state import GlobalState, state_tensors
 from fedexlora.exchange.update import check_update, decode_update
 from fedexlora.exchange.wire import digest, unpack
 from tests.exchange.hostile import (
@@ -39,7 +41,8 @@ from tests.exchange.hostile import (
     parts,
     signed,
 )
-from tests.exchange.test_wire import SPEC, history, state, step, update, wide_state, wide_steps
+from tests.exchange.test_wire import SPEC, update
+from tests.exchange.versions import history, state, step, wide_state, wide_steps
 
 REFUSED = "refused"
 REPEATABLE = settings(
@@ -84,13 +87,13 @@ def record(round_: int) -> RoundRecord:
 
 
 def content(held: GlobalState) -> str:
-    return digest(state_tensors(held), str(held.version))
+    return digest(state_tensors(held), f"{held.version} {held.id}")
 
 
 def read_update(message: bytes) -> str:
     try:
         found = decode_update(message, SPEC, 3, "a")
-        check_update(found, SPEC, client="a", round_=3, version=2, base="the base")
+        check_update(found, SPEC, client="a", round_=3, version="v2", base="the base")
     except UpdateError as error:
         return REFUSED if error.faults else "no fault is named"
     return digest(found.tensors, f"{found.num_examples} {found.loss}")
@@ -105,39 +108,53 @@ def reader(read: Callable[[bytes], GlobalState]) -> Callable[[bytes], str]:
     def found(message: bytes) -> str:
         try:
             return content(read(message))
-        except RunError as error:
+        except VersionError as error:
             return REFUSED if str(error) else "no fault is named"
 
     return found
 
 
-def checkpoint_reader(folder: RunFolder, before: str) -> Callable[[bytes], str]:
-    """The newest of two checkpoints; the other one is whole and takes its place."""
-    path = folder.path / "checkpoints" / "round-0002.safetensors"
-    records = (folder.path / "rounds.jsonl").read_bytes()
+def described(state: GlobalState, held: Mapping[str, int]) -> str:
+    return digest(state_tensors(state), f"{state.id} {sorted(held.items())}")
+
+
+def step_reader(folder: RunFolder, before: str) -> Callable[[bytes], str]:
+    """The newest of two steps; the version before it is whole and takes its place."""
+    path = folder.store.step_file(2)
 
     def found(message: bytes) -> str:
         path.write_bytes(message)
-        (folder.path / "rounds.jsonl").write_bytes(records)
-        try:
-            progress = folder.load(history())
-        except ResumeError as error:
-            return REFUSED if "rounds.jsonl" in str(error) else f"refused by {error}"
+        progress = folder.load(4)
         if progress.damaged:
-            named = str(path) in progress.damaged[0]
+            named = [*progress.damaged] == [path] and str(path) in progress.damaged[path]
             whole = content(progress.state) == before and len(progress.records) == 1
-            return REFUSED if named and whole else "half of the checkpoint before"
-        pieces = lowrank_tensors("piece2", progress.holdings.history.pieces[2])
-        held = sorted(progress.holdings.versions.items())
+            return REFUSED if named and whole else "half of the version before"
         rounds = [record.round for record in progress.records]
-        return digest(state_tensors(progress.state) | pieces, f"{held} {rounds}")
+        return f"{rounds} {described(progress.state, progress.holdings.versions)}"
 
     return found
 
 
-def said_checkpoint(message: bytes) -> str:
+def snapshot_reader(folder: RunFolder) -> Callable[[bytes], str]:
+    """The only snapshot of a folder."""
+    path = folder.store.snapshot_file(2)
+
+    def found(message: bytes) -> str:
+        path.write_bytes(message)
+        try:
+            progress = folder.load(4)
+        except ResumeError as error:
+            return REFUSED if str(path) in str(error) else f"refused by {error}"
+        return digest(
+            state_tensors(progress.state), f"{sorted(progress.holdings.versions.items())}"
+        )
+
+    return found
+
+
+def said_snapshot(message: bytes) -> str:
     tensors, header = unpack(message)
-    return digest(tensors, f"{sorted(header['held'].items())} {[1, 2]}")
+    return digest(tensors, f"{sorted(header['held'].items())}")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,30 +167,43 @@ def no_waiting_for_disks():
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory) -> dict[str, Target]:
     torch.manual_seed(0)
-    first = step(state(0))
-    second = step(first.state)
-    server, wide = second.state, wide_state()
-    taken = wide_steps(2, wide)
+    begun, wide = state(0), wide_state()
+    first = step(begun)
+    second = step(first[1])
+    server, taken = second[1], wide_steps(2, wide)
     folder = RunFolder(tmp_path_factory.mktemp("run"))
-    (folder.path / "checkpoints").mkdir()
+    folder.store.path.mkdir()
     records = (record(1), record(2))
-    folder.save(Progress(first.state, records[:1], Holdings({}, history(first))))
-    folder.save(Progress(server, records, Holdings({"a": 1, "b": 0}, history(first, second))))
-    newest = folder.path / "checkpoints" / "round-0002.safetensors"
-    pieces = history(*taken).encode(taken[-1].state, 0)
-    own = encode_own(server, "b")
+    folder.save(Progress(begun, (), Holdings({}, history())))
+    folder.save(Progress(first[1], records[:1], Holdings({}, history(first))))
+    held = Holdings({"a": 1, "b": 0}, history(first, second), {"a": 1, "b": 0})
+    folder.save(Progress(server, records, held))
+    whole = RunFolder(tmp_path_factory.mktemp("whole"))
+    whole.store.path.mkdir()
+    whole.store.add_snapshot(server, held)
+    shutil.copy(folder.path / "rounds.jsonl", whole.path)
+    lead, newest = deliver(history(*taken), taken[-1][1], 0), deliver(history(), server, None)
+    path, own = folder.store.step_file(2), encode_own(server, "b")
+
+    def said_step(message: bytes) -> str:
+        held = {c: v for c, v in unpack(message)[1]["held"].items() if v is not None}
+        return f"[1, 2] {described(server, held)}"
+
     return {
         "update": Target(update().encode(), read_update, said_update),
-        "total": Target(history().encode(server, None), reader(lambda m: receive(None, m))),
-        "pieces": Target(pieces, reader(lambda m: receive(wide, m))),
-        "own": Target(own, reader(lambda m: receive_own(server.common(), "b", m))),
-        "checkpoint": Target(
-            newest.read_bytes(), checkpoint_reader(folder, content(first.state)), said_checkpoint
+        "snapshot": Target(newest.message, reader(lambda m: receive(None, newest.announced, m))),
+        "steps": Target(lead.message, reader(lambda m: receive(wide, lead.announced, m))),
+        "own": Target(
+            own, reader(lambda m: with_own(server.common(), m, "b", second[0].digests.own))
+        ),
+        "step file": Target(path.read_bytes(), step_reader(folder, content(first[1])), said_step),
+        "snapshot file": Target(
+            whole.store.snapshot_file(2).read_bytes(), snapshot_reader(whole), said_snapshot
         ),
     }
 
 
-KINDS = ("update", "total", "pieces", "own", "checkpoint")
+KINDS = ("update", "snapshot", "steps", "own", "step file", "snapshot file")
 
 
 def faults(target: Target, cases: Cases, allowed: Collection[str] = ()) -> list[str]:
@@ -224,11 +254,11 @@ def test_a_signed_header_of_other_values_is_refused(targets, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_signed_tensors_that_do_not_belong_together_are_refused(targets, kind):
-    """A checkpoint of other heads, or without remainder, is one of another model: it is read."""
-    other = re.compile(r"no tensors|.*dense/(?!.*( with | as |complex))|(total|piece2)/.* missing")
+    """A snapshot of other heads, or without remainder, is one of another model: it is read."""
+    other = re.compile(r"no tensors|.*dense/(?!.*( with | as |complex))|total/.* missing")
     for case, message in forged_tensors(targets[kind].good):
-        honest_too = kind == "checkpoint" and other.match(case)
-        allowed = [said_checkpoint(message)] if honest_too else []
+        honest_too = kind == "snapshot file" and other.match(case)
+        allowed = [said_snapshot(message)] if honest_too else []
         assert not faults(targets[kind], iter([(case, message)]), allowed)
 
 
@@ -313,7 +343,9 @@ def test_any_value_of_a_signed_header_is_refused_or_read_as_it_is(targets, kind,
 HONEST = {
     ("update", "num_examples", int),
     ("update", "loss", float),
-    ("checkpoint", "held", dict),
+    ("step file", "held", dict),
+    ("snapshot file", "held", dict),
+    ("snapshot file", "id", str),
 }
 """Where another value of that type is another honest message."""
 

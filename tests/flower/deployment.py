@@ -17,7 +17,8 @@ import pytest
 
 from fedexlora.engine.recipe import load_recipe
 from fedexlora.engine.run import run
-from fedexlora.exchange.state import GlobalState, state_from, unpack_state
+from fedexlora.exchange.layout import unpack_finite
+from fedexlora.exchange.state import GlobalState, state_from
 from tests.engine.conftest import files, records_without_times
 
 ROOT = Path(__file__).parents[2]
@@ -117,8 +118,8 @@ class Deployment:
     def held(self, name: str) -> GlobalState:
         """The version on a node's disk."""
         path = self.home / "home" / name / "held.safetensors"
-        tensors, header = unpack_state(path.read_bytes())
-        return state_from(header["version"], tensors)
+        tensors, header = unpack_finite(path.read_bytes())
+        return state_from(header["version"], header["id"], tensors)
 
     def logs(self) -> str:
         found = [*self.home.glob("log/*.log"), *self.home.glob("home/*/worker.log")]

@@ -223,4 +223,4 @@ def test_a_node_is_killed_and_comes_back_two_rounds_later(tmp_path, moment):
     assert lost not in there[2]
     held = [deployment.held(f"node-{i}") for i in range(1, 5)]
     assert held[0].version == 7
-    assert len({state.fingerprint() for state in held}) == 1
+    assert len({state.id for state in held}) == 1

@@ -10,12 +10,14 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 
 from fedexlora.errors import RunError
+from fedexlora.exchange.delivery import Announcement, Delivery
 from fedexlora.flower import membership
 from fedexlora.flower import transport as module
 from fedexlora.flower.frames import Frame
 from fedexlora.flower.transport import FlowerTransport
 from tests.flower.nodes import FakeGrid
 
+DELIVERY = Delivery(None, Announcement("0" * 64, None), b"version")
 HELLO = Frame({"client": "north", "rows": 4})
 
 
@@ -107,7 +109,7 @@ def test_a_greeting_that_is_none_is_named(header, fault):
 def test_an_answer_that_is_none_is_a_failure_of_its_client(answer, fault):
     node = greeted(HELLO)
     node._grid.nodes[7] = lambda _: answer
-    node.ask(1, "north", b"version", None)
+    node.ask(1, "north", DELIVERY)
     (reply,) = node.replies(1, 5.0, lambda *_: None)
     assert (reply.client, reply.message, reply.landed) == ("north", None, False)
     assert fault in reply.failure
@@ -131,7 +133,7 @@ def test_a_request_that_nobody_answers_is_lost_and_the_others_are_handed_on(monk
     made.gather(2, 5.0)
     monkeypatch.setattr(module, "_TTL_SECONDS", 0.02)
     for client in ("north", "south"):
-        made.ask(1, client, b"version", None)
+        made.ask(1, client, DELIVERY)
     lost, good = made.replies(1, None, lambda *_: None)
     assert (lost.client, lost.failure) == ("north", "lost: no answer within 0.02 s")
     assert (good.client, good.message) == ("south", b"x")
@@ -175,6 +177,6 @@ def test_a_node_that_is_known_by_another_id_takes_its_place_once_the_old_one_is_
     made._look()
     assert made.clients == []
     made.gather(1, 5.0)
-    made.ask(1, "north", b"version", None)
+    made.ask(1, "north", DELIVERY)
     (reply,) = made.replies(1, 5.0, lambda *_: None)
     assert reply.message == b"8"

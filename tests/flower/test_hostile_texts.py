@@ -68,7 +68,7 @@ def model() -> AdaptedModel:
 def honest(frame: Frame) -> Frame:
     if frame.header["kind"] == "hello":
         return Frame({"client": "good", "rows": 1})
-    update = random_update(model(), frame.header["round"], "good")
+    update = random_update(model(), frame.header["round"], "good", version=frame.header["version"])
     return Frame({"seconds": 0.0}, {"update": update.encode()})
 
 
@@ -76,7 +76,7 @@ def honest(frame: Frame) -> Frame:
 def updates(draw) -> bytes:
     """An update with other fields, and with tensors beside or instead of the right ones."""
     good = random_update(model(), 1, "bad")
-    header = {"client": "bad", "round": 1, "version": 0, "num_examples": 1, "loss": 1.0}
+    header = {"client": "bad", "round": 1, "version": good.version, "num_examples": 1, "loss": 1.0}
     header |= {"base": good.base} | draw(FIELDS)
     tensors = dict(good.tensors) if draw(st.booleans()) else {}
     tensors |= dict.fromkeys(draw(st.lists(TEXTS, max_size=12)), torch.zeros(1, 0))

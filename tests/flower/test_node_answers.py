@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 
 from fedexlora import __version__
 from fedexlora.errors import DataError, NodeError
+from fedexlora.exchange.delivery import deliver
+from fedexlora.exchange.history import History
 from fedexlora.exchange.node_faults import NodeFault
-from fedexlora.exchange.shipment import History
 from fedexlora.flower import apps, permission, session, worker
+from fedexlora.flower.announcement import announcing
 from fedexlora.flower.fault_frames import LogFormatter
 from fedexlora.flower.frames import PROTOCOL, Frame, from_records, to_records
 from fedexlora.flower.worker import Desk
@@ -255,10 +257,12 @@ def check(ward: Ward, message: Message) -> None:
 @pytest.fixture
 def training(ward, desk) -> Frame:
     """A request to train that the node can answer."""
-    header = request(ward.recipe(), ward.base, kind="train", round=1).header
     assert desk.answer(request(ward.recipe(), ward.base)).header == {"client": "north", "rows": 6}
     state = desk._session._trainer.model.initial_state()
-    return Frame(header, {"message": History(4, {}, ("A", "B")).encode(state, None)})
+    delivery = deliver(History(4), state, None)
+    more = {"round": 1, **announcing(delivery)}
+    header = request(ward.recipe(), ward.base, kind="train", **more).header
+    return Frame(header, {"message": delivery.message})
 
 
 def test_a_node_that_trains_sends_numbers_and_factors(ward, training):

@@ -10,9 +10,10 @@ import torch
 
 from fedexlora.engine.screening import Screening
 from fedexlora.errors import NoUpdatesError
-from fedexlora.exchange.shipment import receive
+from fedexlora.exchange.delivery import receive
 from fedexlora.exchange.update import largest_update
 from fedexlora.flower import transport as module
+from fedexlora.flower.announcement import announced
 from fedexlora.flower.frames import Frame
 from fedexlora.flower.names import Names
 from fedexlora.flower.transport import FlowerTransport
@@ -43,7 +44,7 @@ def client(model: AdaptedModel, name, factor: float):
     def answer(frame: Frame) -> Frame:
         if frame.header["kind"] == "hello":
             return Frame({"client": name(), "rows": 4})
-        held[:] = [receive(held[0] if held else None, frame.parts["message"])]
+        held[:] = [receive(held[0] if held else None, announced(frame), frame.parts["message"])]
         state, round_ = held[0], frame.header["round"]
         tensors = {}
         for key, pair in state.adapter.items():
@@ -52,7 +53,9 @@ def client(model: AdaptedModel, name, factor: float):
             tensors[f"B/{key}"] = pair.B + factor * step
         for key, tensor in state.dense.items():
             tensors[f"dense/{key}"] = tensor + 0.01 * factor * noise(round_, tensor)
-        update = random_update(model, round_, name(), tensors=tensors, num_examples=4)
+        update = random_update(
+            model, round_, name(), tensors=tensors, num_examples=4, version=state.id
+        )
         return Frame({"seconds": 0.0}, {"update": update.encode()})
 
     return answer

@@ -52,7 +52,7 @@ def run(
         Path,
         typer.Option(
             "--out",
-            help="A new folder for the run: its record, checkpoints, and at the end adapter/.",
+            help="A new folder for the run: its record, versions, and at the end adapter/.",
             metavar="DIR",
         ),
     ],

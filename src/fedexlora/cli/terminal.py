@@ -60,7 +60,7 @@ class Terminal(Observer):
         self.console.print(f"[yellow]note[/] {plain(what)}", soft_wrap=True)
 
     def passed_over(self, fault: str) -> None:
-        """Say which checkpoint could not be read."""
+        """Say which file of the store could not be read."""
         self.console.print(f"[yellow]passed over[/] {plain(fault)}", soft_wrap=True)
 
     def started(self, info: RunInfo) -> None:

@@ -15,6 +15,7 @@ the share that stays with the version of the round when changes count in part.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -27,15 +28,27 @@ from fedexlora.algebra.factors import Factors, Sizes, sizes
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.algebra.moments import Moments
 from fedexlora.engine.screening import MOST_STRAIN
-from fedexlora.exchange.shipment import Step
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.step import Step
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import Method
 
 Adapter = Mapping[str, Factors]
 FreshFactors = Callable[[AdapterSpec], Adapter]
 """Newly initialised factors of given ranks, by module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    """What a method makes of one round's updates."""
+
+    state: GlobalState
+    """The version that is reached."""
+    step: Step
+    """What leads there."""
+    truncated: Mapping[str, float]
+    """By module, the norm of what a truncated remainder lacks, unscaled; 0 if nothing was."""
 
 
 class RoundSums:
@@ -125,7 +138,7 @@ class RoundSums:
         for name, total in self._dense.items():
             total.add_(self._state.dense[name].double(), alpha=weight)
 
-    def aggregate(self, method: Method, fresh: FreshFactors) -> Step:
+    def aggregate(self, method: Method, fresh: FreshFactors) -> Aggregate:
         """The next version by ``method``, and the piece of remainder that leads to it."""
         fresh = _once(fresh)
         adapter: dict[str, Factors] = {}
@@ -143,8 +156,8 @@ class RoundSums:
             for name, mean in self.dense_ideal().items()
         }
         own = self._own_adapters(method, fresh)
-        after = self._state.advance(adapter, pieces, dense, own)
-        return Step(after, pieces, method.trained, truncated)
+        step = self._state.step(adapter, method.trained, pieces, dense, own)
+        return Aggregate(self._state.advance([step]), step, truncated)
 
     def ideal(self, module: str) -> LowRank:
         """What the module should add to its untouched weight: float64, before the scaling."""

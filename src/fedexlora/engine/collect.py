@@ -11,8 +11,9 @@ from fedexlora.engine.participation import Participation
 from fedexlora.engine.screening import Screening, gram_of, strains_of
 from fedexlora.engine.transport import ClientProgress, Reply, Transport
 from fedexlora.errors import NoUpdatesError, RunError, UpdateError
+from fedexlora.exchange.delivery import Delivery, deliver
+from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import ClientRecord, LeftOutRecord
-from fedexlora.exchange.shipment import Holdings, encode_own
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate, check_update, decode_update
@@ -87,12 +88,12 @@ class Collector:
         self._gathered: list[Arrived] = []
         self._delivered: set[str] = set()
         self._waiting = dict(transport.waiting)
-        self._messages: dict[int | None, bytes] = {}
+        self._deliveries: dict[tuple[int | None, bool], Delivery] = {}
         self._asked: set[str] = set()
         self.got = Collected(RoundSums(before, spec, specs))
 
     def ask(self, clients: Sequence[str]) -> None:
-        """Bring clients to the version of the round, by the smallest message, and have them train.
+        """Bring clients to the version of the round, by what they lack, and have them train.
 
         Those that still work for an earlier round are left out.
         """
@@ -193,18 +194,23 @@ class Collector:
         self.got.accepted.append(arrived.record)
 
     def _send(self, client: str, since: int | None) -> None:
-        held = since if self._holdings.history.reaches(since, self._before.version) else None
-        if held not in self._messages:
-            self._messages[held] = self._holdings.history.encode(self._before, held)
-        message, own = self._messages[held], encode_own(self._before, client)
-        size = len(message) + len(own or b"")
-        self.got.downloads[client] = self.got.downloads.get(client, 0) + size
+        delivery = self._delivery(since, client in self._transport.stateless).to(client)
+        self.got.downloads[client] = self.got.downloads.get(client, 0) + delivery.size
         try:
-            self._transport.ask(self._round, client, message, own)
+            self._transport.ask(self._round, client, delivery)
         except (RunError, OSError) as error:
             self._leave_out(client, [str(error) or type(error).__name__], 0)
         else:
             self._asked.add(client)
+
+    def _delivery(self, since: int | None, stateless: bool) -> Delivery:
+        """What brings clients from a version to that of the round, made once for all of them."""
+        history, before = self._holdings.history, self._before
+        held = since if since is not None and history.reaches(since, before.version) else None
+        key = held, stateless
+        if key not in self._deliveries:
+            self._deliveries[key] = deliver(history, before, held, bitwise=stateless)
+        return self._deliveries[key]
 
     def _arrived(self, reply: Reply) -> Arrived | None:
         """A reply's update; None if it has none that counts."""
@@ -224,7 +230,7 @@ class Collector:
             return None
 
     def _missed(self, reply: Reply) -> None:
-        """A client holds something else than the server knew: it takes the total, once."""
+        """A client holds something else than the server knew: it takes a snapshot, once."""
         if reply.client in self.got.lost:
             self._leave_out(reply.client, [reply.missed], 0)
             return
@@ -249,7 +255,7 @@ class Collector:
             spec,
             client=client,
             round_=min(reply.round, self._round),
-            version=start.version,
+            version=start.id,
             base=self._base,
             rows=reply.rows,
         )

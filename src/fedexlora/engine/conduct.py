@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from fedexlora.engine.training import training_arithmetic
 from fedexlora.engine.transport import Transport
 from fedexlora.errors import BridgeError, RecipeError, ResumeError
 from fedexlora.exchange.files import new_folder, replace_bytes
+from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.records import RoundRecord
-from fedexlora.exchange.shipment import History, Holdings
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.peft_bridge.export import save_factors, save_global
@@ -75,7 +75,7 @@ def conduct(
     Raises:
         InputError: before anything is written, if the folder holds another run, or updates cannot
             be kept.
-        RunError: if the run stops; its last checkpoint is intact.
+        RunError: if the run stops; its last version is intact.
     """
     if keep_updates:
         _check_keep(prepared)
@@ -84,10 +84,10 @@ def conduct(
     with folder.locked():
         header = folder.read_header() if continued else None
         _check_header(folder, header, prepared)
-        progress = folder.load(_empty_history(recipe)) if continued else None
+        progress = folder.load(recipe.federation.history) if continued else None
         _check_rounds(progress, recipe)
         folder.start(recipe)
-        for fault in progress.damaged if progress else ():
+        for fault in progress.damaged.values() if progress else ():
             observer.passed_over(fault)
         if header is None:
             observer.preparing("scoring the model before round 1")
@@ -119,9 +119,11 @@ def _rounds(
     recipe, model = prepared.recipe, prepared.model
     if progress is None:
         initial = model.initial_state(prepared.specs, recipe.federation.seed)
-        history = replace(_empty_history(recipe), starts={0: initial.start()})
+        history = History(recipe.federation.history, {}, {0: initial.start()})
         progress = Progress(initial, (), Holdings({}, history))
         folder.save(progress)
+    else:
+        folder.settle(progress)
     state, records, holdings = progress.state, progress.records, progress.holdings
     model.apply(state)
     observer.started(_info(prepared, header, records))
@@ -147,17 +149,12 @@ def _rounds(
         records = (*records, record)
         folder.save(Progress(state, records, holdings))
         observer.finished_round(record)
-    folder.prune(state.version, recipe.federation.history)  # a kill may have come in between
     with writing(folder.adapter), new_folder(folder.adapter) as path:
         written = save_global(model, state, path)
     worst = {"worst_module": written.module, "worst_error": written.error}
     with writing(folder.path / "adapter.json"):
         replace_bytes(folder.path / "adapter.json", json.dumps(worst, indent=2).encode())
     return records
-
-
-def _empty_history(recipe: Recipe) -> History:
-    return History(recipe.federation.history, {}, recipe.method.trained)
 
 
 @contextmanager

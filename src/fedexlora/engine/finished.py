@@ -14,9 +14,8 @@ from torch import Tensor
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.engine.folder import RunFolder
 from fedexlora.engine.recipe import Recipe
-from fedexlora.errors import InputError
+from fedexlora.errors import InputError, VersionError
 from fedexlora.exchange.records import RoundRecord
-from fedexlora.exchange.state import state_from, unpack_state
 from fedexlora.peft_bridge.adapter_file import AdapterFile, open_adapter
 from fedexlora.peft_bridge.names import (
     INITIALISED_FROM_DATA,
@@ -66,7 +65,7 @@ def read_finished(path: Path) -> FinishedRun:
 
 
 def last_version(run: FinishedRun) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
-    """What the run's last version makes of the untouched base, from its checkpoint.
+    """What the run's last version makes of the untouched base, from the store.
 
     Returns:
         The scaled update ``(d_out, d_in)`` of every module, float64, and the heads and biases as
@@ -74,18 +73,17 @@ def last_version(run: FinishedRun) -> tuple[dict[str, LowRank], dict[str, Tensor
         of the run's own adapter, which was held against the live model when it was written.
 
     Raises:
-        InputError: if there is no such checkpoint, or it is damaged.
+        InputError: if it cannot be read.
     """
     initial = run.recipe.lora.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith((*MUTATING, *INITIALISED_FROM_DATA)):
         return _stored(open_adapter(run.folder.adapter))
-    version = run.recipe.federation.rounds
-    path = run.folder.path / "checkpoints" / f"round-{version:04d}.safetensors"
+    run.folder.check_layout()
     try:
-        state = state_from(version, unpack_state(path.read_bytes())[0])
-    except (OSError, ValueError, KeyError) as error:
+        state = run.folder.store.state(run.recipe.federation.rounds)
+    except VersionError as error:
         raise InputError(
-            f"{path} cannot be read: {error}", ["an export is measured against the last version"]
+            error.summary, [*error.faults, "an export is measured against the last version"]
         ) from error
     config = {**_DEFAULTS, **run.recipe.lora}
     scalings = {name: rank_and_scaling(config, name)[1] for name in state.adapter}

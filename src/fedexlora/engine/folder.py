@@ -1,7 +1,7 @@
 """A run's folder: what is in it, and how it is started, continued and never damaged.
 
 recipe.toml     the resolved recipe        run.json      versions, data, score before round 1
-rounds.jsonl    one record a round         checkpoints/  the last versions of the global model
+rounds.jsonl    one record a round         versions/     the steps of the global model
 adapter/        the final global model     updates/      with --keep-updates, what clients sent
 clients.jsonl   over Flower, the key that each client's name belongs to
 adapter.json    its worst module, read back from its files
@@ -13,30 +13,21 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from fedexlora.algebra.lowrank import LowRank
 from fedexlora.engine.recipe import Recipe
-from fedexlora.errors import ResumeError, RunError
-from fedexlora.exchange.files import replace_bytes
+from fedexlora.engine.store import VersionStore
+from fedexlora.errors import ResumeError, RunError, VersionError
+from fedexlora.exchange.files import append_bytes, replace_bytes
+from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import RoundRecord
-from fedexlora.exchange.shipment import History, Holdings
-from fedexlora.exchange.state import (
-    GlobalState,
-    lowrank_from,
-    lowrank_tensors,
-    refuse_others,
-    state_from,
-    state_tensors,
-    unpack_state,
-)
-from fedexlora.exchange.untrusted import json_object, number, short
-from fedexlora.exchange.wire import pack
+from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.untrusted import json_object
 
 LOCK = ".lock"
 _CHANGEABLE = ("federation.rounds:", "federation.allow:", "federation.exclude:")
@@ -52,10 +43,8 @@ class Progress:
     """One for every finished round."""
     holdings: Holdings
     """What clients hold."""
-    earlier: Mapping[int, GlobalState] = field(default_factory=dict)
-    """The versions before, of the last rounds; read from disk and never written again."""
-    damaged: tuple[str, ...] = ()
-    """Newer checkpoints that could not be read, and why."""
+    damaged: Mapping[Path, str] = field(default_factory=dict)
+    """Files of the store that could not be read, and why."""
 
 
 class RunFolder:
@@ -67,6 +56,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.store = VersionStore(path / "versions")
 
     @property
     def adapter(self) -> Path:
@@ -111,6 +101,7 @@ class RunFolder:
         path = self.path / "recipe.toml"
         if not path.exists():
             return self.check_new()
+        self.check_layout()
         try:
             held = Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
         except (ValueError, OSError) as error:
@@ -122,6 +113,18 @@ class RunFolder:
             raise ResumeError(f"{self.path} holds a run of another recipe", differences)
         return True
 
+    def check_layout(self) -> None:
+        """Refuse the folder of a run that an older version of the package has made.
+
+        Raises:
+            ResumeError: if it is one.
+        """
+        if (self.path / "checkpoints").exists():
+            raise ResumeError(
+                f"{self.path} holds a run of an older fedexlora, with its versions in checkpoints/",
+                ["finish or export it with that version, or start a new run in another folder"],
+            )
+
     def start(self, recipe: Recipe) -> None:
         """Create the folder, or note the recipe of a run that is continued.
 
@@ -131,7 +134,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             replace_bytes(self.path / "recipe.toml", recipe.to_toml().encode())
-            (self.path / "checkpoints").mkdir(exist_ok=True)
+            self.store.path.mkdir(exist_ok=True)
         except OSError as error:
             raise ResumeError(f"--out {self.path}: {error.strerror}") from error
 
@@ -182,126 +185,85 @@ class RunFolder:
     def save(self, progress: Progress) -> None:
         """Make a version durable, then its record; a kill in between loses neither.
 
-        The checkpoint carries the record of its round, so that a record which did not reach
-        ``rounds.jsonl`` is restored from there, and the piece of remainder that led to it.
+        The step carries the record of its round, so that one which did not reach ``rounds.jsonl``
+        is restored from there.
 
         Raises:
             RunError: if a file cannot be written, as on a full disk; what was durable before is.
         """
-        version, history = progress.state.version, progress.holdings.history
-        last = progress.records[-1].model_dump(mode="json") if progress.records else None
-        header = {"version": version, "record": last, "held": dict(progress.holdings.versions)}
-        tensors = state_tensors(progress.state)
-        tensors |= lowrank_tensors(f"piece{version}", history.pieces.get(version, {}))
-        path = self._checkpoint(version)
-        with writing(path):
-            replace_bytes(path, pack(tensors, header))
-        self._write_records(progress.records)
-        self.prune(version, history.window)
+        state, holdings = progress.state, progress.holdings
+        if state.version == 0:
+            with writing(self.store.snapshot_file(0)):
+                self.store.add_snapshot(state, holdings)
+            return
+        record = progress.records[-1]
+        with writing(self.store.step_file(state.version)):
+            step = holdings.history.steps[state.version]
+            self.store.add_step(step, holdings, record)
+        with writing(self._records):
+            append_bytes(self._records, _lines([record]))
+        with writing(self.store.path):
+            self.store.keep_snapshots(state, holdings)
 
-    def prune(self, version: int, window: int) -> None:
-        """Remove the checkpoints that clients which hold a version of the window do not need.
+    def settle(self, progress: Progress) -> None:
+        """Remove what is beyond the version that a run goes on from, and do what a kill cut off.
 
         Raises:
-            RunError: if one cannot be removed.
+            RunError: if a file cannot be written or removed.
         """
-        oldest = self._checkpoint(max(0, version - max(1, window)))
-        for path in self._checkpoints():
-            if _age(path) < _age(oldest):
-                with writing(path):
-                    path.unlink()
+        with writing(self.store.path):
+            self.store.settle(progress.state, progress.holdings, progress.damaged)
+        lines = _lines(progress.records)
+        if lines != (self._records.read_bytes() if self._records.exists() else b""):
+            with writing(self._records):
+                replace_bytes(self._records, lines)
 
-    def load(self, history: History | None = None) -> Progress | None:
-        """The last version that was made durable, or None if there is none.
+    def load(self, window: int = 0) -> Progress | None:
+        """The last version that was made durable, or None if there is none; writes nothing.
 
-        A checkpoint that is damaged is passed over for the one before. Records after the version
-        that is loaded are dropped: their rounds are run again.
+        A step that is damaged is passed over with those after it. Records after the version that
+        is loaded are dropped: their rounds are run again.
 
         Args:
-            history: an empty one, which comes back with the pieces of the last rounds; without
-                it none are read.
+            window: how many steps clients are promised.
 
         Raises:
-            ResumeError: if no checkpoint is whole, or rounds are missing from ``rounds.jsonl``.
+            ResumeError: if no version can be read, or rounds are missing from ``rounds.jsonl``.
         """
-        history = history or History(0, {}, ())
-        damaged: list[str] = []
-        for path in reversed(self._checkpoints()):
-            try:
-                found = self._load(path, history)
-            except (ValueError, KeyError, OSError) as error:
-                damaged.append(f"checkpoint {path} is damaged: {error}")
-                continue
-            self._write_records(found.records)
-            return replace(found, damaged=tuple(damaged))
-        if damaged:
-            raise ResumeError(f"{self.path}: no checkpoint can be read", damaged)
-        return None
+        try:
+            stored = self.store.read(window)
+        except VersionError as error:
+            raise ResumeError(error.summary, error.faults) from error
+        if stored is None:
+            return None
+        version = stored.state.version
+        if stored.record is None:
+            records = self.read_records(version)
+        else:
+            records = (*self.read_records(version - 1), stored.record)
+        if (found := [record.round for record in records]) != list(range(1, version + 1)):
+            raise ResumeError(f"{self._records}: expected rounds 1 to {version}, found {found}")
+        return Progress(stored.state, records, stored.holdings, stored.damaged)
 
-    def _load(self, path: Path, history: History) -> Progress:
-        state, piece, header = self._read(path)
-        version, last = state.version, header["record"]
-        held = {client: number(header["held"], client) for client in header["held"]}
-        if (last is None) != (version == 0) or any(v >= version for v in held.values()):
-            raise ValueError(f"its header is not one of version {version}")
-        latest = () if last is None else (RoundRecord.model_validate(last),)
-        records = (*self.read_records(version - 1), *latest)
-        found = [record.round for record in records]
-        if len(found) != version or found != list(range(1, version + 1)):
-            raise ResumeError(
-                f"{self.path / 'rounds.jsonl'}: expected rounds 1 to {version}, found {found}"
-            )
-        pieces = {version: piece}
-        earlier: dict[int, GlobalState] = {}
-        for before in range(version - 1, max(-1, version - 1 - history.window), -1):
-            try:
-                earlier[before], pieces[before], _ = self._read(self._checkpoint(before))
-            except (ValueError, KeyError, OSError):
-                break  # clients of that version, and older ones, get the total
-        kept = {v: piece for v, piece in pieces.items() if v > max(0, version - history.window)}
-        starts = {v: held.start() for v, held in {**earlier, version: state}.items()}
-        history = replace(history, pieces=kept, starts=starts)
-        return Progress(state, records, Holdings(held, history), earlier)
-
-    def _read(self, path: Path) -> tuple[GlobalState, dict[str, LowRank], dict[str, Any]]:
-        """A version, the piece that led to it, and the header of its checkpoint."""
-        tensors, header = unpack_state(path.read_bytes())
-        version = number(header, "version")
-        if path != self._checkpoint(version):
-            raise ValueError(f"it is one of version {version}")
-        if not isinstance(header["held"], dict):
-            raise ValueError(f"header 'held': expected an object, found {short(header['held'])}")
-        state = state_from(version, tensors)
-        shapes = {name: matrix.shape for name, matrix in state.total.items()}
-        piece = lowrank_from(f"piece{version}", tensors, shapes)
-        refuse_others(tensors, {*state_tensors(state), *lowrank_tensors(f"piece{version}", piece)})
-        return state, piece, header
-
-    def _checkpoint(self, version: int) -> Path:
-        return self.path / "checkpoints" / f"round-{version:04d}.safetensors"
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("round-*.safetensors"), key=_age)
-
-    def _write_records(self, records: Sequence[RoundRecord]) -> None:
-        lines = "".join(f"{record.model_dump_json()}\n" for record in records)
-        path = self.path / "rounds.jsonl"
-        with writing(path):
-            replace_bytes(path, lines.encode())
+    @property
+    def _records(self) -> Path:
+        return self.path / "rounds.jsonl"
 
     def read_records(self, count: int) -> tuple[RoundRecord, ...]:
         """The records of the first ``count`` rounds; fewer if there are fewer.
 
+        A last line that was cut off is none.
+
         Raises:
             ResumeError: if one is damaged.
         """
-        path = self.path / "rounds.jsonl"
+        path = self._records
         if count <= 0 or not path.exists():
             return ()
         try:
             # Not splitlines: JSON may hold other characters that end a line.
-            lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")[:count]
-            return tuple(RoundRecord.model_validate_json(line) for line in lines if line)
+            lines = path.read_bytes().split(b"\n")[:-1][:count]
+            return tuple(RoundRecord.model_validate_json(line) for line in lines)
         except (ValueError, OSError) as error:
             raise ResumeError(f"{path} is damaged: {error}") from error
 
@@ -323,9 +285,8 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _age(checkpoint: Path) -> tuple[int, str]:
-    """Orders checkpoints by their version, also from 10000 on."""
-    return len(checkpoint.name), checkpoint.name
+def _lines(records: Sequence[RoundRecord]) -> bytes:
+    return "".join(f"{record.model_dump_json()}\n" for record in records).encode()
 
 
 def _counts(path: Path) -> bool:

@@ -11,7 +11,7 @@ from fedexlora.engine.local import LocalTrainer
 from fedexlora.engine.participation import late
 from fedexlora.engine.transport import ClientProgress, Reply
 from fedexlora.errors import RunError
-from fedexlora.exchange.shipment import receive, receive_own
+from fedexlora.exchange.delivery import Delivery, Passage, open_message, with_own
 from fedexlora.exchange.state import GlobalState
 
 _log = logging.getLogger(__name__)
@@ -20,36 +20,31 @@ _log = logging.getLogger(__name__)
 class InProcessTransport:
     """Clients one after the other.
 
-    Messages are encoded and decoded as over a network. Clients that hold the same version hold the
-    same bits, so that one copy of each version serves them all: what a client has of its own is
-    its rows. As many versions are kept as the server has pieces for; a client of an older one gets
-    the total, as it would over a network.
+    Messages are encoded, decoded and held against what clients hold as over a network. What they
+    lead to is the server's own copy, as one process adds everything up once: what a client has of
+    its own is its rows, and which version it is at.
 
     Args:
         trainer: trains any of the clients.
-        held: versions by client, from before an interruption.
-        versions: those versions.
-        window: how many versions are kept.
+        held: by client, the version that it is at and its id, from before an interruption.
         keep_late: whether what comes after the deadline arrives in the next round, as it would
             over a network; else it is lost.
     """
+
+    stateless = ()
 
     def __init__(
         self,
         trainer: LocalTrainer,
         *,
-        held: Mapping[str, int] | None = None,
-        versions: Mapping[int, GlobalState] | None = None,
-        window: int = 1,
+        held: Mapping[str, tuple[int, str]] | None = None,
         keep_late: bool = False,
     ) -> None:
         self._trainer = trainer
         self._held = dict(held or {})
-        self._versions = {v: state.common() for v, state in (versions or {}).items()}
-        self._window = window
         self._keep_late = keep_late
         self._asked: deque[tuple[str, GlobalState | str]] = deque()
-        self._decoded: list[tuple[bytes, GlobalState]] = []
+        self._opened: dict[bytes, Passage] = {}
         self._late: list[Reply] = []
 
     @property
@@ -62,11 +57,11 @@ class InProcessTransport:
         """Clients whose update came after the deadline of the last round."""
         return {reply.client: reply.round for reply in self._late}
 
-    def ask(self, round_: int, client: str, message: bytes, own: bytes | None) -> None:
+    def ask(self, round_: int, client: str, delivery: Delivery) -> None:
         """Bring the client to the version at once; training waits for :meth:`replies`."""
         del round_
         try:
-            self._asked.append((client, self._land(client, message, own)))
+            self._asked.append((client, self._land(client, delivery)))
         except RunError as error:
             self._asked.append((client, str(error)))
 
@@ -89,21 +84,18 @@ class InProcessTransport:
                     self._late.append(reply)
                 reply = Reply(client, round_, failure=why, seconds=reply.seconds)
             yield reply
-        self._decoded.clear()
+        self._opened.clear()
 
-    def _land(self, client: str, message: bytes, own: bytes | None) -> GlobalState:
-        """Decode a message, once for all clients that get the same one."""
-        held = self._versions.get(self._held.pop(client, -1))
-        state = next((state for known, state in self._decoded if known == message), None)
-        if state is None:
-            state = receive(held, message)
-            self._decoded.append((message, state))
-        landed = receive_own(state, client, own) if own is not None else state
-        self._versions[state.version] = state
-        self._held[client] = state.version
-        oldest = state.version - self._window
-        self._versions = {v: x for v, x in self._versions.items() if v >= oldest}
-        return landed
+    def _land(self, client: str, delivery: Delivery) -> GlobalState:
+        """Check what leads to a version, once for all clients that get the same message."""
+        passage = self._opened.get(delivery.message)
+        if passage is None:
+            passage = open_message(delivery.message, delivery.announced)
+            self._opened[delivery.message] = passage
+        passage.check(*self._held.pop(client, (None, None)))
+        state = delivery.state
+        self._held[client] = state.version, state.id
+        return state if delivery.own is None else with_own(state, delivery.own, client, passage.own)
 
     def _attempt(
         self, client: str, held: GlobalState, round_: int, progress: ClientProgress

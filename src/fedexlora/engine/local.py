@@ -281,7 +281,7 @@ class LocalTrainer:
         return ClientUpdate(
             client=client,
             round=round_,
-            version=held.version,
+            version=held.id,
             num_examples=len(rows),
             loss=loss,
             base=self.model.base_fingerprint,

@@ -44,7 +44,7 @@ class Observer:
         _log.info("%s", what)
 
     def passed_over(self, fault: str) -> None:
-        """A damaged checkpoint was passed over for the one before."""
+        """A damaged file of the store was passed over."""
 
     def started(self, info: RunInfo) -> None:
         """The rounds are about to begin."""

@@ -15,8 +15,8 @@ from fedexlora.engine.participation import Participation
 from fedexlora.engine.screening import Screening
 from fedexlora.engine.seeds import derive_seed
 from fedexlora.engine.transport import Transport
+from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import BytesRecord, RoundRecord
-from fedexlora.exchange.shipment import Holdings
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.methods import Method
@@ -98,12 +98,12 @@ def run_round(
     with clock.phase("aggregate"):
         seed = derive_seed(federation.seed, round_, "")
         fresh = partial(federation.model.fresh, seed=seed)
-        step = got.sums.aggregate(federation.method, fresh)  # step 4: next adapter and remainder
+        reached = got.sums.aggregate(federation.method, fresh)  # step 4: next adapter and remainder
     with clock.phase("apply"):
-        federation.model.apply(step.state)
+        federation.model.apply(reached.state)
     with clock.phase("certify"):
         certificate = certify(
-            federation.model, got.sums, step, federation.specs, federation.forwards
+            federation.model, got.sums, reached, federation.specs, federation.forwards
         )
         if federation.method.certified and not federation.model.lossy_fold:
             enforce(certificate, got.sums, round_)
@@ -112,9 +112,9 @@ def run_round(
         if federation.scored is None or federation.scored(round_):
             federation.observer.phase(round_, "evaluate")
             metrics = federation.evaluate()  # step 7
-    after = holdings.after(step, got.landed, got.lost)
+    after = holdings.after(reached.step, reached.state, got.landed, got.lost)
     record = _record(federation, round_, got, certificate, metrics, clock.seconds)
-    return step.state, after, record  # step 8, the checkpoint, is the run's
+    return reached.state, after, record  # step 8, storing it, is the run's
 
 
 def _record(
@@ -143,7 +143,7 @@ def _record(
         deviation=certificate.deviation,
         certificate=certificate.overall,
         modules=certificate.modules,
-        # In the order in which a checkpoint gives them back: records are the same to the byte.
+        # In the order in which the store gives them back: records are the same to the byte.
         metrics=dict(sorted(metrics.items())),
         seconds=dict(sorted(seconds.items())),
     )

@@ -32,7 +32,7 @@ def run(
     Raises:
         InputError: before anything is written, if the recipe names something that is not there or
             cannot be aggregated exactly, or ``out`` holds something else.
-        RunError: if the run stops; its last checkpoint is intact.
+        RunError: if the run stops; its last version is intact.
     """
     observer = observer or Observer()
     folder, table = RunFolder(out), recipe.federation
@@ -45,9 +45,7 @@ def run(
     def connect(progress: Progress) -> InProcessTransport:
         return InProcessTransport(
             trainer,
-            held=progress.holdings.versions,
-            versions={**progress.earlier, progress.state.version: progress.state},
-            window=table.history,
+            held=progress.holdings.ids(),
             keep_late=table.stale == "accept",
         )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from fedexlora.exchange.delivery import Delivery
 
 ClientProgress = Callable[[str, int, int], None]
 """Called with the client, steps done and steps in all."""
@@ -22,8 +24,8 @@ class Reply:
     failure: str = ""
     """Why there is none."""
     missed: str = ""
-    """Why it could not make the round's version of what it holds; it holds nothing now, has not
-    trained, and takes a total."""
+    """Why it could not come to the round's version from what it holds; it holds nothing now, has
+    not trained, and takes a snapshot."""
     landed: bool = True
     """Whether the client is known to have come to the round's version, if it did not miss it."""
     seconds: float = 0.0
@@ -46,14 +48,17 @@ class Transport(Protocol):
     def waiting(self) -> Mapping[str, int]:
         """Clients that still work for an earlier round, and that round; they are not asked."""
 
-    def ask(self, round_: int, client: str, message: bytes, own: bytes | None) -> None:
+    @property
+    def stateless(self) -> Collection[str]:
+        """Clients that keep nothing from one request to the next, as simulated ones."""
+
+    def ask(self, round_: int, client: str, delivery: Delivery) -> None:
         """Have a client come to a version and train from it.
 
         Args:
             round_: the round, from 1.
             client: the client.
-            message: from :meth:`fedexlora.exchange.shipment.History.encode`.
-            own: from :func:`fedexlora.exchange.shipment.encode_own`.
+            delivery: what brings it there.
 
         Raises:
             RunError: if the client cannot be reached.

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the process is killed."""
+"""Files that are whole or absent, or grow line by line, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -25,6 +25,25 @@ def replace_bytes(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def append_bytes(path: Path, content: bytes) -> None:
+    """Add to a file and force it to the disk; after a crash its end may be cut off.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; the file is as it was then.
+    """
+    before = path.stat().st_size if path.exists() else None
+    try:
+        _append(path, content)
+    except OSError:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            os.truncate(path, before)
+        raise
+    if before is None:
+        _sync_folder(path.parent)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``path`` once the block ends without an error."""
@@ -46,6 +65,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 def _write(path: Path, content: bytes) -> None:
     """Write a file and force it to the disk."""
     with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Add to a file and force it to the disk."""
+    with path.open("ab") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
-from fedexlora.exchange.spec import TensorSpec
+from fedexlora.errors import GapError, HistoryError, VersionError
+from fedexlora.exchange.layout import (
+    adapter_tensors,
+    dense_from,
+    dense_tensors,
+    lowrank_from,
+    lowrank_tensors,
+    own_from,
+    own_tensors,
+    refuse_others,
+)
+from fedexlora.exchange.step import Step, joined
 from fedexlora.exchange.untrusted import short
-from fedexlora.exchange.wire import digest, unpack
-from fedexlora.texts import few
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What factors, remainders, heads and biases are held in."""
+from fedexlora.exchange.version import Adapter, adapter_digest
 
 
-@dataclass(frozen=True)  # no slots: the fingerprint is kept
+@dataclass(frozen=True)  # no slots: digests are kept
 class GlobalState:
     """Version ``t`` of the global model: ``base + scaling * (total + B A)`` in every module.
 
@@ -31,39 +37,74 @@ class GlobalState:
 
     version: int
     """The number of rounds aggregated so far."""
-    adapter: Mapping[str, Factors]
+    id: str
+    """Which version it is: equal for all that have the same steps, however they add them up."""
+    adapter: Adapter
     """The factors that clients without their own continue from, by module."""
     total: Mapping[str, LowRank]
     """The cumulative remainder by module, unscaled, float64: rounds add up without drift."""
     dense: Mapping[str, Tensor]
     """Trained tensors that are not factors, by name: heads and biases."""
-    own: Mapping[str, Mapping[str, Factors]] = field(default_factory=dict)
+    own: Mapping[str, Adapter] = field(default_factory=dict)
     """By client and module: the adapters of clients that do not continue from the common one."""
 
-    def advance(
+    def step(
         self,
-        adapter: Mapping[str, Factors],
+        adapter: Adapter,
+        trained: Sequence[str],
         pieces: Mapping[str, LowRank],
         dense: Mapping[str, Tensor],
-        own: Mapping[str, Mapping[str, Factors]],
-    ) -> GlobalState:
-        """The next version, with one round's remainder added to the total.
+        own: Mapping[str, Adapter],
+    ) -> Step:
+        """The step from here to a version of this adapter, heads and own adapters.
 
-        Server and clients both come from one version to the next through here, so that they hold
-        the same bits.
+        Args:
+            adapter: the factors by module.
+            trained: which of them change from version to version.
+            pieces: the remainder of the round by module, unscaled.
+            dense: heads and biases.
+            own: the adapters of all clients that have their own.
         """
-        total = {name: held.accumulate(pieces[name]) for name, held in self.total.items()}
-        return GlobalState(self.version + 1, dict(adapter), total, dict(dense), dict(own))
+        changed = {c: found for c, found in own.items() if self.own.get(c) is not found}
+        new = {client: adapter_digest(found) for client, found in changed.items()}
+        digests = {c: new[c] if c in new else self.own_digests[c] for c in own}
+        version = self.version + 1
+        return Step.of(version, self.id, adapter, trained, dense, pieces, changed, digests)
 
-    def fingerprint(self) -> str:
-        """SHA-256 of what all clients hold alike: equal if and only if the bits are."""
-        return self._fingerprint
+    def advance(self, steps: Sequence[Step]) -> GlobalState:
+        """The version that steps lead to; those that are held already are passed over.
+
+        Server and clients both come from one version to the next through here. Each piece is added
+        once, in order; the adapter and the heads are those of the last step.
+
+        Raises:
+            GapError: if the steps begin after the next version, or end before this one.
+            HistoryError: if they belong to another history than this version.
+            VersionError: if they are of another model.
+        """
+        if not (missing := missing_steps(self.version, self.id, steps)):
+            return self
+        own, digests = dict(self.own), dict(self.own_digests)
+        for step in missing:
+            own |= step.own
+            digests |= {client: adapter_digest(found) for client, found in step.own.items()}
+        last = missing[-1]
+        try:
+            adapter, dense = last.adapter(self.adapter), self._heads(last.dense)
+            total = self._total(missing)
+        # RuntimeError: a decomposition of finite numbers that overflow.
+        except (ValueError, RuntimeError) as error:
+            raise VersionError(f"step {last.version} is one of another model: {error}") from error
+        after = GlobalState(last.version, last.id, adapter, total, dense, own)
+        after.__dict__["own_digests"] = digests  # what has not changed is not hashed again
+        return after
 
     @cached_property
-    def _fingerprint(self) -> str:
-        return digest(state_tensors(self.common()), str(self.version))
+    def own_digests(self) -> Mapping[str, str]:
+        """The digests of the clients' own adapters."""
+        return {client: adapter_digest(adapter) for client, adapter in self.own.items()}
 
-    def adapter_of(self, client: str) -> Mapping[str, Factors]:
+    def adapter_of(self, client: str) -> Adapter:
         """The factors that a client continues from, by module."""
         return self.own.get(client, self.adapter)
 
@@ -75,122 +116,102 @@ class GlobalState:
         """What all clients hold alike: this version without the clients' own adapters."""
         return replace(self, own={})
 
+    def _total(self, steps: Sequence[Step]) -> dict[str, LowRank]:
+        total = dict(self.total)
+        for step in steps:
+            for name, piece in step.pieces.items():
+                if name not in total or total[name].shape != piece.shape:
+                    raise ValueError(f"the piece of {name} is {piece.shape}")
+                total[name] = total[name].accumulate(piece)
+        return total
 
-def lowrank_tensors(prefix: str, values: Mapping[str, LowRank]) -> dict[str, Tensor]:
-    """Named tensors of matrices that are factored or dense; zero matrices are left out."""
-    tensors: dict[str, Tensor] = {}
-    for name, matrix in values.items():
-        if matrix.is_zero:
-            continue
-        if isinstance(matrix.value, Factors):
-            tensors[f"{prefix}.A/{name}"] = matrix.value.A
-            tensors[f"{prefix}.B/{name}"] = matrix.value.B
-        else:
-            tensors[f"{prefix}/{name}"] = matrix.value
-    return tensors
+    def _heads(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        shapes = ({n: tuple(t.shape) for n, t in x.items()} for x in (self.dense, dense))
+        held, found = shapes
+        if held != found:
+            raise ValueError(f"heads: expected {short(held)}, found {short(found)}")
+        return dict(dense)
 
 
-def lowrank_from(
-    prefix: str, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]
-) -> dict[str, LowRank]:
-    """What :func:`lowrank_tensors` wrote, for the modules of ``shapes``; absent means zero.
+def missing_steps(version: int, id_: str, steps: Sequence[Step]) -> Sequence[Step]:
+    """The steps that a holder of a version lacks.
+
+    Args:
+        version: what is held.
+        id_: its id.
+        steps: one after the other.
 
     Raises:
-        ValueError: if a matrix has another shape than its module.
+        GapError: if the steps begin after the next version, or end before the one that is held.
+        HistoryError: if they belong to another history than the version that is held.
     """
-    found: dict[str, LowRank] = {}
-    for name, shape in shapes.items():
-        if f"{prefix}/{name}" in tensors:
-            found[name] = LowRank(tensors[f"{prefix}/{name}"])
-        elif f"{prefix}.A/{name}" in tensors:
-            a, b = tensors[f"{prefix}.A/{name}"], tensors[f"{prefix}.B/{name}"]
-            found[name] = LowRank(Factors(a, b))
-        else:
-            found[name] = LowRank.zeros(*shape, torch.float64)
-        if found[name].shape != shape:
-            raise ValueError(f"{prefix} of {name}: expected {shape}, found {found[name].shape}")
-    return found
-
-
-def adapter_tensors(
-    adapter: Mapping[str, Factors], letters: Sequence[str] = ("A", "B")
-) -> dict[str, Tensor]:
-    """The factors of every module by their names on the wire, both or those of ``letters``."""
-    return {
-        f"{letter}/{name}": factors.A if letter == "A" else factors.B
-        for name, factors in adapter.items()
-        for letter in letters
-    }
+    since, last = steps[0].version - 1, steps[-1].version
+    if not since <= version <= last:
+        raise GapError(
+            f"steps lead from version {since} to {last}, but the receiver holds version {version}"
+        )
+    reached = steps[0].previous if version == since else steps[version - since - 1].id
+    if reached != id_:
+        raise HistoryError(
+            f"version {version} of the receiver is not the server's: {id_} there, {reached} here"
+        )
+    return steps[version - since :]
 
 
 def state_tensors(state: GlobalState) -> dict[str, Tensor]:
-    """Every tensor of a state by name, as stored in checkpoints."""
+    """Every tensor of a state by name, as stored."""
     tensors = lowrank_tensors("total", state.total) | adapter_tensors(state.adapter)
-    for client, adapter in state.own.items():
-        for name, factors in adapter.items():
-            tensors[f"own.A/{name}/{client}"] = factors.A
-            tensors[f"own.B/{name}/{client}"] = factors.B
-    return tensors | {f"dense/{name}": tensor for name, tensor in state.dense.items()}
+    return tensors | own_tensors(state.own) | dense_tensors(state.dense)
 
 
-def factors_of(name: str, a: Tensor, b: Tensor, like: Factors) -> Factors:
-    """Factors of the module that ``like`` is of; their rank may be another.
-
-    Raises:
-        ValueError: if they are of another shape.
-    """
-    found = Factors(a, b)
-    if found.shape != like.shape:
-        raise ValueError(f"factors of {name}: expected {like.shape}, found {found.shape}")
-    return found
-
-
-def unpack_state(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the header of a message that holds a version, or what leads to one.
-
-    Raises:
-        ValueError: if the message is damaged, or no model can be made of its numbers.
-    """
-    tensors, header = unpack(message)
-    faults = [
-        f"{name}: {TensorSpec.of(tensor)}, expected finite floating-point numbers"
-        for name, tensor in tensors.items()
-        if tensor.dtype not in _DTYPES or not tensor.reshape(-1).isfinite().all()
-    ]
-    if faults:
-        raise ValueError("; ".join(few(faults)))
-    return tensors, header
-
-
-def refuse_others(tensors: Mapping[str, Tensor], known: Collection[str]) -> None:
-    """Refuse a message of which something would be left over.
-
-    Raises:
-        ValueError: naming the tensors that are not among ``known``.
-    """
-    if others := sorted(tensors.keys() - set(known)):
-        raise ValueError(f"unexpected tensors: {short(others)}")
-
-
-def state_from(version: int, tensors: Mapping[str, Tensor]) -> GlobalState:
+def state_from(version: int, id_: str, tensors: Mapping[str, Tensor]) -> GlobalState:
     """What :func:`state_tensors` wrote.
 
     Raises:
         ValueError: if a factor is missing, or shapes do not fit together.
     """
+    adapter = adapter_from(tensors)
+    total = total_from(tensors, adapter)
+    if narrow := [name for name, matrix in total.items() if matrix.value.dtype != torch.float64]:
+        raise ValueError(f"the total is not float64 for {narrow}")
+    own = {client: own_adapter(x, adapter) for client, x in own_from(tensors).items()}
+    state = GlobalState(version, id_, adapter, total, dense_from(tensors), own)
+    refuse_others(tensors, state_tensors(state))
+    return state
+
+
+def adapter_from(tensors: Mapping[str, Tensor]) -> Adapter:
+    """The common adapter among tensors.
+
+    Raises:
+        ValueError: if a factor is missing.
+    """
     modules = [name.removeprefix("A/") for name in tensors if name.startswith("A/")]
     if missing := [name for name in modules if f"B/{name}" not in tensors]:
         raise ValueError(f"factor B is missing for {short(missing)}")
-    adapter = {name: Factors(tensors[f"A/{name}"], tensors[f"B/{name}"]) for name in modules}
-    total = lowrank_from("total", tensors, {name: f.shape for name, f in adapter.items()})
-    if narrow := [name for name, matrix in total.items() if matrix.value.dtype != torch.float64]:
-        raise ValueError(f"the total is not float64 for {narrow}")
-    dense = {n.removeprefix("dense/"): t for n, t in tensors.items() if n.startswith("dense/")}
-    own: dict[str, dict[str, Factors]] = {}
-    for key in (key for key in tensors if key.startswith("own.A/")):
-        name, _, client = key.removeprefix("own.A/").partition("/")
-        other = tensors.get(f"own.B/{name}/{client}")
-        if other is None or name not in adapter:
-            raise ValueError(f"{key}: factor B is missing, or there is no such module")
-        own.setdefault(client, {})[name] = factors_of(name, tensors[key], other, adapter[name])
-    return GlobalState(version, adapter, total, dense, own)
+    return {name: Factors(tensors[f"A/{name}"], tensors[f"B/{name}"]) for name in modules}
+
+
+def total_from(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, LowRank]:
+    """The cumulative remainder of an adapter's modules among tensors; absent is zero.
+
+    Raises:
+        ValueError: if a matrix has another shape than its module, or is of none.
+    """
+    found = lowrank_from("total", tensors)
+    for name, matrix in found.items():
+        if name not in adapter or matrix.shape != adapter[name].shape:
+            raise ValueError(f"the total of {short(name)} is {matrix.shape}: of no module")
+    zeros = {name: LowRank.zeros(*pair.shape, torch.float64) for name, pair in adapter.items()}
+    return {name: found.get(name, zero) for name, zero in zeros.items()}
+
+
+def own_adapter(own: Adapter, common: Adapter) -> Adapter:
+    """The adapter of a client of its own, held against the common one; its rank may be another.
+
+    Raises:
+        ValueError: if it has other modules, or factors of another shape.
+    """
+    if own.keys() != common.keys():
+        raise ValueError(f"an adapter of other modules: {short(sorted(own))}")
+    return joined(adapter_tensors(own), common)

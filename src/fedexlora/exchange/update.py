@@ -29,8 +29,8 @@ class ClientUpdate:
     client: str
     round: int
     """The round that it was trained in, from 1."""
-    version: int
-    """The version of the global model that it was trained from."""
+    version: str
+    """The id of the version of the global model that it was trained from."""
     num_examples: int
     """Training examples: its weight in the mean."""
     loss: float
@@ -97,7 +97,7 @@ def decode_update(message: bytes, spec: AdapterSpec, round_: int, client: str) -
     fields: dict[str, type] = {
         "client": str,
         "round": int,
-        "version": int,
+        "version": str,
         "num_examples": int,
         "loss": float,
         "base": str,
@@ -120,7 +120,7 @@ def check_update(
     *,
     client: str,
     round_: int,
-    version: int,
+    version: str,
     base: str,
     rows: int | None = None,
 ) -> None:
@@ -131,7 +131,7 @@ def check_update(
         spec: the tensors that this client must send, at the rank that it declared.
         client: who sent it.
         round_: the round that is open.
-        version: the version that clients train from in this round.
+        version: the id of the version that clients train from in this round.
         base: fingerprint of the base model that the run is about.
         rows: the training rows that the client has declared; None if they are not known.
 

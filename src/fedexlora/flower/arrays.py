@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord
 
 from fedexlora.errors import RunError
+from fedexlora.exchange.digest import known_digest
+from fedexlora.exchange.layout import unpack_finite
 from fedexlora.exchange.spec import AdapterSpec, ModuleSpec, TensorSpec
-from fedexlora.exchange.state import GlobalState, state_from, state_tensors, unpack_state
+from fedexlora.exchange.state import GlobalState, state_from, state_tensors
 from fedexlora.exchange.untrusted import number, short
 from fedexlora.exchange.wire import pack
 from fedexlora.flower.byte_arrays import to_array, to_bytes
@@ -41,6 +43,7 @@ def pack_shared(shared: Shared) -> ArrayRecord:
     """A version as the one array of a record; the server needs no model to read it."""
     header = {
         "version": shared.state.version,
+        "id": shared.state.id,
         "base": shared.base,
         "scaling": {name: module.scaling for name, module in shared.spec.modules.items()},
     }
@@ -54,8 +57,8 @@ def unpack_shared(record: ArrayRecord) -> Shared:
         RunError: if the record is empty, damaged or was made by something else.
     """
     try:
-        tensors, header = unpack_state(read_bytes(record, GLOBAL))
-        state = state_from(number(header, "version"), tensors)
+        tensors, header = unpack_finite(read_bytes(record, GLOBAL))
+        state = state_from(number(header, "version"), known_digest(header["id"]), tensors)
         modules = {
             name: ModuleSpec(*pair.shape, pair.rank, pair.dtype, float(header["scaling"][name]))
             for name, pair in state.adapter.items()

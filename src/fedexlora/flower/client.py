@@ -31,10 +31,10 @@ _RESIDENT = "_fedexlora_resident"
 
 @dataclass(slots=True)
 class _Resident:
-    """What is known of a live model: its adapted form, and the version that was loaded last."""
+    """What is known of a live model: its adapted form, and the id of the version loaded last."""
 
     adapted: AdaptedModel
-    version: int | None = None
+    version: str | None = None
 
 
 def initial_arrays(model: nn.Module) -> ArrayRecord:
@@ -144,7 +144,7 @@ def _load(resident: _Resident, shared: Shared) -> None:
     if faults:
         raise BridgeError("the global model is not one of this model", faults)
     adapted.apply(shared.state)
-    resident.version = shared.state.version
+    resident.version = shared.state.id
 
 
 def _differences(expected: AdapterSpec, found: AdapterSpec) -> Iterator[str]:

@@ -18,7 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Error, RecordDict
 from fedexlora.exchange.untrusted import json_object
 from fedexlora.flower.byte_arrays import to_array, to_bytes
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Of these headers; both sides must speak the same."""
 _HEADER, _PARTS, _KEY = "fedexlora.header", "fedexlora.parts", "json"
 _FLOWER = {

@@ -85,6 +85,8 @@ class Membership:
         """By client, its node."""
         self.rows: dict[str, int] = {}
         """By client, the training rows that it has declared."""
+        self.stateless: set[str] = set()
+        """Clients that keep nothing from one request to the next."""
 
     @property
     def greetings(self) -> Sequence[str]:
@@ -136,7 +138,7 @@ class Membership:
             self._warn(f"node {node}: {guest.fault}")
             return
         try:
-            client, rows = _introduction(message)
+            client, rows, keeps = _introduction(message)
             if fault := self._admission.fault(client) or self._names.fault(client, guest.key):
                 raise ValueError(fault)
         except ValueError as error:
@@ -151,6 +153,7 @@ class Membership:
         self._names.take(client, guest.key)
         guest.fault, guest.client = "", client
         self.nodes[client], self.rows[client] = node, rows
+        (self.stateless.discard if keeps else self.stateless.add)(client)
         _log.info("node %d is client %r: %d rows", node, client, rows)
 
     def _forget(self, node: int) -> None:
@@ -170,8 +173,8 @@ class Membership:
             _log.warning("more such nodes are not named here")
 
 
-def _introduction(message: Message) -> tuple[str, int]:
-    """What a node says of itself: its client's name and rows.
+def _introduction(message: Message) -> tuple[str, int, bool]:
+    """What a node says of itself: its client's name and rows, and whether it keeps versions.
 
     Raises:
         ValueError: why it is no client, in words of ours.
@@ -180,6 +183,7 @@ def _introduction(message: Message) -> tuple[str, int]:
         header = from_records(message.content, _BOUNDS).header
         if "failure" in header:
             raise ValueError(fault_text(header["failure"]))
-        return client_name(header, "client"), number(header, "rows")
+        keeps = header.get("keeps") is not False
+        return client_name(header, "client"), number(header, "rows"), keeps
     except ValueError as error:
         raise ValueError(outside(str(error))) from error

@@ -1,7 +1,7 @@
 """The simulated clients of one process, around one model that stays loaded.
 
 A node of a simulation has no configuration and no disk: it is a client of the partition of this
-machine's own recipe, by its number, and takes the total in every round.
+machine's own recipe, by its number, and takes a snapshot in every round.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from fedexlora.engine.observer import Observer
 from fedexlora.engine.prepare import prepare
 from fedexlora.engine.recipe import Recipe, load_recipe
 from fedexlora.errors import NodeError, RunError
+from fedexlora.exchange.delivery import Passage, open_message, with_own
 from fedexlora.exchange.node_faults import NodeFault
-from fedexlora.exchange.shipment import receive, receive_own
-from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.untrusted import number
+from fedexlora.flower.announcement import announced
 from fedexlora.flower.frames import Frame
 from fedexlora.flower.permission import local_recipe
 
@@ -34,7 +34,7 @@ class _Resident:
 
     recipe: Mapping[str, Any]
     trainer: LocalTrainer
-    held: tuple[bytes, GlobalState] | None = field(default=None)
+    held: tuple[bytes, Passage] | None = field(default=None)
 
 
 _RESIDENT: list[_Resident] = []
@@ -60,17 +60,19 @@ def simulated(partition: int, frame: Frame, own: Path | Recipe) -> Frame:
         raise NodeError(NodeFault.TASK_REFUSED, said)
     client = clients[partition]
     if frame.header["kind"] == "hello":
-        return Frame({"client": client, "rows": resident.trainer.num_examples[client]})
+        rows = resident.trainer.num_examples[client]
+        return Frame({"client": client, "rows": rows, "keeps": False})
     message = frame.parts["message"]
-    if resident.held is None or resident.held[0] != message:
-        try:
-            resident.held = message, receive(None, message)
-        except RunError as error:  # a piece, from a time when the clients were nodes with disks
-            _log.warning("%s", error)
-            return Frame({"missed": str(NodeFault.VERSION_MISSING)})
-    state = resident.held[1]
-    if "own" in frame.parts:
-        state = receive_own(state, client, frame.parts["own"])
+    try:
+        if resident.held is None or resident.held[0] != message:
+            resident.held = message, open_message(message, announced(frame))
+        passage = resident.held[1]
+        state = passage.lead(None)
+        if "own" in frame.parts:
+            state = with_own(state, frame.parts["own"], client, passage.own)
+    except RunError as error:  # steps, from a time when the clients were nodes with disks
+        _log.warning("%s", error)
+        return Frame({"missed": str(NodeFault.VERSION_MISSING)})
     round_ = number(frame.header, "round")
     started = time.perf_counter()
     update = resident.trainer.update(client, state, round_, lambda *_: None)

@@ -116,7 +116,7 @@ def serve(
 
     Raises:
         InputError: before any node is asked, if the recipe names something that is not there.
-        RunError: if too few nodes are ready, or the run stops; its last checkpoint is intact.
+        RunError: if too few nodes are ready, or the run stops; its last version is intact.
     """
     folder = RunFolder(settings.out)
     continued = folder.check_same(recipe) if settings.resume else folder.check_new()

@@ -16,12 +16,15 @@ from fedexlora.engine.local import LocalTrainer
 from fedexlora.engine.observer import Observer
 from fedexlora.engine.prepare import prepare_client
 from fedexlora.errors import BridgeError, DataError, NodeError, RecipeError, RunError
+from fedexlora.exchange.delivery import open_message, with_own
+from fedexlora.exchange.digest import known_digest
 from fedexlora.exchange.files import replace_bytes
+from fedexlora.exchange.layout import unpack_finite
 from fedexlora.exchange.node_faults import NodeFault
-from fedexlora.exchange.shipment import receive, receive_own
-from fedexlora.exchange.state import GlobalState, state_from, state_tensors, unpack_state
+from fedexlora.exchange.state import GlobalState, state_from, state_tensors
 from fedexlora.exchange.untrusted import number, short
 from fedexlora.exchange.wire import pack
+from fedexlora.flower.announcement import announced
 from fedexlora.flower.fault_frames import fault_frame
 from fedexlora.flower.frames import PROTOCOL, Frame
 from fedexlora.flower.node import Node
@@ -78,7 +81,7 @@ class Session:
         trainer, client = self._ready(frame.header), self.node.client
         round_ = _round_of(frame)
         try:
-            held = self._land(frame.parts)
+            held = self._land(frame)
         except RunError as error:
             _log.warning("round %d: %s", round_, error)
             return Frame({"missed": str(NodeFault.VERSION_MISSING)})
@@ -109,15 +112,17 @@ class Session:
             raise NodeError(NodeFault.BASE_DIFFERS, said)
         return self._trainer
 
-    def _land(self, parts: Mapping[str, bytes]) -> GlobalState:
+    def _land(self, frame: Frame) -> GlobalState:
         """Come to the version of the round, and make it durable."""
         held, self._held = self._held, None
-        state = receive(held, parts["message"])
-        if held is None or held.version != state.version:
-            replace_bytes(self._stored, pack(state_tensors(state), {"version": state.version}))
+        passage = open_message(frame.parts["message"], announced(frame))
+        state = passage.lead(held)
+        if held is None or held.id != state.id:
+            header = {"version": state.version, "id": state.id}
+            replace_bytes(self._stored, pack(state_tensors(state), header))
         self._held = state
-        if "own" in parts:
-            return receive_own(state, self.node.client, parts["own"])
+        if "own" in frame.parts:
+            return with_own(state, frame.parts["own"], self.node.client, passage.own)
         return state
 
 
@@ -170,10 +175,10 @@ def _told_as(
 def _read(path: Path) -> GlobalState | None:
     """The version that was held before a restart; None if there is none, or it is damaged."""
     try:
-        tensors, header = unpack_state(path.read_bytes())
-        return state_from(number(header, "version"), tensors)
+        tensors, header = unpack_finite(path.read_bytes())
+        return state_from(number(header, "version"), known_digest(header["id"]), tensors)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, OSError) as error:
-        _log.warning("%s cannot be read, so the total is needed: %s", path, error)
+        _log.warning("%s cannot be read, so a snapshot is needed: %s", path, error)
         return None

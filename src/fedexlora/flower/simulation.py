@@ -50,7 +50,7 @@ def simulate(
 
     Raises:
         InputError: before anything is written, if the recipe names something that is not there.
-        RunError: if the run stops; its last checkpoint is intact.
+        RunError: if the run stops; its last version is intact.
     """
     taken = resources or Resources()
     count = len(client_rows(recipe))

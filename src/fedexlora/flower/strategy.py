@@ -15,11 +15,10 @@ from torch import bfloat16, finfo, float16
 
 from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.lowrank import difference_norm
-from fedexlora.engine.aggregation import RoundSums
+from fedexlora.engine.aggregation import Aggregate, RoundSums
 from fedexlora.engine.certificate import TOLERANCE
 from fedexlora.engine.screening import strain_reason
 from fedexlora.errors import UpdateError
-from fedexlora.exchange.shipment import Step
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.update import ClientUpdate, check_update, decode_update, largest_update
 from fedexlora.flower.arrays import UPDATE, Shared, pack_shared, read_bytes, unpack_shared
@@ -178,7 +177,7 @@ class FedExLoRA(FedAvg):
             sent.spec,
             client=client,
             round_=server_round,
-            version=sent.state.version,
+            version=sent.state.id,
             base=sent.base,
         )
         if self.weighted_by_key == "num-examples" and reply.weight != update.num_examples:
@@ -187,7 +186,7 @@ class FedExLoRA(FedAvg):
         return update
 
 
-def _certify(sums: RoundSums, after: Step, spec: AdapterSpec) -> None:
+def _certify(sums: RoundSums, after: Aggregate, spec: AdapterSpec) -> None:
     """Hold the next version against the naive float64 sum of what was received, and log it.
 
     Raises:
@@ -221,7 +220,7 @@ def _certify(sums: RoundSums, after: Step, spec: AdapterSpec) -> None:
 
 
 def _module_errors(
-    sums: RoundSums, after: Step, spec: AdapterSpec
+    sums: RoundSums, after: Aggregate, spec: AdapterSpec
 ) -> dict[str, tuple[float, float]]:
     """By module, the error relative to its ideal, and what is allowed."""
     errors = {}
@@ -233,7 +232,7 @@ def _module_errors(
     return errors
 
 
-def _dense_errors(sums: RoundSums, after: Step) -> dict[str, tuple[float, float]]:
+def _dense_errors(sums: RoundSums, after: Aggregate) -> dict[str, tuple[float, float]]:
     """The same of heads and biases, whose mean is rounded to their dtype."""
     errors = {}
     for name, ideal in sums.dense_ideal().items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,18 @@ from fedexlora import __version__
 from fedexlora.engine.participation import Admission
 from fedexlora.engine.transport import ClientProgress, Reply
 from fedexlora.errors import RunError
+from fedexlora.exchange.delivery import Delivery
 from fedexlora.exchange.node_faults import fault_text
 from fedexlora.exchange.untrusted import seconds
-from fedexlora.flower.frames import PROTOCOL, Bounds, Frame, error_text, from_records, to_records
+from fedexlora.flower.announcement import announcing
+from fedexlora.flower.frames import (
+    PROTOCOL,
+    Bounds,
+    Frame,
+    error_text,
+    from_records,
+    to_records,
+)
 from fedexlora.flower.membership import Membership
 from fedexlora.flower.names import Names
 
@@ -132,10 +141,17 @@ class FlowerTransport:
             if len(self.clients) < count:
                 self._pause(heard, ends)
 
-    def ask(self, round_: int, client: str, message: bytes, own: bytes | None) -> None:
+    @property
+    def stateless(self) -> Collection[str]:
+        """The clients that said of themselves that they keep nothing."""
+        return self._members.stateless
+
+    def ask(self, round_: int, client: str, delivery: Delivery) -> None:
         """Push the client's part of the round; what goes wrong is its reply."""
-        parts = {"message": message} if own is None else {"message": message, "own": own}
-        frame = self._frame("train", {"round": round_}, parts)
+        parts = {"message": delivery.message}
+        if delivery.own is not None:
+            parts["own"] = delivery.own
+        frame = self._frame("train", {"round": round_, **announcing(delivery)}, parts)
         self._round = round_
         if client not in self._order:
             self._order.append(client)

@@ -12,8 +12,10 @@ from transformers import set_seed
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank, break_even, stack
 from fedexlora.errors import BridgeError
+from fedexlora.exchange.layout import adapter_tensors
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
-from fedexlora.exchange.state import GlobalState, adapter_tensors
+from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.version import first_id
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.fingerprint import base_fingerprint
 from fedexlora.peft_bridge.heads import widen_heads
@@ -117,7 +119,10 @@ class AdaptedModel:
             for name, m in self.spec.modules.items()
         }
         own = {client: self.fresh(spec, seed) for client, spec in (specs or {}).items()}
-        return GlobalState(0, self._live_factors(), total, self.dense(), own)
+        adapter, dense = self._live_factors(), self.dense()
+        known = {"": self.spec, **(specs or {})}
+        first = first_id(known, self.base_fingerprint, adapter, dense, own)
+        return GlobalState(0, first, adapter, total, dense, own)
 
     def dense(self) -> dict[str, Tensor]:
         """Copies of the heads, biases and token rows, by name."""

@@ -1,0 +1,247 @@
+"""What leads from one version to the next, as data: all that is sent, stored and hashed.
+
+    digest(step) = tree over adapter    the factors that are trained, as sent
+                             heads      heads and biases
+                             own        by client, the adapters of those that have their own
+                             remainder  by module, the piece of remainder; zero pieces are none
+
+A receiver that skips a version gets its pieces, and the digests of the parts that it has no use
+for: of a version that nobody holds any more, that is everything else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedexlora.algebra.factors import Factors
+from fedexlora.algebra.lowrank import LowRank
+from fedexlora.errors import DigestError
+from fedexlora.exchange.digest import group, known_digest, tensors_digest
+from fedexlora.exchange.layout import (
+    adapter_tensors,
+    dense_from,
+    dense_tensors,
+    lowrank_from,
+    lowrank_tensors,
+)
+from fedexlora.exchange.untrusted import short
+from fedexlora.exchange.version import Adapter, next_id
+
+PIECE = torch.float32
+"""The dtype of pieces: a round's remainder is rounded once, and added up in float64."""
+_PIECE = re.compile(r"piece([0-9]+)[./]")
+"""How the name of a tensor of a piece begins, with the version that the piece leads to."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepDigests:
+    """The digests of a step's parts."""
+
+    adapter: str
+    heads: str
+    own: str
+    """Of all clients that have an adapter of their own in the version that is reached."""
+    remainder: str
+
+    @property
+    def whole(self) -> str:
+        """The digest of the step."""
+        parts = {"adapter": self.adapter, "heads": self.heads}
+        return group({**parts, "own": self.own, "remainder": self.remainder})
+
+    def to_json(self) -> list[str]:
+        """As a list, for a header."""
+        return [self.adapter, self.heads, self.own, self.remainder]
+
+    @staticmethod
+    def from_json(value: object) -> StepDigests:
+        """What :meth:`to_json` made.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        if not isinstance(value, list) or len(value) != 4:
+            raise ValueError(f"expected the four digests of a step, found {short(value)}")
+        return StepDigests(*map(known_digest, value))
+
+
+@dataclass(frozen=True)  # no slots: the id is kept
+class Step:
+    """Step ``t``; of a version that is skipped, without adapter and heads."""
+
+    version: int
+    """The version that it leads to."""
+    previous: str
+    """The id of the version before."""
+    factors: Mapping[str, Tensor]
+    """The factors that are trained, by ``A/MODULE`` and ``B/MODULE``."""
+    dense: Mapping[str, Tensor]
+    """Heads and biases, by name."""
+    pieces: Mapping[str, LowRank]
+    """What is added to the cumulative remainder, by module, unscaled, float32."""
+    digests: StepDigests
+    own: Mapping[str, Adapter]
+    """The adapters of clients of their own that are others than in the version before."""
+
+    @staticmethod
+    def of(
+        version: int,
+        previous: str,
+        adapter: Adapter,
+        trained: Sequence[str],
+        dense: Mapping[str, Tensor],
+        pieces: Mapping[str, LowRank],
+        own: Mapping[str, Adapter],
+        own_digests: Mapping[str, str],
+    ) -> Step:
+        """A step from what it leads to.
+
+        Args:
+            version: the version that it leads to.
+            previous: the id of the version before.
+            adapter: the factors of the version that is reached, by module.
+            trained: which of them change from version to version.
+            dense: its heads and biases.
+            pieces: the remainder of the round by module, unscaled; rounded to float32.
+            own: the adapters of clients of their own that change.
+            own_digests: of all clients' own adapters in the version that is reached.
+        """
+        factors = adapter_tensors(adapter, trained)
+        rounded = {name: _rounded(piece) for name, piece in pieces.items() if not piece.is_zero}
+        digests = StepDigests(
+            tensors_digest(factors),
+            tensors_digest(dense_tensors(dense)),
+            group(own_digests),
+            remainder_digest(rounded),
+        )
+        return Step(version, previous, factors, dict(dense), rounded, digests, own)
+
+    @cached_property
+    def id(self) -> str:
+        """The id of the version that it leads to."""
+        return next_id(self.previous, self.digests.whole)
+
+    def adapter(self, held: Adapter) -> dict[str, Factors]:
+        """The adapter of the version that it leads to; factors that are frozen come from ``held``.
+
+        Raises:
+            ValueError: if a factor has another shape than the module, or is of none.
+        """
+        return joined(self.factors, held)
+
+
+def _rounded(piece: LowRank) -> LowRank:
+    """A piece in float32, laid out as it is read from a file: sums may depend on that."""
+    value = piece.to(PIECE).value
+    if isinstance(value, Factors):
+        return LowRank(Factors(value.A.contiguous(), value.B.contiguous()))
+    return LowRank(value.contiguous())
+
+
+def joined(factors: Mapping[str, Tensor], held: Adapter) -> dict[str, Factors]:
+    """Factors of a message, and those of ``held`` that it lacks.
+
+    Raises:
+        ValueError: if a factor has another shape than the module, or is of none.
+    """
+    found = {}
+    for name, old in held.items():
+        pair = Factors(factors.get(f"A/{name}", old.A), factors.get(f"B/{name}", old.B))
+        if pair.shape != old.shape:
+            raise ValueError(f"factors of {name}: expected {old.shape}, found {pair.shape}")
+        found[name] = pair
+    if others := factors.keys() - adapter_tensors(held).keys():
+        raise ValueError(f"factors of no module: {short(sorted(others))}")
+    return found
+
+
+def remainder_digest(pieces: Mapping[str, LowRank]) -> str:
+    """The digest of a step's pieces, by module; their version is that of the step."""
+    return group(
+        {
+            name: tensors_digest(lowrank_tensors("piece", {name: piece}))
+            for name, piece in pieces.items()
+            if not piece.is_zero
+        }
+    )
+
+
+def encode_steps(steps: Sequence[Step]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Steps that follow each other as tensors and fields of a header.
+
+    The adapter and heads are those of the last one; own adapters are not in it.
+    """
+    last = steps[-1]
+    tensors = dict(last.factors) | dense_tensors(last.dense)
+    for step in steps:
+        tensors |= lowrank_tensors(f"piece{step.version}", step.pieces)
+    header = {"since_id": steps[0].previous, "steps": [step.digests.to_json() for step in steps]}
+    return tensors, header
+
+
+def decode_steps(
+    tensors: Mapping[str, Tensor], header: Mapping[str, Any], since: int
+) -> tuple[Step, ...]:
+    """What :func:`encode_steps` made, of steps that begin after version ``since``.
+
+    Raises:
+        ValueError: if something is missing, left over or of another kind.
+        DigestError: if a part has another digest than the one that it was announced with.
+    """
+    if not isinstance(header["steps"], list) or not header["steps"]:
+        raise ValueError(f"header 'steps': expected a list, found {short(header['steps'])}")
+    announced = [StepDigests.from_json(value) for value in header["steps"]]
+    previous = known_digest(header["since_id"])
+    pieces = _pieces(tensors, range(since + 1, since + 1 + len(announced)))
+    factors = {name: t for name, t in tensors.items() if name.startswith(("A/", "B/"))}
+    dense = dense_from(tensors)
+    steps: list[Step] = []
+    for version, digests in enumerate(announced, since + 1):
+        last = version == since + len(announced)
+        parts = (factors, dense) if last else ({}, {})
+        found = pieces.get(version, {})
+        step = Step(version, previous, *parts, found, digests, {})
+        _check(step, announced_only=not last)
+        steps.append(step)
+        previous = step.id
+    return tuple(steps)
+
+
+def _check(step: Step, *, announced_only: bool) -> None:
+    """Hold the parts of a step that arrived against their digests."""
+    found = {"remainder": (step.digests.remainder, remainder_digest(step.pieces))}
+    if not announced_only:
+        found["adapter"] = step.digests.adapter, tensors_digest(step.factors)
+        found["heads"] = step.digests.heads, tensors_digest(dense_tensors(step.dense))
+    faults = [
+        f"{part}: expected {wanted}, found {there}"
+        for part, (wanted, there) in found.items()
+        if wanted != there
+    ]
+    if faults:
+        raise DigestError(f"step {step.version} has not the digest that was announced", faults)
+
+
+def _pieces(tensors: Mapping[str, Tensor], versions: range) -> dict[int, dict[str, LowRank]]:
+    """The pieces of a message by version and module; it may hold nothing but a step's tensors."""
+    grouped: dict[int, dict[str, Tensor]] = {}
+    odd = []
+    for name, tensor in tensors.items():
+        match = _PIECE.match(name)
+        if match and len(match[1]) < 20 and int(match[1]) in versions and tensor.dtype == PIECE:
+            grouped.setdefault(int(match[1]), {})[name] = tensor
+        elif not name.startswith(("A/", "B/", "dense/")):
+            odd.append(name)
+    pieces = {version: lowrank_from(f"piece{version}", found) for version, found in grouped.items()}
+    known = {n for v, found in pieces.items() for n in lowrank_tensors(f"piece{v}", found)}
+    odd += [name for found in grouped.values() for name in found if name not in known]
+    if odd:
+        raise ValueError(f"unexpected tensors: {short(sorted(odd))}")
+    return pieces
