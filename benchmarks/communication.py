@@ -25,10 +25,13 @@ from transformers import (
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.engine.aggregation import RoundSums
-from fedexlora.exchange.shipment import History
+from fedexlora.exchange.delivery import deliver
+from fedexlora.exchange.history import History
+from fedexlora.exchange.layout import unpack_finite
 from fedexlora.exchange.spec import AdapterSpec, ModuleSpec, TensorSpec
-from fedexlora.exchange.state import GlobalState, unpack_state
+from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate, decode_update
+from fedexlora.exchange.version import first_id
 from fedexlora.methods import METHODS, Method
 
 CLIENTS, ROUNDS, RANK = 3, 5, 4
@@ -97,20 +100,20 @@ def our_numbers(sizes: Shapes, method: Method) -> tuple[list[int], list[int]]:
         {n: TensorSpec(size, torch.float32) for n, size in sizes.head.items()},
         method.trained,
     )
-    state, history = start(spec), History(ROUNDS, {}, method.trained)
+    state, history = start(spec), History(ROUNDS)
     up, down, held = [], [], None
     for round_ in range(1, ROUNDS + 1):
-        down.append(numel(unpack_state(history.encode(state, held))[0]))
+        down.append(numel(unpack_finite(deliver(history, state, held).message)[0]))
         held = state.version
         sums = RoundSums(state, spec, {})
         for client in range(CLIENTS):
             sent = {name: torch.randn(tensor.shape) for name, tensor in spec.tensors().items()}
-            message = ClientUpdate(str(client), round_, held, 1, 0.0, "", sent).encode()
+            message = ClientUpdate(str(client), round_, state.id, 1, 0.0, "", sent).encode()
             update = decode_update(message, spec, round_, str(client))
             sums.add(update, 1.0)
         up.append(numel(update.tensors))
-        step = sums.aggregate(method, lambda _, now=state: now.adapter)
-        state, history = step.state, history.after(step)
+        reached = sums.aggregate(method, lambda _, now=state: now.adapter)
+        state, history = reached.state, history.after(reached.step, reached.state)
     return up, down
 
 
@@ -123,7 +126,8 @@ def start(spec: AdapterSpec) -> GlobalState:
         adapter[name] = Factors(torch.randn(a), torch.zeros(b))
         total[name] = LowRank.zeros(module.d_out, module.d_in, torch.float64)
     dense = {name: torch.zeros(tensor.shape) for name, tensor in spec.dense.items()}
-    return GlobalState(0, adapter, total, dense)
+    id_ = first_id({"": spec}, "", adapter, dense, {})
+    return GlobalState(0, id_, adapter, total, dense)
 
 
 def numel(tensors: Mapping[str, torch.Tensor]) -> int:
