@@ -46,7 +46,10 @@ def word_tokenizer(special, pair):
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
     """A folder with a random BERT and a tokenizer that makes `[CLS] a [SEP] b [SEP]`."""
-    folder = tmp_path_factory.mktemp("bert")
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+def save_bert(folder):
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
     special |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
     word_tokenizer(special, pair=True).save_pretrained(folder)
@@ -68,7 +71,10 @@ def bert(tmp_path_factory):
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory):
     """A folder with a random GPT-2 and a tokenizer that has an end token, but none to pad with."""
-    folder = tmp_path_factory.mktemp("gpt2")
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"))
+
+
+def save_gpt2(folder):
     word_tokenizer({"eos_token": "<end>"}, pair=False).save_pretrained(folder)
     torch.manual_seed(0)
     config = GPT2Config(

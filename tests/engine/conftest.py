@@ -29,7 +29,11 @@ def rows(count: int, seed: int) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("rows")
+    return save_rows(tmp_path_factory.mktemp("rows"))
+
+
+def save_rows(folder: Path) -> Path:
+    """Write 36 training and 16 validation rows."""
     for name, count in (("train", 36), ("validation", 16)):
         lines = "\n".join(map(json.dumps, rows(count, len(name))))
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
