@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -17,6 +18,10 @@ from transformers import (
 )
 
 from fedexlora.data.load import Splits, fingerprint
+
+# What an example takes says more of the machine than of the code.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 WORDS = [f"w{i}" for i in range(20)]
 
