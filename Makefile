@@ -24,7 +24,7 @@ exactness: $(VENV)/.dev  ## Measure the tables of docs/exactness.md again
 	$(BIN)/python -m tests.exactness.table
 
 # METEOR, ROUGE-L and CIDEr are computed by Java programs of the extra java-metrics.
-results: $(VENV)/.java-metrics  ## The tables of docs/results.md, from nothing: about four hours
+results: $(VENV)/.java-metrics  ## The tables of docs/results.md, from nothing: one to two hours
 	$(BIN)/python -m benchmarks.results
 
 results-smoke: $(VENV)/.java-metrics  ## One row of each of those tables, in minutes

@@ -61,7 +61,7 @@ def cells(*, smoke: bool) -> list[Cell]:
 
 
 NAMES = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B"}
-SHARE, NORM = "|R| / |M|", "|R|"
+SHARE, NORM = "share", "norm"
 
 
 def tables(records: Sequence[dict]) -> dict[str, str]:
@@ -77,7 +77,7 @@ def tables(records: Sequence[dict]) -> dict[str, str]:
             ],
         ),
         "deviation-epochs": table(
-            ("task, measure", *(f"{epochs} local epochs" for epochs in EPOCHS)),
+            ("task, measure", *(f"{n} local {'epoch' if n == 1 else 'epochs'}" for n in EPOCHS)),
             [
                 (f"{NAMES[task]}, {measure}", *_by_epochs(records, task, measure))
                 for task in TASKS
