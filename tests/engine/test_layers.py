@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel
@@ -93,7 +95,7 @@ def test_a_side_weight_is_dense_where_factors_are_not_smaller(case):
         name: LowRank(0.1 * torch.randn(*m.shape, generator=generator).double())
         for name, m in state.total.items()
     }
-    model.apply(type(state)(1, state.adapter, dense, state.dense))
+    model.apply(replace(state, total=dense))
     for name, module in model.modules.items():
         held = module.side(REMAINDER)
         # Rounded once, to the float32 of the side weight.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_what_is_measured_is_what_comes_out(kind, rank, placement):
     remainder = planted(kind, rank, 1e-4 / module.scaling, 3)
     base = module.weight.clone()
     state = model.initial_state()
-    model.apply(state.advance(state.adapter, {"layer": remainder}, {}, {}))
+    model.apply(replace(state, total={"layer": remainder}))
 
     def forward() -> None:
         with how.active(torch.device("cpu")):
@@ -200,7 +201,7 @@ def test_forward_is_the_error_of_the_rounded_operands(kind, std, placement):
     remainder = planted(kind, 12, std / module.scaling, 3)
     state = model.initial_state()
     model.start = {}  # the adapter is what was trained since version 0
-    model.apply(state.advance(state.adapter, {"layer": remainder}, {}, {}))
+    model.apply(replace(state, total={"layer": remainder}))
     s, r = module.scaling, remainder.value
 
     def narrow(x: Tensor) -> Tensor:

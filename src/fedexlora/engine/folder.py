@@ -195,6 +195,8 @@ class RunFolder:
         if state.version == 0:
             with writing(self.store.snapshot_file(0)):
                 self.store.add_snapshot(state, holdings)
+            with writing(self._records):
+                append_bytes(self._records, b"")
             return
         record = progress.records[-1]
         with writing(self.store.step_file(state.version)):
