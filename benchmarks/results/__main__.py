@@ -3,7 +3,7 @@
     python -m benchmarks.results [glue deviation e2e] [--smoke] [--jobs 2]
 
 A stopped command goes on where it was. Records go to ``benchmarks/results/records`` and the tables
-into the document; with ``--smoke``, records go to a folder beside the runs.
+into the documents; with ``--smoke``, records go to a folder beside the runs.
 """
 
 from __future__ import annotations

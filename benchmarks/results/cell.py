@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 from rich.console import Console
 from rich.progress import Progress
@@ -87,7 +86,7 @@ def run_cells(table: str, cells: Iterable[Cell], folders: Folders, jobs: int) ->
     Raises:
         SystemExit: if a run fails; the others' records are kept.
     """
-    cells, path, lock = list(cells), folders.records_of(table), Lock()
+    cells, path = list(cells), folders.records_of(table)
     known = {_source_text(record): record for record in read_records(path)}
     waiting = [cell for cell in cells if _text(cell.source) not in known]
     failed = []
@@ -107,9 +106,8 @@ def run_cells(table: str, cells: Iterable[Cell], folders: Folders, jobs: int) ->
             except subprocess.CalledProcessError as error:
                 failed.append(f"{cell.name}: exit code {error.returncode}: {error.stderr[-2000:]}")
                 continue
-            with lock:
-                known[_text(cell.source)] = record
-                write()
+            known[_text(cell.source)] = record
+            write()
             progress.advance(task)
     if failed:
         raise SystemExit("\n".join(failed))

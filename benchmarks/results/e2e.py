@@ -22,7 +22,7 @@ from benchmarks.results.e2e_base import (
     prepare_rows,
     rows_name,
 )
-from benchmarks.results.tables import by_seed, differences, table, with_spread
+from benchmarks.results.tables import by_seed, deviations, differences, table, with_spread
 
 ROUNDS = 3
 COMMON = (
@@ -120,7 +120,7 @@ def tables(records: Sequence[dict]) -> dict[str, str]:
         "e2e-gains": table(("rows, pair", *columns), gains),
         "e2e-deviation": table(
             ("rows", *(f"round {i + 1}" for i in range(ROUNDS))),
-            [(rows, *_deviations(records, rows)) for rows in RECIPES],
+            [(rows, *deviations(records, rows=rows, method="FedIT")) for rows in RECIPES],
         ),
     }
 
@@ -145,10 +145,3 @@ def _gains(records: Sequence[dict], better: Mapping, other: Mapping) -> list[str
         won = sum(x > 0 for x in each)
         texts.append(f"{with_spread(each, digits, sign=True)} ({won} of {len(each)})")
     return texts
-
-
-def _deviations(records: Sequence[dict], rows: str) -> list[str]:
-    """FedIT's loss of each round's update, over the seeds, in per cent."""
-    key = {"rows": rows, "method": "FedIT"}
-    found = [x["deviation"] for x in records if key.items() <= x["key"].items()]
-    return [with_spread([100.0 * x for x in each], 1) for each in zip(*found, strict=True)]

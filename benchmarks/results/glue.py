@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.results.cell import Cell
-from benchmarks.results.tables import by_seed, differences, table, with_spread
+from benchmarks.results.tables import by_seed, deviations, differences, table, with_spread
 
 ROUNDS = 3
 # RoBERTa's classification head, which the paper trains, has the layer that BERT calls its pooler.
@@ -108,7 +108,10 @@ def tables(records: Sequence[dict]) -> dict[str, str]:
         "glue-deviation": table(
             ("task, rows", *(f"round {i + 1}" for i in range(ROUNDS))),
             [
-                (f"{NAMES[task]}, {rows}", *_deviations(records, task, rows))
+                (
+                    f"{NAMES[task]}, {rows}",
+                    *deviations(records, task=task, rows=rows, method="FedIT"),
+                )
                 for task, rows in settings
             ],
         ),
@@ -118,10 +121,3 @@ def tables(records: Sequence[dict]) -> dict[str, str]:
 def _gain(ours: Sequence[float], theirs: Sequence[float]) -> str:
     each = differences(ours, theirs)
     return f"{with_spread(each, 2, sign=True)} ({', '.join(f'{x:+.2f}' for x in each)})"
-
-
-def _deviations(records: Sequence[dict], task: str, rows: str) -> list[str]:
-    """FedIT's loss of each round's update, over the seeds, in per cent."""
-    key = {"task": task, "rows": rows, "method": "FedIT"}
-    found = [x["deviation"] for x in records if key.items() <= x["key"].items()]
-    return [with_spread([100.0 * x for x in each], 1) for each in zip(*found, strict=True)]

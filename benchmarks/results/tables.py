@@ -37,3 +37,9 @@ def by_seed(
 def differences(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Seed by seed."""
     return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
+def deviations(records: Iterable[Mapping], **key: str) -> list[str]:
+    """By round, what averaging loses of its update in all records with ``key``, in per cent."""
+    found = [x["deviation"] for x in records if key.items() <= x["key"].items()]
+    return [with_spread([100.0 * x for x in each], 1) for each in zip(*found, strict=True)]

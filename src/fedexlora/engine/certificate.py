@@ -64,7 +64,7 @@ class _Measured:
 def certify(
     model: AdaptedModel,
     sums: RoundSums,
-    reached: Aggregate,
+    aggregate: Aggregate,
     specs: Mapping[str, AdapterSpec],
     forwards: Mapping[Arithmetic, Forward] | None = None,
 ) -> Certificate:
@@ -73,7 +73,7 @@ def certify(
     Args:
         model: the model, with the next version applied.
         sums: the round's received updates.
-        reached: what was applied.
+        aggregate: what was applied.
         specs: the adapters of the clients that have another one than the model, by client.
         forwards: by arithmetic in which the model is used: runs it so on some real inputs. Without
             any, what comes out of the layers is not measured.
@@ -81,9 +81,9 @@ def certify(
     ideals = {
         name: sums.ideal(name).scaled(spec.scaling) for name, spec in model.spec.modules.items()
     }
-    kept = _kept(model, reached, forwards or {})
+    kept = _kept(model, aggregate, forwards or {})
     measured = [
-        _measure(model, name, ideals[name], reached, kept.get(name)) for name in model.modules
+        _measure(model, name, ideals[name], aggregate, kept.get(name)) for name in model.modules
     ]
     deviations = sums.deviations()
     modules = tuple(
@@ -98,7 +98,7 @@ def certify(
             deviation=deviations[m.name].relative,
             truncated=ratio(m.truncated, m.ideal),
             placement=model.placement(m.name),
-            remainder=_form(reached.state.total[m.name]),
+            remainder=_form(aggregate.state.total[m.name]),
         )
         for m in measured
     )
@@ -107,7 +107,7 @@ def certify(
     lost = _norm([scaling * deviations[name].residual for name, scaling in scalings])
     whole = _norm([scaling * deviations[name].ideal for name, scaling in scalings])
     overall = _overall(model, measured, modules, _dense_error(model, sums))
-    own = _own_records(model, reached, specs, ideals)
+    own = _own_records(model, aggregate, specs, ideals)
     held = overall.held and all(record.error <= overall.allowed for record in own)
     overall = overall.model_copy(update={"own": own, "held": held})
     return Certificate(overall, modules, ratio(lost, whole))
@@ -148,7 +148,7 @@ def enforce(certificate: Certificate, sums: RoundSums, round_: int) -> None:
 
 
 def _measure(
-    model: AdaptedModel, name: str, ideal: LowRank, reached: Aggregate, kept: Kept | None
+    model: AdaptedModel, name: str, ideal: LowRank, aggregate: Aggregate, kept: Kept | None
 ) -> _Measured:
     update = model.update_of(name, ideal)
     return _Measured(
@@ -156,7 +156,7 @@ def _measure(
         ideal=sqrt(ideal.squared_norm()),
         error=difference_norm(model.applied(name), ideal),
         rounding=model.fold_rounding(name),
-        truncated=model.spec.modules[name].scaling * reached.truncated[name],
+        truncated=model.spec.modules[name].scaling * aggregate.truncated[name],
         update=sqrt(update.squared_norm()),
         narrowed=max(
             difference_norm(multiplied(model, name, arithmetic), update)
@@ -167,10 +167,10 @@ def _measure(
 
 
 def _kept(
-    model: AdaptedModel, reached: Aggregate, forwards: Mapping[Arithmetic, Forward]
+    model: AdaptedModel, aggregate: Aggregate, forwards: Mapping[Arithmetic, Forward]
 ) -> Mapping[str, Kept]:
     """What comes out of every module's remainder, in the arithmetic that is furthest from all."""
-    found = [measure_kept(model, reached.state.total, forward) for forward in forwards.values()]
+    found = [measure_kept(model, aggregate.state.total, forward) for forward in forwards.values()]
     return max(found, key=lambda kept: abs(_pooled(kept.values()).share - 1.0), default={})
 
 
@@ -210,19 +210,19 @@ def _overall(
 
 def _own_records(
     model: AdaptedModel,
-    reached: Aggregate,
+    aggregate: Aggregate,
     specs: Mapping[str, AdapterSpec],
     ideals: Mapping[str, LowRank],
 ) -> tuple[OwnRecord, ...]:
     """The same for every client with an adapter of its own, in the model that it will train."""
     whole = _norm([sqrt(ideal.squared_norm()) for ideal in ideals.values()])
     records = []
-    for client in sorted(reached.state.own):  # a state read from disk has another order
-        model.enter(reached.state, client, specs.get(client))
+    for client in sorted(aggregate.state.own):  # a state read from disk has another order
+        model.enter(aggregate.state, client, specs.get(client))
         errors = [difference_norm(model.applied(name), ideal) for name, ideal in ideals.items()]
         records.append(OwnRecord(client=client, error=ratio(_norm(errors), whole)))
     if records:
-        model.enter(reached.state)
+        model.enter(aggregate.state)
     return tuple(records)
 
 

@@ -98,12 +98,13 @@ def run_round(
     with clock.phase("aggregate"):
         seed = derive_seed(federation.seed, round_, "")
         fresh = partial(federation.model.fresh, seed=seed)
-        reached = got.sums.aggregate(federation.method, fresh)  # step 4: next adapter and remainder
+        # step 4: next adapter and remainder
+        aggregate = got.sums.aggregate(federation.method, fresh)
     with clock.phase("apply"):
-        federation.model.apply(reached.state)
+        federation.model.apply(aggregate.state)
     with clock.phase("certify"):
         certificate = certify(
-            federation.model, got.sums, reached, federation.specs, federation.forwards
+            federation.model, got.sums, aggregate, federation.specs, federation.forwards
         )
         if federation.method.certified and not federation.model.lossy_fold:
             enforce(certificate, got.sums, round_)
@@ -112,9 +113,9 @@ def run_round(
         if federation.scored is None or federation.scored(round_):
             federation.observer.phase(round_, "evaluate")
             metrics = federation.evaluate()  # step 7
-    after = holdings.after(reached.step, reached.state, got.landed, got.lost)
+    after = holdings.after(aggregate.step, aggregate.state, got.landed, got.lost)
     record = _record(federation, round_, got, certificate, metrics, clock.seconds)
-    return reached.state, after, record  # step 8, storing it, is the run's
+    return aggregate.state, after, record  # step 8, storing it, is the run's
 
 
 def _record(

@@ -48,7 +48,7 @@ class StoredVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reached:
+class _StoredStep:
     """A step that was read, and where it led."""
 
     step: Step
@@ -208,7 +208,7 @@ class VersionStore:
             raise ValueError(f"its header is not one of version {version}")
         return state_from(version, known_digest(header["id"]), tensors), held
 
-    def _before(self, state: GlobalState, oldest: int) -> tuple[GlobalState, list[_Reached]]:
+    def _before(self, state: GlobalState, oldest: int) -> tuple[GlobalState, list[_StoredStep]]:
         """The steps that lead to a snapshot, as far back as they are promised, and from where."""
         snapshots = [v for v in self._versions("snapshot") if v < state.version]
         begun = max((v for v in snapshots if v <= oldest), default=min(snapshots, default=None))
@@ -221,7 +221,7 @@ class VersionStore:
 
     def _steps(
         self, state: GlobalState, damaged: dict[Path, str], last: int | None = None
-    ) -> Iterator[_Reached]:
+    ) -> Iterator[_StoredStep]:
         """Steps one after the other, from a version to the last that is whole."""
         versions = [v for v in self._versions("step") if v > state.version]
         for version in versions:
@@ -239,7 +239,7 @@ class VersionStore:
             state = found.state
             yield found
 
-    def _step(self, version: int, before: GlobalState) -> _Reached:
+    def _step(self, version: int, before: GlobalState) -> _StoredStep:
         tensors, header = unpack_finite(self.step_file(version).read_bytes())
         if number(header, "version") != version:
             raise ValueError(f"it is one of version {short(header['version'])}")
@@ -256,7 +256,7 @@ class VersionStore:
         held = {c: v if v is None else number(_held(header), c) for c, v in _held(header).items()}
         if record.round != version or any(v is not None and v >= version for v in held.values()):
             raise ValueError(f"its header is not one of version {version}")
-        return _Reached(replace(step, own=adapters), state, record, held)
+        return _StoredStep(replace(step, own=adapters), state, record, held)
 
     def _versions(self, kind: str) -> list[int]:
         """The versions of which there is a file of a kind, in order."""
