@@ -31,18 +31,18 @@ import torch
 
 from fedexlora.algebra.lowrank import stack
 from fedexlora.algebra.product import truncate
-from fedexlora.engine.local import train_locally
-from fedexlora.engine.observer import Observer
-from fedexlora.engine.prepare import prepare
-from fedexlora.engine.recipe import parse_recipe
-from fedexlora.engine.round import Federation, run_round
-from fedexlora.engine.screening import Screening
-from fedexlora.engine.seeds import derive_seed
-from fedexlora.engine.transport import Reply
 from fedexlora.exchange.delivery import receive
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.state import adapter_tensors
 from fedexlora.exchange.update import ClientUpdate
+from fedexlora.local.seeds import derive_seed
+from fedexlora.local.trainer import train_locally
+from fedexlora.rounds.observer import Observer
+from fedexlora.rounds.preparation import prepare
+from fedexlora.rounds.recipe import parse_recipe
+from fedexlora.rounds.round import Federation, run_round
+from fedexlora.rounds.screening import Screening
+from fedexlora.rounds.transport import Reply
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "stdlib_docstrings.py"
 ATTACKERS = ("client-03", "client-07")

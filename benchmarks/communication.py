@@ -24,7 +24,6 @@ from transformers import (
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
-from fedexlora.engine.aggregation import RoundSums
 from fedexlora.exchange.delivery import deliver
 from fedexlora.exchange.history import History
 from fedexlora.exchange.layout import unpack_finite
@@ -33,6 +32,7 @@ from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate, decode_update
 from fedexlora.exchange.version import first_id
 from fedexlora.methods import METHODS, Method
+from fedexlora.rounds.aggregation import RoundSums
 
 CLIENTS, ROUNDS, RANK = 3, 5, 4
 PAPER = {

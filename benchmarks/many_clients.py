@@ -85,10 +85,10 @@ def alone(task: dict) -> dict:
 
 def trained(task: dict) -> dict:
     """A real run: peak memory, and where the time of its rounds went."""
-    from fedexlora.engine import local as training
-    from fedexlora.engine.observer import Observer
-    from fedexlora.engine.recipe import parse_recipe
-    from fedexlora.engine.run import run
+    from fedexlora.local import trainer as training
+    from fedexlora.rounds.observer import Observer
+    from fedexlora.rounds.recipe import parse_recipe
+    from fedexlora.rounds.run import run
 
     folder = Path(task["folder"])
     labels = write_rows(folder / "data", task["clients"] * task["rows"])
@@ -157,16 +157,16 @@ def registered(task: dict) -> dict:
     """Rounds whose clients answer at once: what is left is what the server does."""
     import torch
 
-    from fedexlora.engine.folder import Progress, RunFolder
-    from fedexlora.engine.in_process import InProcessTransport
-    from fedexlora.engine.observer import Observer
-    from fedexlora.engine.participation import Participation
-    from fedexlora.engine.round import Federation, run_round
     from fedexlora.exchange.history import History, Holdings
     from fedexlora.exchange.update import ClientUpdate
     from fedexlora.methods import METHODS
     from fedexlora.peft_bridge.load import attach_lora, load_base, resolve_source
     from fedexlora.peft_bridge.model import AdaptedModel
+    from fedexlora.rounds.folder import Progress, RunFolder
+    from fedexlora.rounds.in_process import InProcessTransport
+    from fedexlora.rounds.observer import Observer
+    from fedexlora.rounds.participation import Participation
+    from fedexlora.rounds.round import Federation, run_round
 
     document = tomllib.loads((ROOT / "recipes" / "quickstart.toml").read_text(encoding="utf-8"))
     source = resolve_source(document["model"]["source"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedexlora.engine.recipe import Recipe, load_recipe
+from fedexlora.rounds.recipe import Recipe, load_recipe
 from tests.cli.invoke import fedexlora
 
 ROOT = Path(__file__).parents[1]

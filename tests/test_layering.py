@@ -24,22 +24,23 @@ ALLOWED = {
     "methods": BELOW_EXCHANGE | {"exchange"},
     "peft_bridge": BELOW_EXCHANGE | {"exchange"},
     "data": BELOW_EXCHANGE | {"exchange"},
-    "adapters": BELOW_EXCHANGE | {"exchange", "methods", "peft_bridge"},
-    "engine": BELOW_EXCHANGE | {"exchange", "methods", "peft_bridge", "data", "adapters"},
-    "flower": BELOW_EXCHANGE | {"exchange", "methods", "peft_bridge", "data", "engine"},
+    "local": BELOW_EXCHANGE | {"exchange", "methods", "data", "peft_bridge"},
+    "rounds": BELOW_EXCHANGE | {"exchange", "methods", "data", "peft_bridge", "local"},
+    "adapters": BELOW_EXCHANGE | {"exchange", "methods", "data", "peft_bridge", "rounds"},
+    "flower": BELOW_EXCHANGE | {"exchange", "methods", "data", "peft_bridge", "local", "rounds"},
     "cli": BELOW_EXCHANGE
-    | {"exchange", "methods", "peft_bridge", "data", "engine"}
+    | {"exchange", "methods", "data", "peft_bridge", "local", "rounds"}
     | {"adapters", "report", "flower"},
     "report": BELOW_EXCHANGE | {"exchange"},
 }
 HOMES = {
     "peft": {"peft_bridge"},
-    "transformers": {"peft_bridge", "data", "engine"},
-    "datasets": {"data", "engine"},
+    "transformers": {"peft_bridge", "data", "local", "rounds"},
+    "datasets": {"data", "local", "rounds"},
     "flwr_datasets": {"data"},
     "sklearn": {"data"},
     "scipy": {"data"},
-    "huggingface_hub": {"peft_bridge", "adapters", "engine"},
+    "huggingface_hub": {"peft_bridge", "adapters"},
     "sacrebleu": {"data"},
     "pycocoevalcap": {"data"},
     "math_verify": {"data"},

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from benchmarks.communication import Shapes, models, our_numbers, paper_table
 
-from fedexlora.engine.recipe import load_recipe
 from fedexlora.methods import METHODS
+from fedexlora.rounds.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")

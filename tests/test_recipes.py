@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedexlora.engine.recipe import load_recipe
+from fedexlora.rounds.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))

@@ -10,7 +10,7 @@ from benchmarks.results import deviation, e2e, glue
 from benchmarks.results.cell import RECORDS, Cell, read_records
 from benchmarks.results.document import DOCUMENTS, filled, tables
 
-from fedexlora.engine.recipe import load_recipe
+from fedexlora.rounds.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"glue": glue, "deviation": deviation, "e2e": e2e}

@@ -17,7 +17,7 @@ from benchmarks.results.e2e_base import (
     prepare_rows,
 )
 
-from fedexlora.engine.recipe import load_recipe
+from fedexlora.rounds.recipe import load_recipe
 
 TINY = BaseRecipe(vocabulary=300, width=8, layers=1, heads=1, positions=128, rows=8, batch=4)
 KINDS = (None, "pub", "coffee shop")

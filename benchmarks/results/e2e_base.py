@@ -150,7 +150,7 @@ def _trained(examples: Sequence[dict], tokenizer, recipe: BaseRecipe):
 
     from fedexlora.data.causal_lm import CausalLM
     from fedexlora.data.config import CausalLMTask
-    from fedexlora.engine.local import train_locally
+    from fedexlora.local.trainer import train_locally
 
     task = CausalLM(
         CausalLMTask(

@@ -16,10 +16,10 @@ import torch
 from typer.main import get_command
 
 from fedexlora.cli.main import app
-from fedexlora.engine.recipe import load_recipe
-from fedexlora.engine.threads import set_threads
+from fedexlora.local.threads import set_threads
+from fedexlora.rounds.recipe import load_recipe
 from tests.cli.invoke import fedexlora
-from tests.engine.conftest import data_folder, document  # noqa: F401 - fixtures
+from tests.rounds.conftest import data_folder, document  # noqa: F401 - fixtures
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 from fedexlora.cli import completion
-from fedexlora.engine.recipe import Recipe
 from fedexlora.methods import METHODS
+from fedexlora.rounds.recipe import Recipe
 
 
 def test_every_key_of_a_recipe_is_offered_and_no_other():

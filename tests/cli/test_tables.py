@@ -16,7 +16,7 @@ from fedexlora.cli.tables import print_blocks, print_entry
 from fedexlora.cli.text import make_console, plain
 from fedexlora.texts import printable
 from tests.cli.invoke import fedexlora
-from tests.engine.conftest import data_folder, whole  # noqa: F401 - fixtures
+from tests.rounds.conftest import data_folder, whole  # noqa: F401 - fixtures
 
 WIDTHS = (40, 60, 80, 120)
 

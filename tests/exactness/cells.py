@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from fedexlora.engine.transport import Reply
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
@@ -22,10 +21,11 @@ from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.load import load_base, probe_shapes
 from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.rounds.transport import Reply
 from tests import models
-from tests.engine.scripted import WEIGHTS, federation, run_round
 from tests.exactness.oracle import Oracle, errors, untouched_weights
 from tests.models import EVERY, base_of, inputs, lora_layers
+from tests.rounds.scripted import WEIGHTS, federation, run_round
 
 ROUNDS = 5
 STEPS = 3

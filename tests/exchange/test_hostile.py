@@ -21,7 +21,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedexlora.engine.folder import Progress, RunFolder
 from fedexlora.errors import ResumeError, UpdateError, VersionError
 from fedexlora.exchange.delivery import deliver, encode_own, receive, with_own
 from fedexlora.exchange.history import Holdings
@@ -29,6 +28,7 @@ from fedexlora.exchange.records import RoundRecord
 from fedexlora.exchange.state import GlobalState, state_tensors
 from fedexlora.exchange.update import check_update, decode_update
 from fedexlora.exchange.wire import digest, unpack
+from fedexlora.rounds.folder import Progress, RunFolder
 from tests.exchange.hostile import (
     NAN,
     RAW,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
-from tests.engine.conftest import data_folder, whole
+from tests.rounds.conftest import data_folder, whole
 
 __all__ = ["data_folder", "whole"]
 

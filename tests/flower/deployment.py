@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedexlora.engine.recipe import load_recipe
-from fedexlora.engine.run import run
 from fedexlora.exchange.layout import unpack_finite
 from fedexlora.exchange.state import GlobalState, state_from
-from tests.engine.conftest import files, records_without_times
+from fedexlora.rounds.recipe import load_recipe
+from fedexlora.rounds.run import run
+from tests.rounds.conftest import files, records_without_times
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "deploy" / "federation.sh"

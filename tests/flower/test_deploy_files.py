@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedexlora.engine.recipe import load_recipe
 from fedexlora.flower.node import load_node, recipe_for_nodes
 from fedexlora.flower.permission import local_recipe
+from fedexlora.rounds.recipe import load_recipe
 
 DEPLOY = Path(__file__).parents[2] / "examples" / "deploy"
 

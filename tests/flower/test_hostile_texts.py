@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedexlora.cli.terminal import JsonLines, Terminal
-from fedexlora.engine.observer import RunInfo
 from fedexlora.errors import RunError, UpdateError
 from fedexlora.exchange.records import LeftOutRecord, RoundRecord
 from fedexlora.exchange.update import decode_update, largest_header, largest_update
@@ -27,10 +26,11 @@ from fedexlora.flower.names import Names
 from fedexlora.flower.server import LogLines
 from fedexlora.flower.transport import FlowerTransport
 from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.rounds.observer import RunInfo
 from fedexlora.texts import few, outside, printable
-from tests.engine.scripted import federation, random_update, run_round
 from tests.flower.nodes import FakeGrid
 from tests.models import adapted
+from tests.rounds.scripted import federation, random_update, run_round
 
 NASTY = ("\x1b[2J", "\x9b31m", "\u202e", "\u2066", "\u2028", "\r\n", "\0", "\x7f", "[red]", "<b>")
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

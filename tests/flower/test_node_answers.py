@@ -365,7 +365,7 @@ def test_a_supernode_without_a_configuration_is_refused(config, tmp_path):
 
 
 def test_a_simulated_client_obeys_no_recipe_but_its_own(ward, tmp_path, monkeypatch):
-    from fedexlora.engine.recipe import parse_recipe
+    from fedexlora.rounds.recipe import parse_recipe
 
     own = {**ward.recipe(), "data": {"source": "/own/rows"}, "model": {"source": "/own/model"}}
     file = tmp_path / "recipe.toml"

@@ -8,7 +8,6 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fedexlora.engine.screening import Screening
 from fedexlora.errors import NoUpdatesError
 from fedexlora.exchange.delivery import receive
 from fedexlora.exchange.update import largest_update
@@ -18,9 +17,10 @@ from fedexlora.flower.frames import Frame
 from fedexlora.flower.names import Names
 from fedexlora.flower.transport import FlowerTransport
 from fedexlora.peft_bridge.model import AdaptedModel
-from tests.engine.scripted import federation, random_update, run_round
+from fedexlora.rounds.screening import Screening
 from tests.flower.nodes import FakeGrid
 from tests.models import adapted
+from tests.rounds.scripted import federation, random_update, run_round
 
 HONEST = tuple(f"site-{i}" for i in range(6))
 BAD = 66

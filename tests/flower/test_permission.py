@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from fedexlora.data.config import TaskConfig
 from fedexlora.data.partition_config import PartitionConfig
-from fedexlora.engine.recipe import parse_recipe
 from fedexlora.errors import NodeError, RecipeError
 from fedexlora.exchange.node_faults import NodeFault
 from fedexlora.flower.node import TASK_OF_SERVER, Node, load_node, recipe_for_nodes
@@ -24,6 +23,7 @@ from fedexlora.flower.permission import (
     local_recipe,
 )
 from fedexlora.flower.recipe_options import is_plain_pattern
+from fedexlora.rounds.recipe import parse_recipe
 
 NODE = {
     "client": "north",

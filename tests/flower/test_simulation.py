@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fedexlora.engine.recipe import load_recipe, parse_recipe
-from fedexlora.engine.run import run
-from tests.engine.conftest import files, recipe_document, records_without_times
+from fedexlora.rounds.recipe import load_recipe, parse_recipe
+from fedexlora.rounds.run import run
 from tests.flower.deployment import make_app, make_data
 from tests.flower.superlink import flwr_run
+from tests.rounds.conftest import files, recipe_document, records_without_times
 
 pytest.importorskip("ray")
 

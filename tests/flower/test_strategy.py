@@ -24,7 +24,6 @@ from flwr.serverapp.strategy import (
 )
 from peft import PeftModel, get_peft_model_state_dict
 
-from fedexlora.engine.aggregation import RoundSums
 from fedexlora.errors import BridgeError, RunError
 from fedexlora.exchange.digest import tensors_digest
 from fedexlora.exchange.state import state_tensors
@@ -38,6 +37,7 @@ from fedexlora.flower.arrays import (
     read_bytes,
     unpack_shared,
 )
+from fedexlora.rounds.aggregation import RoundSums
 from tests.flower.grid import WEIGHTS, DirectGrid, app, content, trainer
 from tests.models import adapted, base_of, logits, lora_layers
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from flwr.app import Error
 
-from fedexlora.engine.observer import Observer
-from fedexlora.engine.recipe import parse_recipe
 from fedexlora.errors import RunError
 from fedexlora.exchange.node_faults import FAULT_TEXTS, NodeFault
 from fedexlora.flower import transport as module
@@ -17,8 +15,10 @@ from fedexlora.flower.frames import Frame
 from fedexlora.flower.node import Node
 from fedexlora.flower.server import Settings, serve
 from fedexlora.flower.session import Session
-from tests.engine.conftest import files, recipe_document, records_without_times
+from fedexlora.rounds.observer import Observer
+from fedexlora.rounds.recipe import parse_recipe
 from tests.flower.nodes import FakeGrid
+from tests.rounds.conftest import files, recipe_document, records_without_times
 
 CLIENTS = ("site-north", "site-south", "site-west")
 

@@ -19,11 +19,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from fedexlora.engine.recipe import Recipe, parse_recipe
-from fedexlora.engine.run import run
+from fedexlora.rounds.recipe import Recipe, parse_recipe
+from fedexlora.rounds.run import run
 from tests.conftest import save_bert, save_gpt2
-from tests.engine.conftest import recipe_document, records_without_times, save_rows
 from tests.golden.figures import directions
+from tests.rounds.conftest import recipe_document, records_without_times, save_rows
 
 Document = dict[str, Any]
 GPT2: Document = {
@@ -61,7 +61,7 @@ FEDERATIONS: dict[str, tuple[str, Document]] = {
     "fedit": ("bert", {"federation": {"method": "fedit"}}),
     "ffa": ("bert", {"federation": {"method": "ffa"}}),
 }
-"""By name: the base, and how the recipe differs from that of `tests.engine`.
+"""By name: the base, and how the recipe differs from that of `tests.rounds`.
 
 Rounds whose co-moment is dense, and heads, are left out where a figure depends on them: they are
 sums in float32, whose last bits are the processor's own.
@@ -99,7 +99,7 @@ def play(recipe: Recipe) -> Document:
 def stand_in() -> Iterator[None]:
     """New factors and what clients train are fractions of 512."""
     with (
-        patch("fedexlora.engine.local.train_locally", _step),
+        patch("fedexlora.local.trainer.train_locally", _step),
         patch("torch.nn.init.kaiming_uniform_", _start),
     ):
         yield

@@ -17,8 +17,8 @@ from fedexlora.errors import ExactnessError
 from fedexlora.peft_bridge import export
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.peft_bridge.model import AdaptedModel
-from tests.engine.scripted import federation, run_round
 from tests.models import CASES, adapted, base_of, logits, lora_layers
+from tests.rounds.scripted import federation, run_round
 
 
 @pytest.mark.parametrize("rounds", [1, 5])

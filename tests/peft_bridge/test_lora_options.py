@@ -15,8 +15,8 @@ from fedexlora.errors import BridgeError
 from fedexlora.peft_bridge.export import file_names, save_factors, save_global
 from fedexlora.peft_bridge.load import attach_lora, lora_faults
 from fedexlora.peft_bridge.model import AdaptedModel
-from tests.engine.scripted import federation, run_round
 from tests.models import base_of, logits
+from tests.rounds.scripted import federation, run_round
 
 QUERIES = ["query", "value"]
 OPTIONS = {

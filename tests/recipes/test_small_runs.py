@@ -8,11 +8,11 @@ import pytest
 
 from fedexlora.cli.recipes import packaged_recipes
 from fedexlora.data.text_metrics.table import TEXT_METRICS, metric_faults
-from fedexlora.engine.recipe import Recipe, load_recipe
-from fedexlora.engine.run import run
-from tests.engine.test_run import StopAt, same_run
+from fedexlora.rounds.recipe import Recipe, load_recipe
+from fedexlora.rounds.run import run
 from tests.recipes.row_files import COMMONSENSE, made_files, real_files, sources, write_files
 from tests.recipes.small_models import MODELS, small_model
+from tests.rounds.test_run import StopAt, same_run
 
 RECIPES = packaged_recipes()
 SMALLER = [

@@ -10,9 +10,9 @@ import typer
 from fedexlora.cli.options import progress_bars
 from fedexlora.cli.tables import print_blocks, print_entry
 from fedexlora.cli.text import make_console, plain
-from fedexlora.engine.observer import Observer
-from fedexlora.engine.quiet import quiet_libraries
 from fedexlora.exchange.records import score_text
+from fedexlora.local.notices import quiet_libraries
+from fedexlora.rounds.observer import Observer
 
 if TYPE_CHECKING:
     from fedexlora.exchange.adapter_records import EvaluationRecord
@@ -46,7 +46,7 @@ def evaluate(
     An adapter is put on the base that it names; --set model.source=MODEL names another one.
     """
     quiet_libraries()
-    from fedexlora.engine.evaluation import evaluate as evaluated
+    from fedexlora.adapters.evaluation import evaluate as evaluated
 
     with _Bar() as bar:
         record = evaluated(source, task, overrides or (), bar)

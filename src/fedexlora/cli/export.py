@@ -9,8 +9,8 @@ import typer
 
 from fedexlora.cli.options import progress_over
 from fedexlora.cli.text import make_console, plain
-from fedexlora.engine.quiet import quiet_libraries
 from fedexlora.exchange.records import score_text
+from fedexlora.local.notices import quiet_libraries
 
 if TYPE_CHECKING:
     from fedexlora.exchange.adapter_records import ExportRecord
@@ -83,7 +83,7 @@ def export(
     RUN_DIR is the folder that the run was given as --out.
     """
     quiet_libraries()
-    from fedexlora.engine.export import ExportOptions, export_run
+    from fedexlora.adapters.export import ExportOptions, export_run
 
     options = ExportOptions(
         kind=kind,

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from fedexlora.cli.tables import folding_table
 from fedexlora.cli.text import make_console, plain
-from fedexlora.engine.recipe_file import read_document
 from fedexlora.errors import InputError
+from fedexlora.rounds.recipe_file import read_document
 
 
 def packaged_recipes() -> dict[str, Path]:

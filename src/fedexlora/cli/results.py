@@ -10,8 +10,8 @@ from rich.console import Console
 
 from fedexlora.cli.options import progress_over, size
 from fedexlora.cli.text import make_console, plain
-from fedexlora.engine.quiet import quiet_libraries
 from fedexlora.exchange.adapter_records import AggregationRecord, SourceRecord
+from fedexlora.local.notices import quiet_libraries
 
 
 def print_merged(

@@ -15,12 +15,12 @@ import typer
 
 from fedexlora.cli.completion import override
 from fedexlora.cli.recipes import packaged_recipes
-from fedexlora.engine.quiet import quiet_libraries
-from fedexlora.engine.threads import set_threads
 from fedexlora.errors import RecipeError
+from fedexlora.local.notices import quiet_libraries
+from fedexlora.local.threads import set_threads
 
 if TYPE_CHECKING:
-    from fedexlora.engine.conduct import RunResult
+    from fedexlora.rounds.loop import RunResult
 
 
 class Engine(StrEnum):
@@ -127,7 +127,7 @@ def run(
     quiet_libraries()
     _check_is_there(recipe)
     from fedexlora.cli.terminal import JsonLines, Terminal, closing
-    from fedexlora.engine.recipe import load_recipe
+    from fedexlora.rounds.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     # Every client's training ends in a full collection; it need not go through all libraries.
@@ -156,7 +156,7 @@ def _check_is_there(recipe: Path) -> None:
 
 def _player(engine: Engine, cpus: int, gpus: float) -> Callable[..., RunResult]:
     if engine is Engine.LOCAL:
-        from fedexlora.engine.run import run as local
+        from fedexlora.rounds.run import run as local
 
         return local
     if find_spec("flwr") is None or find_spec("ray") is None:

@@ -12,12 +12,12 @@ from rich.console import Console
 from fedexlora.cli.options import progress_bars
 from fedexlora.cli.tables import print_blocks, print_entry
 from fedexlora.cli.text import make_console, plain
-from fedexlora.engine.conduct import RunResult
-from fedexlora.engine.observer import Observer, RunInfo
-from fedexlora.engine.recipe import Recipe
-from fedexlora.engine.threads import describe_threads
 from fedexlora.exchange.records import MOST_FORWARD, RoundRecord, score_text
+from fedexlora.local.threads import describe_threads
 from fedexlora.methods import METHODS, Method
+from fedexlora.rounds.loop import RunResult
+from fedexlora.rounds.observer import Observer, RunInfo
+from fedexlora.rounds.recipe import Recipe
 from fedexlora.texts import printable
 
 

@@ -19,7 +19,7 @@ from fedexlora.flower.frames import Frame, from_records, to_records
 from fedexlora.texts import outside
 
 if TYPE_CHECKING:
-    from fedexlora.engine.recipe import Recipe
+    from fedexlora.rounds.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 _NODE = "fedexlora-node"
@@ -64,11 +64,11 @@ def server_app(recipe: Path) -> ServerApp:
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        from fedexlora.engine.quiet import quiet_libraries
+        from fedexlora.local.notices import quiet_libraries
 
         quiet_libraries()
-        from fedexlora.engine.recipe import load_recipe
         from fedexlora.flower.server import LogLines, Settings, serve
+        from fedexlora.rounds.recipe import load_recipe
 
         _log_to_stdout()
         result = serve(grid, load_recipe(recipe), Settings.of(context.run_config), LogLines())

@@ -1,6 +1,6 @@
 """What server and clients say to each other: a JSON header and named parts, which are bytes.
 
-The parts are the engine's own messages, bit for bit, so that every dtype travels as it is; Flower
+The parts are messages of ``exchange``, bit for bit, so that every dtype travels as it is; Flower
 cuts them into chunks. Between a client's app and its worker the same frame goes over a socket.
 """
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from fedexlora.engine.participation import Admission
 from fedexlora.exchange.node_faults import fault_text
 from fedexlora.exchange.untrusted import client_name, number
 from fedexlora.flower.frames import Bounds, error_text, from_records
 from fedexlora.flower.names import Names
+from fedexlora.rounds.participation import Admission
 from fedexlora.texts import outside
 
 _log = logging.getLogger(__name__)

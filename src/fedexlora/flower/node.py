@@ -27,7 +27,7 @@ from fedexlora.errors import RecipeError
 from fedexlora.exchange.untrusted import CLIENT_NAME
 
 if TYPE_CHECKING:
-    from fedexlora.engine.recipe import Recipe
+    from fedexlora.rounds.recipe import Recipe
 
 _FEDERATION = ("method", "next_adapter", "placement", "seed")
 """What of the federation's table concerns a client: it need not load anew when the rest changes."""

@@ -17,7 +17,7 @@ from fedexlora.flower.node import Node, recipe_for_nodes
 from fedexlora.flower.recipe_options import TABLES, option_faults, text_faults
 
 if TYPE_CHECKING:
-    from fedexlora.engine.recipe import Recipe
+    from fedexlora.rounds.recipe import Recipe
 
 TASK_COLUMNS = frozenset({"text", "label", "prompt", "completion", "messages"})
 """Fields of a task that name columns."""
@@ -55,7 +55,7 @@ def local_recipe(sent: object, own: Node | Recipe) -> Recipe:
 
 def _of_simulation(sent: object, own: Recipe) -> Recipe:
     """The machine's own recipe, where the server's is the same."""
-    from fedexlora.engine.recipe import Recipe
+    from fedexlora.rounds.recipe import Recipe
 
     task = own.task.model_dump(mode="json", exclude_none=True)
     theirs = sent.get("task") if isinstance(sent, dict) else None
@@ -72,7 +72,7 @@ def _of_simulation(sent: object, own: Recipe) -> Recipe:
 
 def _of_node(sent: object, node: Node) -> Recipe:
     # Every message starts a process that imports this module; it must not load PyTorch.
-    from fedexlora.engine.recipe import parse_recipe
+    from fedexlora.rounds.recipe import parse_recipe
 
     document = _document(sent, node)
     model = _model(document["model"], node)

@@ -13,10 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedexlora.engine.local import LocalTrainer
-from fedexlora.engine.observer import Observer
-from fedexlora.engine.prepare import prepare
-from fedexlora.engine.recipe import Recipe, load_recipe
 from fedexlora.errors import NodeError, RunError
 from fedexlora.exchange.delivery import Passage, open_message, with_own
 from fedexlora.exchange.node_faults import NodeFault
@@ -24,6 +20,10 @@ from fedexlora.exchange.untrusted import number
 from fedexlora.flower.announcement import announced
 from fedexlora.flower.frames import Frame
 from fedexlora.flower.permission import local_recipe
+from fedexlora.local.trainer import LocalTrainer
+from fedexlora.rounds.observer import Observer
+from fedexlora.rounds.preparation import prepare
+from fedexlora.rounds.recipe import Recipe, load_recipe
 
 _log = logging.getLogger(__name__)
 

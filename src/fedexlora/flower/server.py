@@ -10,11 +10,6 @@ from flwr.serverapp import Grid
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedexlora.data.task import stated
-from fedexlora.engine.conduct import RunResult, conduct
-from fedexlora.engine.folder import Progress, RunFolder
-from fedexlora.engine.observer import Observer, RunInfo
-from fedexlora.engine.prepare import check_clients, prepare, prepare_server
-from fedexlora.engine.recipe import Recipe
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.records import RoundRecord, score_text
 from fedexlora.exchange.update import largest_update
@@ -22,6 +17,11 @@ from fedexlora.flower import names
 from fedexlora.flower.names import Names
 from fedexlora.flower.node import recipe_for_nodes
 from fedexlora.flower.transport import FlowerTransport
+from fedexlora.rounds.folder import Progress, RunFolder
+from fedexlora.rounds.loop import RunResult, conduct
+from fedexlora.rounds.observer import Observer, RunInfo
+from fedexlora.rounds.preparation import check_clients, prepare, prepare_server
+from fedexlora.rounds.recipe import Recipe
 
 _log = logging.getLogger(__name__)
 

@@ -12,9 +12,6 @@ from typing import Any
 import torch
 
 from fedexlora import __version__
-from fedexlora.engine.local import LocalTrainer
-from fedexlora.engine.observer import Observer
-from fedexlora.engine.prepare import prepare_client
 from fedexlora.errors import BridgeError, DataError, NodeError, RecipeError, RunError
 from fedexlora.exchange.delivery import open_message, with_own
 from fedexlora.exchange.digest import known_digest
@@ -29,6 +26,9 @@ from fedexlora.flower.fault_frames import fault_frame
 from fedexlora.flower.frames import PROTOCOL, Frame
 from fedexlora.flower.node import Node
 from fedexlora.flower.permission import local_recipe
+from fedexlora.local.trainer import LocalTrainer
+from fedexlora.rounds.observer import Observer
+from fedexlora.rounds.preparation import prepare_client
 
 _log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from flwr.app import ConfigRecordValues, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from fedexlora.engine.conduct import RunResult
-from fedexlora.engine.observer import Observer
-from fedexlora.engine.prepare import client_rows
-from fedexlora.engine.recipe import Recipe
 from fedexlora.errors import RunError
 from fedexlora.flower.apps import client_app
 from fedexlora.flower.server import Settings, serve
+from fedexlora.rounds.loop import RunResult
+from fedexlora.rounds.observer import Observer
+from fedexlora.rounds.preparation import client_rows
+from fedexlora.rounds.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def simulate(
 ) -> RunResult:
     """Run a recipe with its clients in Flower's simulation, which is Ray's processes.
 
-    Updates are added up in the order of the clients, as by :func:`fedexlora.engine.run.run`. Each
+    Updates are added up in the order of the clients, as by :func:`fedexlora.rounds.run.run`. Each
     process loads the model once.
 
     Args:

@@ -15,9 +15,6 @@ from torch import bfloat16, finfo, float16
 
 from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.lowrank import difference_norm
-from fedexlora.engine.aggregation import Aggregate, RoundSums
-from fedexlora.engine.certificate import TOLERANCE
-from fedexlora.engine.screening import strain_reason
 from fedexlora.errors import UpdateError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.update import ClientUpdate, check_update, decode_update, largest_update
@@ -30,6 +27,9 @@ from fedexlora.flower.replies import (
     with_like_metrics,
 )
 from fedexlora.methods.fedex import FEDEX
+from fedexlora.rounds.aggregation import Aggregate, RoundSums
+from fedexlora.rounds.certificate import TOLERANCE
+from fedexlora.rounds.screening import strain_reason
 from fedexlora.texts import few
 
 _SHOWN = 50

@@ -1,4 +1,4 @@
-"""The engine's transport over Flower: requests are pushed, replies polled, nodes come and go."""
+"""The transport of rounds over Flower: requests are pushed, replies polled, nodes come and go."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedexlora import __version__
-from fedexlora.engine.participation import Admission
-from fedexlora.engine.transport import ClientProgress, Reply
 from fedexlora.errors import RunError
 from fedexlora.exchange.delivery import Delivery
 from fedexlora.exchange.node_faults import fault_text
@@ -30,6 +28,8 @@ from fedexlora.flower.frames import (
 )
 from fedexlora.flower.membership import Membership
 from fedexlora.flower.names import Names
+from fedexlora.rounds.participation import Admission
+from fedexlora.rounds.transport import ClientProgress, Reply
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 5.0

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from fedexlora.engine.quiet import quiet_libraries
 from fedexlora.errors import NodeError, RecipeError
 from fedexlora.exchange.node_faults import NodeFault
 from fedexlora.flower.fault_frames import LogFormatter, fault_frame
 from fedexlora.flower.frames import Frame, receive, send
 from fedexlora.flower.node import Node, load_node
+from fedexlora.local.notices import quiet_libraries
 
 if TYPE_CHECKING:
     from fedexlora.flower.session import Session

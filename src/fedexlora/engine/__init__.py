@@ -1,1 +1,0 @@
-"""The round and the run, written once over a transport."""

@@ -1,0 +1,1 @@
+"""The round and the run, whatever reaches the clients: recipe, rounds, versions, records."""

@@ -1,0 +1,70 @@
+"""Whose code runs a run, and where: what may change its numbers without being in its recipe."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from fedexlora import __version__
+from fedexlora.local.threads import describe_threads
+from fedexlora.peft_bridge.model import AdaptedModel
+
+_PACKAGES = ("torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors")
+
+
+def describe_environment(model: AdaptedModel) -> dict[str, Any]:
+    """Versions and machine of this process, for ``run.json``.
+
+    Args:
+        model: the model; it is trained and scored on one device.
+    """
+    return {
+        "fedexlora": __version__,
+        "packages": {name: version(name) for name in _PACKAGES},
+        "machine": {
+            "python": platform.python_version(),
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            **describe_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "device": str(next(model.peft_model.parameters()).device),
+        },
+    }
+
+
+def environment_changes(header: Mapping[str, Any], model: AdaptedModel) -> list[str]:
+    """In what this process differs from the one that ran the rounds so far.
+
+    Of the machine it is the device alone: that a run moved is no news to whoever moved it.
+
+    Args:
+        header: the run's.
+        model: the model of this process.
+    """
+    here, there = describe_environment(model), (header.get("resumed") or [header])[-1]
+    pairs = {"fedexlora": (there.get("fedexlora"), here["fedexlora"])}
+    for table, keys in (("packages", _PACKAGES), ("machine", ("device",))):
+        held = there.get(table) or {}
+        pairs |= {key: (held.get(key), here[table][key]) for key in keys}
+    return [f"{key} {old} there, {new} here" for key, (old, new) in pairs.items() if old != new]
+
+
+def resumed_header(header: Mapping[str, Any], finished: int, model: AdaptedModel) -> dict[str, Any]:
+    """The header with what the run goes on with, beside what it was started with.
+
+    Args:
+        header: the run's.
+        finished: the last round that was run before.
+        model: the model of this process.
+    """
+    before = header.get("resumed", ())
+    return {
+        **header,
+        "resumed": [*before, {"after_round": finished, **describe_environment(model)}],
+    }

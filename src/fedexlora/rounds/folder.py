@@ -1,0 +1,296 @@
+"""A run's folder: what is in it, and how it is started, continued and never damaged.
+
+recipe.toml     the resolved recipe        run.json      versions, data, score before round 1
+rounds.jsonl    one record a round         versions/     the steps of the global model
+adapter/        the final global model     updates/      with --keep-updates, what clients sent
+clients.jsonl   over Flower, the key that each client's name belongs to
+adapter.json    its worst module, read back from its files
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from fedexlora.errors import ResumeError, RunError, VersionError
+from fedexlora.exchange.files import append_bytes, replace_bytes
+from fedexlora.exchange.history import Holdings
+from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.untrusted import json_object
+from fedexlora.rounds.recipe import Recipe
+from fedexlora.rounds.store import VersionStore
+
+LOCK = ".lock"
+_CHANGEABLE = ("federation.rounds:", "federation.allow:", "federation.exclude:")
+"""Keys in which a resumed run may differ from the one that is in the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands."""
+
+    state: GlobalState
+    records: tuple[RoundRecord, ...]
+    """One for every finished round."""
+    holdings: Holdings
+    """What clients hold."""
+    damaged: Mapping[Path, str] = field(default_factory=dict)
+    """Files of the store that could not be read, and why."""
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: the folder; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store = VersionStore(path / "versions")
+
+    @property
+    def adapter(self) -> Path:
+        """The final global model as a PEFT adapter."""
+        return self.path / "adapter"
+
+    def round_updates(self, round_: int) -> Path:
+        """What clients sent in one round: a PEFT adapter each."""
+        return self.path / "updates" / f"round-{round_:04d}"
+
+    def check_new(self) -> bool:
+        """Refuse a folder in which a new run would mix with something else.
+
+        Returns:
+            False: there is no run to continue.
+
+        Raises:
+            ResumeError: if there is anything in it.
+        """
+        if self.path.exists() and (
+            not self.path.is_dir() or any(map(_counts, self.path.iterdir()))
+        ):
+            what = "another run" if (self.path / "recipe.toml").exists() else "other files"
+            raise ResumeError(
+                f"--out {self.path} already holds {what}",
+                ["choose another folder, or continue a run with --resume"],
+            )
+        return False
+
+    def check_same(self, recipe: Recipe) -> bool:
+        """Whether there is a run to continue.
+
+        The number of rounds may differ, as a run may be continued for longer, and so may the
+        clients that are admitted.
+
+        Returns:
+            False if the folder is empty or absent, so that the run starts from the beginning.
+
+        Raises:
+            ResumeError: naming every key in which the run's recipe differs from ``recipe``.
+        """
+        path = self.path / "recipe.toml"
+        if not path.exists():
+            return self.check_new()
+        self.check_layout()
+        try:
+            held = Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, OSError) as error:
+            raise ResumeError(f"{path} cannot be read: {error}") from error
+        differences = [
+            line for line in held.differences(recipe) if not line.startswith(_CHANGEABLE)
+        ]
+        if differences:
+            raise ResumeError(f"{self.path} holds a run of another recipe", differences)
+        return True
+
+    def check_layout(self) -> None:
+        """Refuse the folder of a run that an older version of the package has made.
+
+        Raises:
+            ResumeError: if it is one.
+        """
+        if (self.path / "checkpoints").exists():
+            raise ResumeError(
+                f"{self.path} holds a run of an older fedexlora, with its versions in checkpoints/",
+                ["finish or export it with that version, or start a new run in another folder"],
+            )
+
+    def start(self, recipe: Recipe) -> None:
+        """Create the folder, or note the recipe of a run that is continued.
+
+        Raises:
+            ResumeError: if the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            replace_bytes(self.path / "recipe.toml", recipe.to_toml().encode())
+            self.store.path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ResumeError(f"--out {self.path}: {error.strerror}") from error
+
+    def write_header(self, header: dict[str, Any]) -> None:
+        """Write ``run.json``.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        path = self.path / "run.json"
+        with writing(path):
+            replace_bytes(path, json.dumps(header, indent=2).encode())
+
+    def read_header(self) -> dict[str, Any] | None:
+        """``run.json``, or None before it was written.
+
+        Raises:
+            ResumeError: if it is damaged.
+        """
+        path = self.path / "run.json"
+        if not path.exists():
+            return None
+        try:
+            return json_object(path.read_bytes())
+        except (ValueError, OSError) as error:
+            raise ResumeError(f"{path} is damaged: {error}") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other process out of the folder until the block ends.
+
+        Raises:
+            ResumeError: if another process runs in it, or it cannot be made.
+        """
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise ResumeError(f"--out {self.path}: another process is running in it") from error
+        except OSError as error:
+            raise ResumeError(f"--out {self.path}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def save(self, progress: Progress) -> None:
+        """Make a version durable, then its record; a kill in between loses neither.
+
+        The step carries the record of its round, so that one which did not reach ``rounds.jsonl``
+        is restored from there.
+
+        Raises:
+            RunError: if a file cannot be written, as on a full disk; what was durable before is.
+        """
+        state, holdings = progress.state, progress.holdings
+        if state.version == 0:
+            with writing(self.store.snapshot_file(0)):
+                self.store.add_snapshot(state, holdings)
+            with writing(self._records):
+                append_bytes(self._records, b"")
+            return
+        record = progress.records[-1]
+        with writing(self.store.step_file(state.version)):
+            step = holdings.history.steps[state.version]
+            self.store.add_step(step, holdings, record)
+        with writing(self._records):
+            append_bytes(self._records, _lines([record]))
+        with writing(self.store.path):
+            self.store.keep_snapshots(state, holdings)
+
+    def settle(self, progress: Progress) -> None:
+        """Remove what is beyond the version that a run goes on from, and do what a kill cut off.
+
+        Raises:
+            RunError: if a file cannot be written or removed.
+        """
+        with writing(self.store.path):
+            self.store.settle(progress.state, progress.holdings, progress.damaged)
+        lines = _lines(progress.records)
+        if lines != (self._records.read_bytes() if self._records.exists() else b""):
+            with writing(self._records):
+                replace_bytes(self._records, lines)
+
+    def load(self, window: int = 0) -> Progress | None:
+        """The last version that was made durable, or None if there is none; writes nothing.
+
+        A step that is damaged is passed over with those after it. Records after the version that
+        is loaded are dropped: their rounds are run again.
+
+        Args:
+            window: how many steps clients are promised.
+
+        Raises:
+            ResumeError: if no version can be read, or rounds are missing from ``rounds.jsonl``.
+        """
+        try:
+            stored = self.store.read(window)
+        except VersionError as error:
+            raise ResumeError(error.summary, error.faults) from error
+        if stored is None:
+            return None
+        version = stored.state.version
+        if stored.record is None:
+            records = self.read_records(version)
+        else:
+            records = (*self.read_records(version - 1), stored.record)
+        if (found := [record.round for record in records]) != list(range(1, version + 1)):
+            raise ResumeError(f"{self._records}: expected rounds 1 to {version}, found {found}")
+        return Progress(stored.state, records, stored.holdings, stored.damaged)
+
+    @property
+    def _records(self) -> Path:
+        return self.path / "rounds.jsonl"
+
+    def read_records(self, count: int) -> tuple[RoundRecord, ...]:
+        """The records of the first ``count`` rounds; fewer if there are fewer.
+
+        A last line that was cut off is none.
+
+        Raises:
+            ResumeError: if one is damaged.
+        """
+        path = self._records
+        if count <= 0 or not path.exists():
+            return ()
+        try:
+            # Not splitlines: JSON may hold other characters that end a line.
+            lines = path.read_bytes().split(b"\n")[:-1][:count]
+            return tuple(RoundRecord.model_validate_json(line) for line in lines)
+        except (ValueError, OSError) as error:
+            raise ResumeError(f"{path} is damaged: {error}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file or folder that cannot be written, as on a full disk.
+
+    Raises:
+        RunError: if the block fails for that reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"{path} cannot be written: {reason}",
+            ["--resume goes on after the last finished round"],
+        ) from error
+
+
+def _lines(records: Sequence[RoundRecord]) -> bytes:
+    return "".join(f"{record.model_dump_json()}\n" for record in records).encode()
+
+
+def _counts(path: Path) -> bool:
+    """Whether a file says that a folder is taken: not a lock, nor what a kill left of a write."""
+    return path.name != LOCK and not (path.name.startswith(".") and path.name.endswith(".tmp"))

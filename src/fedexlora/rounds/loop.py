@@ -1,0 +1,281 @@
+"""The rounds of a run, whatever reaches its clients, and all that is written of them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedexlora.errors import BridgeError, RecipeError, ResumeError
+from fedexlora.exchange.files import new_folder, replace_bytes
+from fedexlora.exchange.history import History, Holdings
+from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.update import ClientUpdate
+from fedexlora.local.arguments import training_arithmetic
+from fedexlora.peft_bridge.export import save_factors, save_global
+from fedexlora.rounds.divergence import check_finite, check_score
+from fedexlora.rounds.environment import (
+    describe_environment,
+    environment_changes,
+    resumed_header,
+)
+from fedexlora.rounds.folder import Progress, RunFolder, writing
+from fedexlora.rounds.observer import Observer, RunInfo
+from fedexlora.rounds.preparation import Prepared
+from fedexlora.rounds.recipe import Recipe
+from fedexlora.rounds.round import Federation, run_round
+from fedexlora.rounds.scoring import all_scorers, scoring_arithmetic
+from fedexlora.rounds.transport import Transport
+
+Connect = Callable[[Progress], Transport]
+"""Makes the transport of a run that stands where it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run."""
+
+    folder: Path
+    adapter: Path
+    """The final global model as a PEFT adapter."""
+    initial_metrics: Mapping[str, float]
+    precision: str
+    """How the adapted frozen weights are stored."""
+    records: tuple[RoundRecord, ...]
+
+
+def conduct(
+    prepared: Prepared,
+    folder: RunFolder,
+    rows: Mapping[str, int],
+    connect: Connect,
+    *,
+    continued: bool,
+    keep_updates: bool,
+    observer: Observer,
+) -> RunResult:
+    """Run what is left of a run's rounds, and write its adapter.
+
+    Args:
+        prepared: the server's side of the recipe.
+        folder: the run's, checked by its ``check_new`` or ``check_same``.
+        rows: training rows by client, as far as they are known.
+        connect: makes the transport.
+        continued: whether there is a run in the folder.
+        keep_updates: also store what every client sent, as PEFT adapters.
+        observer: told of progress.
+
+    Raises:
+        InputError: before anything is written, if the folder holds another run, or updates cannot
+            be kept.
+        RunError: if the run stops; its last version is intact.
+    """
+    if keep_updates:
+        _check_keep(prepared)
+    recipe = prepared.recipe
+    _check_enough_clients(recipe, rows)
+    with folder.locked():
+        header = folder.read_header() if continued else None
+        _check_header(folder, header, prepared)
+        progress = folder.load(recipe.federation.history) if continued else None
+        _check_rounds(progress, recipe)
+        folder.start(recipe)
+        for fault in progress.damaged.values() if progress else ():
+            observer.passed_over(fault)
+        if header is None:
+            observer.preparing("scoring the model before round 1")
+            header = _header(prepared, rows, prepared.evaluate(observer))
+            check_score("before round 1", header["initial_metrics"], ())
+            folder.write_header(header)
+        elif changes := environment_changes(header, prepared.model):
+            for change in changes:
+                observer.note(f"resumed with other software or hardware: {change}")
+            finished = progress.state.version if progress else 0
+            header = resumed_header(header, finished, prepared.model)
+            folder.write_header(header)
+        with settled_heap():
+            records = _rounds(prepared, folder, progress, header, connect, keep_updates, observer)
+    metrics, precision = header["initial_metrics"], header["precision"]
+    return RunResult(folder.path, folder.adapter, metrics, precision, records)
+
+
+def _rounds(
+    prepared: Prepared,
+    folder: RunFolder,
+    progress: Progress | None,
+    header: Mapping[str, Any],
+    connect: Connect,
+    keep_updates: bool,
+    observer: Observer,
+) -> tuple[RoundRecord, ...]:
+    """Run what is left of the rounds and write the adapter."""
+    recipe, model = prepared.recipe, prepared.model
+    if progress is None:
+        initial = model.initial_state(prepared.specs, recipe.federation.seed)
+        history = History(recipe.federation.history, {}, {0: initial.start()})
+        progress = Progress(initial, (), Holdings({}, history))
+        folder.save(progress)
+    else:
+        folder.settle(progress)
+    state, records, holdings = progress.state, progress.records, progress.holdings
+    model.apply(state)
+    observer.started(_info(prepared, header, records))
+    keep = partial(_keep, folder, prepared) if keep_updates else _forget
+    federation = Federation(
+        method=recipe.method,
+        model=model,
+        specs=prepared.specs,
+        seed=recipe.federation.seed,
+        transport=connect(progress),
+        participation=recipe.participation,
+        evaluate=partial(prepared.evaluate, observer),
+        keep=keep,
+        observer=observer,
+        screening=recipe.screening,
+        forwards=prepared.forwards,
+        scored=recipe.scored,
+    )
+    while state.version < recipe.federation.rounds:
+        shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
+        state, holdings, record = run_round(federation, state, holdings)
+        check_finite(state, record)
+        records = (*records, record)
+        folder.save(Progress(state, records, holdings))
+        observer.finished_round(record)
+    with writing(folder.adapter), new_folder(folder.adapter) as path:
+        written = save_global(model, state, path)
+    worst = {"worst_module": written.module, "worst_error": written.error}
+    with writing(folder.path / "adapter.json"):
+        replace_bytes(folder.path / "adapter.json", json.dumps(worst, indent=2).encode())
+    return records
+
+
+@contextmanager
+def settled_heap() -> Iterator[None]:
+    """Leave everything that is loaded by now out of garbage collection.
+
+    ``Trainer`` collects garbage after every client; walking all of the imported libraries each
+    time would take longer than a small client's training.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _check_enough_clients(recipe: Recipe, clients: Mapping[str, int]) -> None:
+    """Refuse a rule against bad updates that rounds have too few clients for."""
+    asked = recipe.participation.sample(tuple(clients), recipe.federation.seed, 1)
+    if recipe.screening is not None and (short := recipe.screening.shortfall(len(asked))):
+        raise RecipeError("a round has too few clients", [f"federation.robust: {short}"])
+
+
+def _check_keep(prepared: Prepared) -> None:
+    """Refuse to keep updates from which nobody could recompute the aggregate."""
+    if prepared.model.taken_out:
+        raise BridgeError(
+            "--keep-updates: factors on a base that their initialisation changed are no adapters",
+            ["leave it out, or set lora.init_lora_weights = true"],
+        )
+    if prepared.recipe.federation.stale == "accept":
+        raise RecipeError(
+            "--keep-updates: a late update is a change of an earlier version, not an adapter",
+            ["leave it out, or set federation.stale = 'refuse'"],
+        )
+    if prepared.recipe.federation.robust == "clip":
+        raise RecipeError(
+            "--keep-updates: a clipped update counts in part, and no adapter holds the rest",
+            ["leave it out, or choose another federation.robust"],
+        )
+
+
+def _keep(
+    folder: RunFolder,
+    prepared: Prepared,
+    update: ClientUpdate,
+    weight: float,
+    held: GlobalState,
+) -> None:
+    """Store one client's update so that anyone can recompute the aggregate without our code."""
+    start = held.adapter_of(update.client)
+    factors = {name: update.factors(name, pair) for name, pair in start.items()}
+    dense = {name: update.tensors[f"dense/{name}"] for name in held.dense}
+    kept = folder.round_updates(update.round) / update.client
+    with writing(kept), new_folder(kept) as path:
+        save_factors(prepared.model, factors, dense, path, prepared.specs.get(update.client))
+        said = {"client": update.client, "round": update.round, "weight": weight}
+        (path / "client.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
+
+
+def _forget(update: ClientUpdate, weight: float, held: GlobalState) -> None:
+    """Keep nothing of an update."""
+
+
+def _check_header(folder: RunFolder, header: Mapping[str, Any] | None, prepared: Prepared) -> None:
+    if header is None:
+        return
+    here = {"data": prepared.data_fingerprint, "base": prepared.model.base_fingerprint}
+    faults = [
+        f"{key}: {header.get(key)} there, {value} here"
+        for key, value in here.items()
+        if header.get(key) != value
+    ]
+    if faults:
+        raise ResumeError(f"{folder.path} was started on other data or another base model", faults)
+
+
+def _check_rounds(progress: Progress | None, recipe: Recipe) -> None:
+    if progress is not None and progress.state.version > recipe.federation.rounds:
+        raise ResumeError(
+            f"the run has finished {progress.state.version} rounds already",
+            [f"federation.rounds: expected at least that, found {recipe.federation.rounds}"],
+        )
+
+
+def _header(
+    prepared: Prepared, rows: Mapping[str, int], initial_metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    """What holds for the whole run and is not in its recipe."""
+    return {
+        **describe_environment(prepared.model),
+        "data": prepared.data_fingerprint,
+        "base": prepared.model.base_fingerprint,
+        "precision": prepared.model.precision(),
+        "arithmetic": {
+            "training": str(training_arithmetic(prepared.recipe.training)),
+            "scoring": str(scoring_arithmetic(prepared.recipe)),
+        },
+        "clients": dict(rows),
+        **prepared.summary.record(),
+        "validation_rows": len(prepared.validation),
+        "headline": prepared.recipe.headline,
+        "scorers": all_scorers(prepared.recipe),
+        "model_config": dict(prepared.task.model_config),
+        "initial_metrics": dict(initial_metrics),
+    }
+
+
+def _info(
+    prepared: Prepared, header: Mapping[str, Any], records: tuple[RoundRecord, ...]
+) -> RunInfo:
+    parameters = prepared.model.peft_model.parameters()
+    return RunInfo(
+        method=prepared.recipe.federation.method,
+        rounds=prepared.recipe.federation.rounds,
+        clients=header["clients"],
+        validation_rows=header["validation_rows"],
+        modules=len(prepared.model.modules),
+        precision=header["precision"],
+        trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        headline=header["headline"],
+        initial_metrics=header["initial_metrics"],
+        finished=records,
+    )

@@ -1,0 +1,358 @@
+"""A recipe: everything that defines a run, as data."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedexlora.data.config import DataConfig, TaskConfig
+from fedexlora.data.partition_config import PartitionConfig
+from fedexlora.errors import RecipeError
+from fedexlora.exchange.untrusted import CLIENT_NAME
+from fedexlora.methods import METHODS, Method
+from fedexlora.methods.options import with_options
+from fedexlora.peft_bridge.arithmetic import Width
+from fedexlora.rounds.participation import Admission, Participation
+from fedexlora.rounds.recipe_faults import method_faults, table_faults
+from fedexlora.rounds.recipe_file import read_document
+from fedexlora.rounds.screening import Screening
+from fedexlora.rounds.set_mean import MEAN, mean_faults
+
+ClientName = Annotated[str, Field(pattern=CLIENT_NAME)]
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelTable(_Table):
+    """The pre-trained model that all clients share."""
+
+    source: str = Field(min_length=1)
+    """A hub name, a folder, or ``package:NAME/PATH``: a folder inside an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; the default branch if not given."""
+    dtype: Width = "float32"
+    """Of the frozen weights, and of the arithmetic where they are quantised."""
+    quantization: Literal["int8", "nf4", "fp4"] | None = None
+    """Store the frozen linear layers in bitsandbytes' 8 or 4 bits."""
+
+
+class FederationTable(_Table):
+    """How the clients work together."""
+
+    method: str = "fedex"
+    """How adapters are aggregated; ``fedexlora methods`` lists them."""
+    next_adapter: Literal["mean", "svd", "svd_aligned", "reinit", "keep"] = "mean"
+    """What clients continue from; the rest of the mean update goes to the frozen weight."""
+    remainder_rank: int | None = Field(default=None, ge=1)
+    """Keep this many directions of every round's remainder, with the error stated; all if not
+    given."""
+    remainder_energy: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Keep this share of every round's remainder, by its squared norm, with the error stated."""
+    placement: Literal["auto", "fold", "side"] = "auto"
+    """Where the remainder lives: in the frozen weight, or beside it. ``auto`` is exact, in the
+    arithmetic of training and scoring too."""
+    clients_per_round: int | None = Field(default=None, ge=1)
+    """How many clients take part in a round, drawn by seed and round; all if not given."""
+    fraction: float | None = Field(default=None, gt=0.0, le=1.0)
+    """The same as a share of all clients, rounded up."""
+    min_updates: int = Field(default=1, ge=1)
+    """A round with fewer usable updates stops the run, which can be resumed."""
+    deadline: float | None = Field(default=None, gt=0.0)
+    """Seconds after which a client's update is left out of its round; none if not given."""
+    stale: Literal["refuse", "accept"] = "refuse"
+    """Whether an update that comes in a later round counts there, by the square root of its age
+    less."""
+    weighting: Literal["examples", "uniform", "capped"] = "examples"
+    """A client's weight: its number of training rows, 1, or that number up to ``weight_cap``."""
+    weight_cap: int | None = Field(default=None, ge=1)
+    """The most training rows that count, for ``capped``."""
+    robust: Literal["clip", "multi_krum", "trimmed_mean", "geometric_median"] | None = None
+    """What is done against bad updates before they are summed; nothing if not given."""
+    clip_norm: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """The longest change of the global model, for ``clip``; the round's median if not given."""
+    bad_share: float | None = Field(default=None, gt=0.0, lt=0.5)
+    """The share of a round's updates that may be bad, rounded up, for ``multi_krum`` and
+    ``trimmed_mean``."""
+    history: int = Field(default=4, ge=0)
+    """How many rounds a client may have missed and still get no more than their pieces."""
+    allow: tuple[ClientName, ...] | None = Field(default=None, min_length=1)
+    """The clients that may take part, by name; all if not given. A resumed run may change it."""
+    exclude: tuple[ClientName, ...] = ()
+    """Clients that may not, by name: one whose updates strain the certificate, say. A resumed run
+    may change it."""
+    rounds: int = Field(default=10, ge=1)
+    """Number of federated rounds."""
+    seed: int = Field(default=0, ge=0)
+    """Where all randomness comes from."""
+
+
+class EvaluationSet(_Table):
+    """Other rows that the model is scored on, as far as they differ from the validation rows."""
+
+    data: dict[str, Any] = Field(default_factory=dict)
+    """Values of ``[data]``: ``source``, ``validation``, ..."""
+    task: dict[str, Any] = Field(default_factory=dict)
+    """Values of ``[task]``: its columns, templates and metrics."""
+
+
+class EvaluationTable(_Table):
+    """How the global model is scored, before the first round and after others."""
+
+    every: int = Field(default=1, ge=1)
+    """After every this many rounds, and after the last one."""
+    batch_size: int = Field(default=64, ge=1)
+    """Rows at a time; changes speed and memory, not results beyond rounding."""
+    dtype: Width | None = None
+    """In which products are computed; that of the model's weights if not given."""
+    sets: dict[SetName, EvaluationSet] = Field(default_factory=dict)
+    """By name: what the model is scored on beside the validation rows."""
+    mean: tuple[str, ...] | None = Field(default=None, min_length=2)
+    """Scores, those of sets as ``NAME.METRIC``, whose mean is the run's headline; none if not
+    given."""
+
+
+class ClientTable(_Table):
+    """What one client has otherwise than the others."""
+
+    lora: dict[str, Any]
+    """Rank and scaling of its adapter: fields of PEFT's ``LoraConfig``."""
+
+
+_NAMED: Mapping[type[BaseModel], int] = {ClientTable: 2, EvaluationSet: 3}
+"""Tables that stand under names, and how many keys such a name ends."""
+
+
+class Recipe(_Table):
+    """Everything that defines a run."""
+
+    model: ModelTable
+    task: TaskConfig
+    data: DataConfig
+    partition: PartitionConfig
+    lora: dict[str, Any]
+    """Fields of PEFT's ``LoraConfig``."""
+    training: dict[str, Any] = Field(default_factory=dict)
+    """Fields of transformers' ``TrainingArguments`` for the local training of one round."""
+    federation: FederationTable = FederationTable()
+    evaluation: EvaluationTable = EvaluationTable()
+    clients: dict[str, ClientTable] = Field(default_factory=dict)
+    """By client: what it has otherwise than the others."""
+
+    @model_validator(mode="after")
+    def _scoring_has_a_dtype(self) -> Self:
+        """What is not said is what the model's weights are: a resolved recipe states it."""
+        if self.evaluation.dtype is None:
+            scoring = self.evaluation.model_copy(update={"dtype": self.model.dtype})
+            object.__setattr__(self, "evaluation", scoring)
+        return self
+
+    @property
+    def scoring_dtype(self) -> Width:
+        """In which products are computed when the model is scored."""
+        return self.evaluation.dtype or self.model.dtype
+
+    @property
+    def headline(self) -> str:
+        """The score that runs are compared by."""
+        return self.task.headline if self.evaluation.mean is None else MEAN
+
+    def scored(self, round_: int) -> bool:
+        """Whether a round ends with scores."""
+        return round_ % self.evaluation.every == 0 or round_ == self.federation.rounds
+
+    def of_set(self, name: str) -> Recipe:
+        """The recipe of one of ``[evaluation.sets]``, whose validation rows are that set.
+
+        Raises:
+            ValidationError: if its values are wrong.
+        """
+        table = self.evaluation.sets[name]
+        document = self.model_dump(mode="json", exclude_none=True)
+        data, task = document["data"], document["task"]
+        if "source" in table.data:  # another data set has its own configurations and revisions
+            data = {k: v for k, v in data.items() if k not in ("config", "revision")}
+        document["data"] = {**data, **table.data}
+        document["task"] = {**task, **table.task}
+        generation = table.task.get("generation")
+        if isinstance(generation, dict):
+            document["task"]["generation"] = {**task.get("generation", {}), **generation}
+        document["evaluation"]["sets"] = {}
+        document["evaluation"].pop("mean", None)
+        return Recipe.model_validate(document)
+
+    @property
+    def method(self) -> Method:
+        """How adapters are aggregated, with everything that ``[federation]`` says about it."""
+        table = self.federation
+        return with_options(
+            METHODS[table.method], table.next_adapter, table.remainder_rank, table.remainder_energy
+        )
+
+    @property
+    def participation(self) -> Participation:
+        """Who takes part in a round, and how much each one counts."""
+        table = self.federation
+        return Participation(
+            table.clients_per_round,
+            table.fraction,
+            table.min_updates,
+            table.deadline,
+            table.weighting,
+            table.weight_cap,
+            table.stale,
+        )
+
+    @property
+    def admission(self) -> Admission:
+        """Which clients may take part at all."""
+        return Admission(self.federation.allow, self.federation.exclude)
+
+    @property
+    def screening(self) -> Screening | None:
+        """The rule against bad updates, if there is one."""
+        table = self.federation
+        if table.robust is None:
+            return None
+        return Screening(table.robust, table.clip_norm, table.bad_share)
+
+    def to_toml(self) -> str:
+        """The resolved recipe: every value, defaults included."""
+        return tomlkit.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Every key in which ``other`` differs, as ``key: mine, not theirs``."""
+        mine, theirs = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
+        return [
+            f"{key}: {mine.get(key)!r} there, {theirs.get(key)!r} here"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
+        ]
+
+
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: a TOML file; ``task.chat_template`` may name a file, whose text takes its place.
+        overrides: ``table.key=value``, the value in TOML or else taken as text.
+        model: values of the model's table that go before those of the file, not of the overrides.
+
+    Raises:
+        RecipeError: if a file cannot be read or parsed; with all unknown keys (and the nearest
+            valid ones), missing keys and invalid values at once.
+    """
+    over = {"model": model} if model else {}
+    return parse_recipe(read_document(path, overrides, over), str(path))
+
+
+def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
+    """Check a recipe's content; ``name`` stands in messages.
+
+    Raises:
+        RecipeError: with every fault.
+    """
+    # PEFT and transformers take seconds to import, so only a command that runs a recipe does so.
+    from fedexlora.local.arguments import training_faults
+    from fedexlora.peft_bridge.load import lora_faults
+
+    faults: list[str] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        faults += [_describe(e["type"], e["loc"], e["msg"], e["input"]) for e in error.errors()]
+    for table, check in (("training", training_faults), ("lora", lora_faults)):
+        if isinstance(document.get(table), dict):
+            faults += check(document[table])
+    faults += method_faults(document.get("federation", {}))
+    if recipe is not None:
+        faults += table_faults(recipe) + (_set_faults(recipe) or mean_faults(recipe))
+        for client, own in recipe.clients.items():
+            faults += lora_faults({**recipe.lora, **own.lora}, f'clients."{client}".lora')
+    if faults or recipe is None:
+        raise RecipeError(f"recipe {name}: {len(faults)} fault(s)", faults)
+    return recipe
+
+
+def _set_faults(recipe: Recipe) -> list[str]:
+    faults = []
+    for name, table in recipe.evaluation.sets.items():
+        key = f"evaluation.sets.{name}"
+        faults += [
+            f"{key}.data.{x}: has no effect, nothing is trained on it"
+            for x in ("train", "max_train_rows")
+            if x in table.data
+        ]
+        if table.task.get("kind", recipe.task.kind) != recipe.task.kind:
+            faults.append(f"{key}.task.kind: the model is one for {recipe.task.kind}; leave it out")
+            continue
+        try:
+            recipe.of_set(name)
+        except ValidationError as error:
+            found = (_describe(e["type"], e["loc"], e["msg"], e["input"]) for e in error.errors())
+            faults += [f"{key}.{fault}" for fault in found]
+    return faults
+
+
+def _describe(kind: str, location: tuple[int | str, ...], message: str, found: object) -> str:
+    """One of pydantic's faults in our words: the recipe's own key, expected, found."""
+    keys, table = _resolve(location)
+    key = ".".join(keys)
+    if kind == "missing":
+        return f"{key}: missing"
+    if kind == "extra_forbidden":
+        known = list(table.model_fields) if table else []
+        near = difflib.get_close_matches(keys[-1], known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    text = message.removeprefix("Value error, ")
+    shown = "" if isinstance(found, dict) else f"; found {json.dumps(found, default=str)}"
+    return f"{key}: {text[0].lower()}{text[1:]}{shown}"
+
+
+def _resolve(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel] | None]:
+    """The recipe's key of a pydantic location, without union tags, and the table that holds it."""
+    keys: list[str] = []
+    table: type[BaseModel] | None = Recipe
+    tags: dict[str, type[BaseModel]] = {}
+    holder: type[BaseModel] | None = Recipe
+    for part in map(str, location):
+        if part in tags:
+            table, tags = tags[part], {}
+            continue
+        if table is None:
+            break  # below a plain value pydantic adds the kinds that it tried
+        keys.append(part)
+        holder = table
+        field = table.model_fields.get(part)
+        members = _tables(field.annotation) if field else []
+        if table in _NAMED and part not in table.model_fields and len(keys) == _NAMED[table]:
+            continue  # the name of a client or a set
+        tags = {str(m.model_fields["kind"].default): m for m in members if len(members) > 1}
+        table = members[0] if len(members) == 1 else (table if tags else None)
+    return keys, holder if not tags else None
+
+
+def _tables(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [table for part in get_args(annotation) for table in _tables(part)]
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

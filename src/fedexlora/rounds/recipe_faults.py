@@ -1,0 +1,115 @@
+"""What is wrong between the keys of a recipe whose tables are right, each by itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedexlora.methods import METHODS
+from fedexlora.methods.options import option_faults
+
+if TYPE_CHECKING:
+    from fedexlora.rounds.recipe import ClientTable, FederationTable, Recipe
+
+_CHOICES = ("next_adapter", "remainder_rank", "remainder_energy")
+_OF_ONE_CLIENT = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+def table_faults(recipe: Recipe) -> list[str]:
+    """Every fault between keys."""
+    faults = _participation_faults(recipe.federation) + _screening_faults(recipe)
+    faults += _scoring_faults(recipe) + _loss_faults(recipe)
+    for client, own in recipe.clients.items():
+        faults += _client_faults(f'clients."{client}"', own, recipe)
+    return faults
+
+
+def method_faults(table: object) -> list[str]:
+    """What is wrong with the method that an unchecked ``[federation]`` names, and its options."""
+    if not isinstance(table, dict):
+        return []
+    name = table.get("method", "fedex")
+    if not isinstance(name, str):
+        return []
+    if name not in METHODS:
+        known = ", ".join(METHODS)
+        return [f"federation.method: expected one of {known}; found {name!r}"]
+    chosen, rank, energy = (table.get(key) for key in _CHOICES)
+    return option_faults(METHODS[name], str(chosen or "mean"), rank, energy)
+
+
+def _participation_faults(table: FederationTable) -> list[str]:
+    faults = []
+    if table.clients_per_round is not None and table.fraction is not None:
+        faults.append("federation.fraction: give it or clients_per_round, not both")
+    if table.clients_per_round is not None and table.min_updates > table.clients_per_round:
+        faults.append(
+            f"federation.min_updates: {table.min_updates} cannot come from "
+            f"{table.clients_per_round} clients_per_round"
+        )
+    if table.stale == "accept":
+        if table.method != "fedex":
+            faults.append(f"federation.stale: {table.method} averages factors; use fedex")
+        if table.history == 0:
+            faults.append("federation.history: 0 keeps no version that a late update can be of")
+    if both := sorted(set(table.allow or ()) & set(table.exclude)):
+        faults.append(f"federation.exclude: {', '.join(both)} cannot be in federation.allow too")
+    if (table.weighting == "capped") != (table.weight_cap is not None):
+        faults.append("federation.weight_cap: needed by weighting = 'capped', and by no other")
+    return faults
+
+
+def _scoring_faults(recipe: Recipe) -> list[str]:
+    weights, scoring = recipe.model.dtype, recipe.scoring_dtype
+    if weights in ("float32", scoring):
+        return []
+    said = f"evaluation.dtype: {weights} weights cannot be multiplied in {scoring}"
+    return [f"{said}; leave it out, or set model.dtype = {scoring!r}"]
+
+
+def _loss_faults(recipe: Recipe) -> list[str]:
+    if recipe.task.kind != "regression" or not recipe.training.get("label_smoothing_factor"):
+        return []
+    return ["training.label_smoothing_factor: numbers are no classes to be smoothed over"]
+
+
+def _screening_faults(recipe: Recipe) -> list[str]:
+    table, faults = recipe.federation, []
+    rejects = table.robust in ("multi_krum", "trimmed_mean")
+    if table.clip_norm is not None and table.robust != "clip":
+        faults.append("federation.clip_norm: only with robust = 'clip'")
+    if rejects != (table.bad_share is not None):
+        faults.append(
+            "federation.bad_share: needed by robust = 'multi_krum' or 'trimmed_mean', "
+            "and by no other"
+        )
+    if table.robust in ("clip", "geometric_median") and table.next_adapter == "keep":
+        faults.append(
+            f"federation.robust: {table.robust} rejects nobody, and with next_adapter = 'keep' "
+            f"clients would continue from updates of any size; use multi_krum or trimmed_mean"
+        )
+    screening, most = recipe.screening, table.clients_per_round
+    if not faults and screening is not None and most is not None:
+        if short := screening.shortfall(most):
+            faults.append(f"federation.clients_per_round: {short}")
+        elif most - screening.bad(most) < table.min_updates:
+            faults.append(
+                f"federation.min_updates: {table.min_updates} cannot be left of {most} "
+                f"clients_per_round after {screening.bad(most)} are rejected"
+            )
+    return faults
+
+
+def _client_faults(key: str, table: ClientTable, recipe: Recipe) -> list[str]:
+    faults = [
+        f"{key}.lora.{name}: only a client's rank and scaling may differ "
+        f"({', '.join(_OF_ONE_CLIENT)}); the rest is [lora], for all"
+        for name in table.lora
+        if name not in _OF_ONE_CLIENT
+    ]
+    if recipe.federation.method != "fedex":
+        faults.append(
+            f"{key}.lora: {recipe.federation.method} averages factors of one rank; use fedex"
+        )
+    if recipe.lora.get("lora_bias"):
+        faults.append(f"{key}.lora: not together with lora.lora_bias, which the scaling multiplies")
+    return faults
