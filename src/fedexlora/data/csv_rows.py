@@ -128,7 +128,9 @@ def _check_lost_lines(path: Path, text: str, delimiter: str, records: _Records) 
     several = {first for first, _ in spans}
     pairs = zip(records.values, records.first, strict=True)
     whole = [(values, lines[first - 1]) for values, first in pairs if first not in several]
-    written = lines[0].startswith('"') or len(odd) < len(spans)
+    names = lines[0].rstrip("\r\n").split(delimiter)
+    quoted = any(len(name) > 1 and name[0] == name[-1] == '"' for name in names)
+    written = quoted or lines[0].startswith('"') or len(odd) < len(spans)
     quotes = written or any(delimiter in x for values, _ in whole for x in values)
     lone = any('"' in "".join(values) and '""' not in line for values, line in whole)
     if odd and (lone or not quotes):
