@@ -131,7 +131,7 @@ def serve(
         prepared.model.base_fingerprint,
         largest_update=max(map(largest_update, specs)),
         names=owners,
-        admission=recipe.admission,
+        access=recipe.access,
         in_order=settings.in_order,
     )
     observer.preparing(f"waiting for {settings.nodes} clients")

@@ -16,6 +16,7 @@ from fedexlora import __version__
 from fedexlora.errors import RunError
 from fedexlora.exchange.delivery import Delivery
 from fedexlora.exchange.node_faults import fault_text
+from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.untrusted import seconds
 from fedexlora.flower.announcement import announcing
 from fedexlora.flower.frames import (
@@ -28,7 +29,7 @@ from fedexlora.flower.frames import (
 )
 from fedexlora.flower.membership import Membership
 from fedexlora.flower.names import Names
-from fedexlora.rounds.participation import Admission
+from fedexlora.rounds.participation import AccessList
 from fedexlora.rounds.transport import ClientProgress, Reply
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class FlowerTransport:
         base: fingerprint of the server's base model.
         largest_update: the most bytes that an update of any client may have.
         names: which node has which name; by default as where nodes are not authenticated.
-        admission: whom the recipe admits; by default everybody.
+        access: whom the recipe admits; by default everybody.
         in_order: hand on the updates of a round in the order in which their clients were asked.
     """
 
@@ -92,7 +93,7 @@ class FlowerTransport:
         *,
         largest_update: int,
         names: Names | None = None,
-        admission: Admission | None = None,
+        access: AccessList | None = None,
         in_order: bool = False,
     ) -> None:
         self._grid = grid
@@ -100,7 +101,7 @@ class FlowerTransport:
         self._base = base
         self._in_order = in_order
         self._bounds = Bounds(parts={"update": largest_update})
-        self._members = Membership(self._greet, names or Names(), admission or Admission())
+        self._members = Membership(self._greet, names or Names(), access or AccessList())
         self._asked: dict[str, _Asked] = {}
         self._answers: list[Reply] = []
         self._order: list[str] = []
@@ -165,6 +166,9 @@ class FlowerTransport:
         else:
             rows = self._members.rows[client]
             self._asked[pushed] = _Asked(client, node, rows, round_, time.monotonic(), frame)
+
+    def restore(self, client: str, state: GlobalState) -> None:
+        """Nothing: what nodes hold is on their own disks."""
 
     def replies(
         self, round_: int, deadline: float | None, progress: ClientProgress
