@@ -149,8 +149,8 @@ def _rounds(
         check_finite(state, record)
         records = (*records, record)
         folder.save(Progress(state, records, holdings))
-        folder.clear_spool()
         observer.finished_round(record)
+    folder.clear_spool()
     with writing(folder.adapter), new_folder(folder.adapter) as path:
         written = save_global(model, state, path)
     worst = {"worst_module": written.module, "worst_error": written.error}
