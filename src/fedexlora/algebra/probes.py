@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from math import exp, sqrt
 from typing import NamedTuple
 
@@ -118,6 +119,7 @@ class Probes:
         return Norm(found / sqrt(PROBES), found / sqrt(PROBES * least_share(PROBES, CHANCE)))
 
 
+@cache
 def least_share(probes: int, chance: float) -> float:
     """The share of its mean that ``chi^2`` of so many probes falls below with a chance at most.
 
