@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from fedexlora.errors import RunError
+
 
 def replace_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Replace a file in one step: readers see the old or the new content, even after a crash.
@@ -67,6 +71,23 @@ def new_folder(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file or folder that cannot be written, as on a full disk.
+
+    Raises:
+        RunError: if the block fails for that reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"{path} cannot be written: {reason}",
+            ["--resume goes on after the last finished round"],
+        ) from error
 
 
 def _write(path: Path, content: bytes, *, sync: bool = True) -> None:

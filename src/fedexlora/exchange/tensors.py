@@ -7,6 +7,7 @@ thousands of files none is open, and nothing of them is in memory but the places
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -137,18 +138,24 @@ class TensorWriter:
         path: the file; replaced if it exists.
         names: the tensors that may be added.
         metadata: written to the header.
+        room: bytes that are kept free for metadata that is known at the end only.
 
     Raises:
         OSError: if the file cannot be written.
     """
 
     def __init__(
-        self, path: Path, names: Iterable[str], metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        names: Iterable[str],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        room: int = 0,
     ) -> None:
         self._header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
         entry = {"dtype": "BF16", "shape": [10**12] * 8, "data_offsets": [10**18, 10**18]}
         most = json.dumps({**self._header, **dict.fromkeys(names, entry)})
-        self._reserved = -(-len(most.encode()) // 8) * 8
+        self._reserved = -(-(len(most.encode()) + room) // 8) * 8
         self._offset = 0
         self._file = path.open("wb")
         self._file.seek(8 + self._reserved)
@@ -165,6 +172,22 @@ class TensorWriter:
         with self._file:
             if error is None:
                 self._close()
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Fill in the header, and force the file to the disk.
+
+        Args:
+            metadata: takes the place of what was given at the beginning.
+        """
+        self._header["__metadata__"] = dict(metadata)
+        with self._file:
+            self._close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def abandon(self) -> None:
+        """Close the file as it is: without a header, it is none."""
+        self._file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor."""
@@ -188,6 +211,8 @@ class TensorWriter:
 
     def _close(self) -> None:
         content = json.dumps(self._header).encode()
+        if len(content) > self._reserved:
+            raise AssertionError(f"a header of {len(content)} bytes in {self._reserved}")
         self._file.seek(0)
         self._file.write(self._reserved.to_bytes(8, "little"))
         self._file.write(content.ljust(self._reserved))

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
-from fedexlora.errors import ResumeError, RunError, VersionError
-from fedexlora.exchange.files import append_bytes, replace_bytes
+from fedexlora.errors import ResumeError, VersionError
+from fedexlora.exchange.files import append_bytes, replace_bytes, writing
 from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.exchange.state import GlobalState
@@ -279,23 +278,6 @@ class RunFolder:
             return tuple(RoundRecord.model_validate_json(line) for line in lines)
         except (ValueError, OSError) as error:
             raise ResumeError(f"{path} is damaged: {error}") from error
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name the file or folder that cannot be written, as on a full disk.
-
-    Raises:
-        RunError: if the block fails for that reason.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(
-            f"{path} cannot be written: {reason}",
-            ["--resume goes on after the last finished round"],
-        ) from error
 
 
 def _lines(records: Sequence[RoundRecord]) -> bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedexlora.errors import BridgeError, RecipeError, ResumeError
-from fedexlora.exchange.files import new_folder, replace_bytes
+from fedexlora.exchange.files import new_folder, replace_bytes, writing
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.local.arguments import training_arithmetic
@@ -24,7 +24,7 @@ from fedexlora.rounds.environment import (
     environment_changes,
     resumed_header,
 )
-from fedexlora.rounds.folder import Progress, RunFolder, writing
+from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.observer import Observer, RunInfo
 from fedexlora.rounds.preparation import Prepared
 from fedexlora.rounds.recipe import Recipe

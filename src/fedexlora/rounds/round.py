@@ -20,7 +20,7 @@ from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.admission import Admission, Intake, require_enough
 from fedexlora.rounds.certificate import Certificate, Forward, certify, enforce
 from fedexlora.rounds.common_update import CommonForm
-from fedexlora.rounds.folder import writing
+from fedexlora.exchange.files import writing
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.participation import AccessList, Participation
 from fedexlora.rounds.reduction import Counted, Reducer
