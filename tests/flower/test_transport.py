@@ -11,6 +11,7 @@ from flwr.app import Error
 
 from fedexlora.errors import RunError
 from fedexlora.exchange.node_faults import FAULT_TEXTS, NodeFault
+from fedexlora.flower import byte_arrays
 from fedexlora.flower import transport as module
 from fedexlora.flower.frames import Frame
 from fedexlora.flower.node import Node
@@ -76,8 +77,11 @@ def start(grid: FakeGrid, document: dict, out: Path, **changes):
 
 
 @pytest.mark.exactness
-def test_the_result_is_that_of_one_process_to_the_bit(document, sessions, homes, tmp_path, whole):
-    """Also where it is resumed by another server, with nodes that were started anew."""
+def test_the_result_is_that_of_one_process_to_the_bit(
+    document, sessions, homes, tmp_path, whole, monkeypatch
+):
+    """Also in many pieces, and where another server resumes it with nodes that started anew."""
+    monkeypatch.setattr(byte_arrays, "PIECE", 1000)
     grid = grid_of(sessions)
     grid.keys = {7 + i: name.encode() for i, name in enumerate(CLIENTS)}
     document["federation"]["rounds"] = 2
