@@ -96,6 +96,8 @@ class FlowerTransport:
         access: AccessList | None = None,
         in_order: bool = False,
     ) -> None:
+        self.run = ""
+        """The run's id, once its folder has one: requests to train carry it."""
         self._grid = grid
         self._recipe = recipe
         self._base = base
@@ -152,7 +154,8 @@ class FlowerTransport:
         parts = {"message": delivery.message}
         if delivery.own is not None:
             parts["own"] = delivery.own
-        frame = self._frame("train", {"round": round_, **announcing(delivery)}, parts)
+        more = {"run": self.run, "round": round_, **announcing(delivery)}
+        frame = self._frame("train", more, parts)
         self._round = round_
         if client not in self._order:
             self._order.append(client)
@@ -235,8 +238,9 @@ class FlowerTransport:
         greetings = self._members.greetings
         batches = [greetings[i : i + _GREETINGS] for i in range(0, len(greetings), _GREETINGS)]
         for batch in [*batches, *([key] for key in list(self._asked))]:
-            for message in self._grid.pull_messages(batch):
-                self._hear(message)
+            messages = list(self._grid.pull_messages(batch))
+            while messages:
+                self._hear(messages.pop(0))  # what Flower made of it is gone before it is used
                 yield
         old = time.monotonic() - _TTL_SECONDS
         for key in [key for key, asked in self._asked.items() if asked.at < old]:
