@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fedexlora.rounds.recipe import parse_recipe
+from tests.rounds.conftest import recipe_document, save_rows
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -38,3 +41,17 @@ def test_the_servers_benchmark_has_all_its_tables(server):
     assert [column.header for column in step.columns[:3]] == ["module", "K", "r"]
     assert "recipe / ours" in [column.header for column in step.columns]
     assert [step.row_count, cut.row_count, peaks.row_count] == [2, 1, 5]
+
+
+def test_the_profile_of_local_training_adds_up(bert, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    profile = importlib.import_module("local_training")
+    document = recipe_document(bert, save_rows(tmp_path))
+    document["partition"] = {"kind": "iid", "clients": 1}
+    found = profile.measure(parse_recipe(document, "profile"), turns=1)
+    assert found["rows"] == 36
+    assert found["share"] > 0
+    for ms in found["ms_a_step"].values():
+        assert min(ms["forward"], ms["backward"], ms["optimizer"], ms["batches"]) > 0
+        assert sum(ms.values()) == pytest.approx(2 * ms["all"])
+    assert profile.table(found).row_count == len(found["ms_a_step"]["ours"])
