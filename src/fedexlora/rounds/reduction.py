@@ -35,6 +35,7 @@ from fedexlora.algebra.probes import Norm, Probes
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.step import PIECE, Step
+from fedexlora.exchange.step_writer import StepBuilder, StepSink
 from fedexlora.exchange.version import Adapter
 from fedexlora.local.seeds import derive_seed
 from fedexlora.methods import Method
@@ -111,34 +112,35 @@ class Reducer:
     _drawn: dict[int, Adapter] = field(default_factory=dict)
 
     def reduce(
-        self, updates: Sequence[Counted], progress: Callable[[int, int], None] | None = None
+        self,
+        updates: Sequence[Counted],
+        sink: StepSink,
+        held: Mapping[str, int | None] | None = None,
     ) -> Reduction:
         """The step to the next version, and what was measured of it.
 
         Args:
             updates: at least one, in the order in which they are added up.
-            progress: told of modules done and in all.
+            sink: takes in the step while it is made.
+            held: by client whose holding the round changed, the version; None for nothing.
         """
         before, spec = self.form.before, self.form.spec
         weight = sum(x.weight for x in updates) + self.stay
-        adapter: dict[str, Factors] = {}
-        pieces: dict[str, LowRank] = {}
         figures: dict[str, ModuleFigures] = {}
         drawn: dict[str, dict[str, Factors]] = {client: {} for client in self.form.specs}
-        for done, name in enumerate(spec.modules, 1):
+        for name in spec.modules:
             made = self._module(name, updates, weight)
-            adapter[name], pieces[name], figures[name] = made.adapter, made.piece, made.figures
+            sink.add(name, made.adapter, made.piece)
+            figures[name] = made.figures
             for client, pair in made.own.items():
                 drawn[client][name] = pair
-            if progress:
-                progress(done, len(spec.modules))
         means = {name: self._mean(name, updates, weight) for name in before.dense}
         heads = {name: mean.to(before.dense[name].dtype) for name, mean in means.items()}
         rounding = {n: (_off(heads[n], mean), _size(mean)) for n, mean in means.items()}
         own: Mapping[str, Adapter] = drawn
         if self.method.own_adapters:
             own = {**before.own, **{x.update.client: self.form.sent(x.update) for x in updates}}
-        step = before.step(adapter, self.method.trained, pieces, heads, own)
+        step = sink.finish(heads, *before.changed(own), held or {})
         return Reduction(step, figures, rounding, weight)
 
     def _module(self, name: str, updates: Sequence[Counted], weight: float) -> _Made:
@@ -238,6 +240,11 @@ class Reducer:
 
     def _common(self, name: str) -> Factors:
         return self.form.before.adapter[name].padded(self.form.rank(name))
+
+
+def step_in_memory(before: GlobalState, method: Method) -> StepBuilder:
+    """What takes in a step that is small enough to be held."""
+    return StepBuilder(before.version + 1, before.id, method.trained)
 
 
 def drift(before: GlobalState, step: Step, after: GlobalState, module: str) -> Norm:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from fedexlora.exchange.files import writing
 from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import BytesRecord, RoundRecord
 from fedexlora.exchange.spec import AdapterSpec
@@ -20,10 +21,9 @@ from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.admission import Admission, Intake, require_enough
 from fedexlora.rounds.certificate import Certificate, Forward, certify, enforce
 from fedexlora.rounds.common_update import CommonForm
-from fedexlora.exchange.files import writing
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.participation import AccessList, Participation
-from fedexlora.rounds.reduction import Counted, Reducer
+from fedexlora.rounds.reduction import Counted, Reducer, step_in_memory
 from fedexlora.rounds.screening import Screening, screen, strained
 from fedexlora.rounds.spool import Spool, SpooledUpdate
 from fedexlora.rounds.transport import Transport
@@ -98,7 +98,8 @@ def run_round(
     with clock.phase("aggregate"):  # step 4: next adapter and remainder, module by module
         fresh = partial(model.fresh, seed=derive_seed(federation.seed, round_, ""))
         reducer = Reducer(form, federation.method, fresh, federation.seed, intake.stay)
-        reduction = reducer.reduce([Counted(x, x.weight) for x in intake.updates])
+        counted = [Counted(x, x.weight) for x in intake.updates]
+        reduction = reducer.reduce(counted, step_in_memory(before, federation.method))
         federation.keep(intake.updates)
     with clock.phase("apply"):  # step 6
         state = before.advance([reduction.step])
