@@ -31,9 +31,9 @@ from rich.table import Table
 from transformers import PrinterCallback, Trainer, logging
 from transformers.trainer_callback import CallbackHandler
 
+from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.state import GlobalState
 from fedexlora.local.arguments import arguments
-from fedexlora.local.seeds import derive_seed
 from fedexlora.local.trainer import LocalTrainer
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare

@@ -27,9 +27,9 @@ from fedexlora.algebra.lowrank import LowRank
 from fedexlora.algebra.probes import Norm, Probes
 from fedexlora.errors import ExactnessError
 from fedexlora.exchange.records import CertificateRecord, ModuleRecord, OwnRecord
+from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
-from fedexlora.local.seeds import derive_seed
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.forward import Kept, measure_kept, multiplied_image
 from fedexlora.peft_bridge.model import AdaptedModel

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedexlora.local.seeds import derive_seed
+from fedexlora.exchange.seeds import derive_seed
 
 Weighting = Literal["examples", "uniform", "capped"]
 Stale = Literal["refuse", "accept"]

@@ -32,12 +32,12 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.algebra.moments import Moments
 from fedexlora.algebra.probes import Norm, Probes
+from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.step import PIECE, Step
 from fedexlora.exchange.step_writer import StepBuilder, StepSink
 from fedexlora.exchange.version import Adapter
-from fedexlora.local.seeds import derive_seed
 from fedexlora.methods import Method
 from fedexlora.rounds.common_update import CommonForm, CommonUpdate
 
@@ -148,14 +148,16 @@ class Reducer:
         moments = Moments.over(self._clients(name, updates))
         wide = self.method.assignment(moments, self._holder(None, self.form.spec, name))
         adapter = wide.to(self.form.spec.modules[name].dtype)
-        kept, lacks = self.method.remainder(assignment.remainder(moments, wide))
+        remainder = assignment.remainder(moments, wide)
+        kept, lacks = self.method.remainder(remainder)
         piece = self._with_offsets(name, kept, updates, weight).to(PIECE)
         own = {} if self.method.own_adapters else self._own(name, moments)
-        error, ideal = self._held(name, updates, weight, adapter, piece)
-        truncated = lacks if self.method.truncates else 0.0
-        return _Made(
-            adapter, piece, own, ModuleFigures(error, ideal, deviation(moments), truncated)
-        )
+        truncated = (remainder, kept) if self.method.truncates else None
+        error, ideal = self._held(name, updates, weight, (adapter, piece), truncated)
+        if truncated is None:
+            lacks = 0.0
+        error = Norm(error.value, error.bound + lacks)
+        return _Made(adapter, piece, own, ModuleFigures(error, ideal, deviation(moments), lacks))
 
     def _clients(self, name: str, updates: Sequence[Counted]) -> Iterator[tuple[Factors, float]]:
         """Factors and weights, one after the other; the version itself first, if it counts."""
@@ -184,10 +186,22 @@ class Reducer:
         name: str,
         updates: Sequence[Counted],
         weight: float,
-        adapter: Factors,
-        piece: LowRank,
+        sent: tuple[Factors, LowRank],
+        truncated: tuple[LowRank, LowRank] | None,
     ) -> tuple[Norm, float]:
-        """The error of what is sent against the ideal, and the norm of the ideal."""
+        """The error of what is sent against the ideal, and the norm of the ideal.
+
+        The bound is that of everything but what is left out on purpose, whose norm is known and
+        which random probes could only estimate.
+
+        Args:
+            name: the module.
+            updates: of the round.
+            weight: of all that count.
+            sent: adapter and piece.
+            truncated: the remainder and what is kept of it, if less is.
+        """
+        adapter, piece = sent
         shape, before = piece.shape, self.form.before
         probes = Probes.of(shape, derive_seed(self.seed, before.version + 1, name))
         mean = probes.zeros(shape)
@@ -198,11 +212,15 @@ class Reducer:
             if start is not None:
                 probes.add(mean, before.adapter[name], counted.weight / weight)
                 probes.add(mean, start, -counted.weight / weight)
-        sent = probes.add(probes.zeros(shape), adapter)
-        error = probes.norm(probes.add(sent, piece.value).sub_(mean))
+        error = probes.add(probes.zeros(shape), adapter)
+        found = probes.norm(probes.add(error, piece.value).sub_(mean))
+        if truncated is not None:
+            whole, kept = truncated
+            probes.add(probes.add(error, whole.value), kept.value, -1.0)
+            found = Norm(found.value, probes.norm(error).bound)
         if name in before.total:
             probes.add(mean, before.total[name].value)
-        return error, probes.norm(mean).value
+        return found, probes.norm(mean).value
 
     def _mean(self, name: str, updates: Sequence[Counted], weight: float) -> Tensor:
         """The mean of a head or bias, float64."""

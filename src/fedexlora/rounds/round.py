@@ -12,9 +12,9 @@ from pathlib import Path
 from fedexlora.exchange.files import writing
 from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import BytesRecord, RoundRecord
+from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
-from fedexlora.local.seeds import derive_seed
 from fedexlora.methods import Method
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.model import AdaptedModel
