@@ -263,6 +263,7 @@ def test_a_node_is_killed_and_comes_back_two_rounds_later(tmp_path, moment):
     assert all(everyone - found <= {lost} for found in there)
     assert lost not in there[1] or moment == "trained"
     assert lost not in there[2]
+    deployment.check_one_snapshot()
     held = [deployment.held(f"node-{i}") for i in range(1, 5)]
     assert held[0].version == 7
     assert len({state.id for state in held}) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import random
@@ -27,7 +28,7 @@ from fedexlora.flower import answer_file, apps, permission, session, worker
 from fedexlora.flower.announcement import announcing
 from fedexlora.flower.fault_frames import LogFormatter
 from fedexlora.flower.frames import PROTOCOL, Frame, from_records, to_records
-from fedexlora.flower.worker import Desk
+from fedexlora.flower.worker import Desk, ask_worker
 from fedexlora.local.trainer import LocalTrainer
 
 CANARIES = random.Random(16)
@@ -334,6 +335,23 @@ def test_a_worker_killed_before_its_answer_is_taken_answers_without_training(
     assert again.answer(Frame(training.header, {"message": b"packed anew"})) == answer
     assert trained == [1]
     assert again._session._trainer is None
+
+
+def test_an_answer_whose_worker_goes_before_it_has_sent_it_is_sent_without_training(
+    alone, training, trained, monkeypatch
+):
+    def lost(connection: object) -> Frame:
+        Desk(alone.config).answer(training)
+        raise EOFError
+
+    monkeypatch.setattr(worker, "_connected", lambda path, node: io.BytesIO())
+    monkeypatch.setattr(worker, "send", lambda connection, frame: None)
+    monkeypatch.setattr(worker, "receive", lost)
+    answer = ask_worker(alone.config, training)
+    assert answer == Desk(alone.config).answer(training)
+    assert trained == [1]
+    with pytest.raises(NodeError, match="the worker has gone"):
+        ask_worker(alone.config, Frame({**training.header, "round": 2}, training.parts))
 
 
 @pytest.mark.parametrize("change", ["round", "run", "learning rate", "configuration"])

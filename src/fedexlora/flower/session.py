@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,13 +39,13 @@ class Session:
 
     Args:
         node: the client's own configuration.
-        stored: where the version that it holds is kept; its last answer is in a file beside it.
+        stored: where the version that it holds is kept.
     """
 
     def __init__(self, node: Node, stored: Path) -> None:
         self.node = node
         self._stored = stored
-        self._last_answer = AnswerFile(stored.with_name("answer"))
+        self._last_answer = AnswerFile(node)
         self._recipe: Mapping[str, Any] | None = None
         self._trainer: LocalTrainer | None = None
         self._held = _read(stored)
@@ -76,24 +75,13 @@ class Session:
 
         Also where the worker was killed in between, or the server.
         """
-        request = self._key(frame)
-        if (known := self._last_answer.read(request)) is not None:
+        if (known := self._last_answer.read(frame)) is not None:
             _log.info("round %s: answered as before", short(frame.header.get("round")))
             return known
         answer = self._trained(frame)
         if answer.parts:
-            self._last_answer.write(request, answer)
+            self._last_answer.write(frame, answer)
         return answer
-
-    def _key(self, frame: Frame) -> str:
-        """What tells a request from others: all that its answer is made of.
-
-        That is its header, with recipe, run, round and the id of the version; the parts lead to
-        that version, but a server that was resumed may pack them in other bytes. And the node's
-        configuration: what it allowed then it may not allow now.
-        """
-        said = f"{Frame(frame.header).digest()} {self.node.model_dump_json()}"
-        return hashlib.sha256(said.encode()).hexdigest()
 
     def _trained(self, frame: Frame) -> Frame:
         trainer, client = self._ready(frame.header), self.node.client
