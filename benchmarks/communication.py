@@ -112,8 +112,9 @@ def our_numbers(sizes: Shapes, method: Method) -> tuple[list[int], list[int]]:
             update = decode_update(message, spec, round_, str(client))
             sums.add(update, 1.0)
         up.append(numel(update.tensors))
-        reached = sums.aggregate(method, lambda _, now=state: now.adapter)
-        state, history = reached.state, history.after(reached.step, reached.state)
+        sink = history.store.sink(state, method.trained)
+        reached = sums.aggregate(method, lambda _, now=state: now.adapter, sink)
+        state, history = reached.state, history.after(reached.step)
     return up, down
 
 

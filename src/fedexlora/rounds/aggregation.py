@@ -30,6 +30,7 @@ from fedexlora.algebra.moments import Moments
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.step import Step
+from fedexlora.exchange.step_writer import StepBuilder, StepSink
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import Method
 from fedexlora.rounds.screening import MOST_STRAIN
@@ -138,25 +139,37 @@ class RoundSums:
         for name, total in self._dense.items():
             total.add_(self._state.dense[name].double(), alpha=weight)
 
-    def aggregate(self, method: Method, fresh: FreshFactors) -> Aggregate:
-        """The next version by ``method``, and the piece of remainder that leads to it."""
+    def aggregate(
+        self,
+        method: Method,
+        fresh: FreshFactors,
+        sink: StepSink | None = None,
+        held: Mapping[str, int | None] | None = None,
+    ) -> Aggregate:
+        """The next version by ``method``, and the step that leads to it.
+
+        Args:
+            method: what makes the next adapter and the remainder.
+            fresh: draws new factors.
+            sink: takes in the step; in memory if there is none.
+            held: what the round changed of what clients hold, for the step's file.
+        """
         fresh = _once(fresh)
-        adapter: dict[str, Factors] = {}
-        pieces: dict[str, LowRank] = {}
+        sink = sink or StepBuilder(self._state.version + 1, self._state.id, method.trained)
         truncated: dict[str, float] = {}
         for name, moments in self._moments.items():
             holder = self._holder(None, self._spec, name, fresh)
             wide = method.assignment(moments, holder)
-            adapter[name] = wide.to(self._spec.modules[name].dtype)
+            adapter = wide.to(self._spec.modules[name].dtype)
             kept, lacks = method.remainder(assignment.remainder(moments, wide))
             truncated[name] = lacks if method.truncates else 0.0
-            pieces[name] = self._with_offset(name, kept)
+            sink.add(name, adapter, self._with_offset(name, kept))
         dense = {
             name: mean.to(self._state.dense[name].dtype)
             for name, mean in self.dense_ideal().items()
         }
         own = self._own_adapters(method, fresh)
-        step = self._state.step(adapter, method.trained, pieces, dense, own)
+        step = sink.finish(dense, *self._state.changed(own), held or {})
         return Aggregate(self._state.advance([step]), step, truncated)
 
     def ideal(self, module: str) -> LowRank:

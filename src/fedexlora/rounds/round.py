@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,6 +12,7 @@ from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import BytesRecord, RoundRecord
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.step_writer import StepSink
 from fedexlora.local.seeds import derive_seed
 from fedexlora.methods import Method
 from fedexlora.peft_bridge.arithmetic import Arithmetic
@@ -98,8 +99,10 @@ def run_round(
     with clock.phase("aggregate"):
         seed = derive_seed(federation.seed, round_, "")
         fresh = partial(federation.model.fresh, seed=seed)
-        # step 4: next adapter and remainder
-        aggregate = got.sums.aggregate(federation.method, fresh)
+        held = holdings.changes(before.version, got.landed, got.lost)
+        with closing(_sink(federation, before, holdings, got, held)) as sink:
+            # step 4: next adapter and remainder
+            aggregate = got.sums.aggregate(federation.method, fresh, sink, held)
     with clock.phase("apply"):
         federation.model.apply(aggregate.state)
     with clock.phase("certify"):
@@ -113,9 +116,23 @@ def run_round(
         if federation.scored is None or federation.scored(round_):
             federation.observer.phase(round_, "evaluate")
             metrics = federation.evaluate()  # step 7
-    after = holdings.after(aggregate.step, aggregate.state, got.landed, got.lost)
+    after = holdings.after(aggregate.step, held)
     record = _record(federation, round_, got, certificate, metrics, clock.seconds)
     return aggregate.state, after, record  # step 8, storing it, is the run's
+
+
+def _sink(
+    federation: Federation,
+    before: GlobalState,
+    holdings: Holdings,
+    got: Collected,
+    held: Mapping[str, int | None],
+) -> StepSink:
+    """What takes in the round's step."""
+    owners = set(before.own) | set(federation.specs)
+    if federation.method.own_adapters:
+        owners.update(record.client for record in got.accepted)
+    return holdings.history.store.sink(before, federation.method.trained, owners, held)
 
 
 def _record(
