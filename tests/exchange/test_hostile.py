@@ -74,7 +74,13 @@ class Target:
 
 
 def record(round_: int) -> RoundRecord:
-    certificate = {"placement": "fold", "error": 0.0, "allowed": 1e-6, "truncated": 0.0}
+    certificate = {
+        "placement": "fold",
+        "error": 0.0,
+        "bound": 0.0,
+        "allowed": 1e-6,
+        "truncated": 0.0,
+    }
     certificate |= {"worst_module": "layer.q", "worst_error": 0.0, "dense_error": 0.0}
     certificate |= {"forward": 0.0, "worst_forward_module": "layer.q", "worst_forward": 0.0}
     certificate |= {"kept": None, "kept_error": None}

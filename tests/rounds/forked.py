@@ -24,9 +24,9 @@ from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds import loop
 from fedexlora.rounds import round as round_module
 from fedexlora.rounds import run as run_module
-from fedexlora.rounds.aggregation import RoundSums
-from fedexlora.rounds.collect import Collector
+from fedexlora.rounds.admission import Admission
 from fedexlora.rounds.preparation import Prepared
+from fedexlora.rounds.reduction import Reducer
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -92,11 +92,11 @@ class Moments:
         """Every write, also in its midst, every change of a folder, every step of a round."""
         written = files._write
 
-        def halves(path: Path, content: bytes) -> None:
+        def halves(path: Path, content: bytes, *, sync: bool = True) -> None:
             self.pass_by()
             path.write_bytes(content[: len(content) // 2])
             self.pass_by()
-            written(path, content)
+            written(path, content, sync=sync)
 
         appended = files._append
 
@@ -114,8 +114,8 @@ class Moments:
             *((Path, name) for name in ("replace", "unlink", "mkdir")),
             (shutil, "rmtree"),
             (round_module, "certify"),
-            *((Collector, name) for name in ("ask", "receive", "_checked")),
-            (RoundSums, "aggregate"),
+            *((Admission, name) for name in ("draw", "ask", "receive", "_hear")),
+            (Reducer, "reduce"),
             (AdaptedModel, "apply"),
             *((loop, name) for name in ("run_round", "save_global", "save_factors")),
         ):
@@ -128,11 +128,11 @@ class FullDisk(Moments):
     def watch(self) -> None:
         written = files._write
 
-        def write(path: Path, content: bytes) -> None:
+        def write(path: Path, content: bytes, *, sync: bool = True) -> None:
             if self.reached() or self.count > self.last > 0:
                 path.write_bytes(content[: len(content) // 2])
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            written(path, content)
+            written(path, content, sync=sync)
 
         appended = files._append
 

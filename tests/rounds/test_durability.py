@@ -240,7 +240,7 @@ def test_a_full_disk_ends_the_command_with_code_1_and_no_traceback(small, tmp_pa
         FullDisk(6).watch()
         done = fedexlora("run", path, "--out", tmp_path / "run")
         assert done.returncode == 1
-        assert "step-0001.safetensors.tmp cannot be written: No space left" in done.stderr
+        assert "spool cannot be written: No space left" in done.stderr
         assert "Traceback" not in done.stderr
 
     assert forked(command) == 0

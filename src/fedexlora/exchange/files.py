@@ -13,20 +13,27 @@ from safetensors import SafetensorError
 from fedexlora.errors import RunError
 
 
-def replace_bytes(path: Path, content: bytes) -> None:
+def replace_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Replace a file in one step: readers see the old or the new content, even after a crash.
+
+    Args:
+        path: the file.
+        content: the new content.
+        sync: force it to the disk. Without, it survives the process that wrote it; a power failure
+            may leave it empty or cut off, and its reader has to find out.
 
     Raises:
         OSError: if it cannot be written, as on a full disk; nothing is left beside it.
     """
     temporary = beside(path)
     try:
-        _write(temporary, content)
+        _write(temporary, content, sync=sync)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    if sync:
+        _sync_folder(path.parent)
 
 
 def beside(path: Path) -> Path:
@@ -98,12 +105,13 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file and force it to the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def _append(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from fedexlora.exchange.state import GlobalState, state_from, state_tensors
 from fedexlora.exchange.untrusted import number, short
 from fedexlora.exchange.wire import pack
 from fedexlora.flower.announcement import announced
+from fedexlora.flower.answer_file import AnswerFile
 from fedexlora.flower.fault_frames import fault_frame
 from fedexlora.flower.frames import PROTOCOL, Frame
 from fedexlora.flower.node import Node
@@ -38,16 +40,16 @@ class Session:
 
     Args:
         node: the client's own configuration.
-        stored: where the version that it holds is kept.
+        stored: where the version that it holds is kept; its last answer is in a file beside it.
     """
 
     def __init__(self, node: Node, stored: Path) -> None:
         self.node = node
         self._stored = stored
+        self._last_answer = AnswerFile(stored.with_name("answer"))
         self._recipe: Mapping[str, Any] | None = None
         self._trainer: LocalTrainer | None = None
         self._held = _read(stored)
-        self._answered: tuple[str, Frame] | None = None
 
     def answer(self, frame: Frame) -> Frame:
         """The reply to one of the server's requests; it never raises, and says faults as codes."""
@@ -70,12 +72,28 @@ class Session:
         return Frame({"client": client, "rows": rows})
 
     def _train(self, frame: Frame) -> Frame:
-        """Train and send; a request that comes again gets the same answer again."""
-        asked = frame.digest()
-        if self._answered is None or self._answered[0] != asked:
-            self._answered = None
-            self._answered = asked, self._trained(frame)
-        return self._answered[1]
+        """Train and send; a request that comes again gets the same answer again.
+
+        Also where the worker was killed in between, or the server.
+        """
+        request = self._key(frame)
+        if (known := self._last_answer.read(request)) is not None:
+            _log.info("round %s: answered as before", short(frame.header.get("round")))
+            return known
+        answer = self._trained(frame)
+        if answer.parts:
+            self._last_answer.write(request, answer)
+        return answer
+
+    def _key(self, frame: Frame) -> str:
+        """What tells a request from others: all that its answer is made of.
+
+        That is its header, with recipe, run, round and the id of the version; the parts lead to
+        that version, but a server that was resumed may pack them in other bytes. And the node's
+        configuration: what it allowed then it may not allow now.
+        """
+        said = f"{Frame(frame.header).digest()} {self.node.model_dump_json()}"
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def _trained(self, frame: Frame) -> Frame:
         trainer, client = self._ready(frame.header), self.node.client

@@ -3,6 +3,7 @@
 recipe.toml     the resolved recipe        run.json      versions, data, score before round 1
 rounds.jsonl    one record a round         versions/     the steps of the global model
 adapter/        the final global model     updates/      with --keep-updates, what clients sent
+spool/          what clients have sent in the round that is open
 clients.jsonl   over Flower, the key that each client's name belongs to
 adapter.json    its worst module, read back from its files
 """
@@ -10,6 +11,7 @@ adapter.json    its worst module, read back from its files
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -61,6 +63,15 @@ class RunFolder:
     def adapter(self) -> Path:
         """The final global model as a PEFT adapter."""
         return self.path / "adapter"
+
+    @property
+    def spool(self) -> Path:
+        """The updates of the round that is open."""
+        return self.path / "spool"
+
+    def clear_spool(self) -> None:
+        """Remove the updates of a round that is over."""
+        shutil.rmtree(self.spool, ignore_errors=True)
 
     def round_updates(self, round_: int) -> Path:
         """What clients sent in one round: a PEFT adapter each."""

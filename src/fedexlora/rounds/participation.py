@@ -15,7 +15,7 @@ Stale = Literal["refuse", "accept"]
 
 
 @dataclass(frozen=True, slots=True)
-class Admission:
+class AccessList:
     """Which clients may take part in a run at all; everybody, by default."""
 
     allow: tuple[str, ...] | None = None
