@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test slow exactness results results-smoke check lint types format clean
+.PHONY: quickstart test slow exactness results results-smoke bench-server check lint types format clean
 
 quickstart: $(VENV)/.quickstart  ## Federated fine-tuning of a real model on real text, in minutes
 	$(BIN)/python examples/stdlib_docstrings.py data/docstrings
@@ -29,6 +29,10 @@ results: $(VENV)/.java-metrics  ## The tables of docs/results.md, from nothing: 
 
 results-smoke: $(VENV)/.java-metrics  ## One row of each of those tables, in minutes
 	$(BIN)/python -m benchmarks.results --smoke
+
+bench-server: $(VENV)/.dev  ## A server's work on a round beside the official recipe: ten minutes
+	mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/server.py --json runs/bench-server.json
 
 check: lint types test  ## Everything that CI checks
 

@@ -14,7 +14,7 @@ from fedexlora.exchange.state import GlobalState, state_tensors
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import METHODS
 from fedexlora.rounds.common_update import CommonForm, HeldUpdate
-from fedexlora.rounds.reduction import Counted, Reducer
+from fedexlora.rounds.reduction import Counted, Reducer, step_in_memory
 from fedexlora.rounds.survey import gram_of, strains_of
 
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 5.0}
@@ -67,7 +67,8 @@ def test_sums_write_nothing_that_they_are_given(method, form):
     ]
     weights = list(WEIGHTS.values())
     reducer = Reducer(form, chosen, lambda spec: now.adapter, stay=0.5)
-    reducer.reduce([Counted(u, w) for u, w in zip(common, weights, strict=True)])
+    counted = [Counted(u, w) for u, w in zip(common, weights, strict=True)]
+    reducer.reduce(counted, step_in_memory(now, chosen))
     gram_of(common, now, spec)
     strains_of(common, weights, 0.5, now, spec)
     assert all(torch.equal(x, copy) and x._version == version for x, copy, version in before)
@@ -87,7 +88,9 @@ def test_a_late_head_counts_by_its_change_since_the_version_that_it_started_from
         Counted(HeldUpdate.of(update, form, then), 2.0),
         Counted(HeldUpdate.of(replace(update, client="b"), form), 6.0),
     ]
-    made = Reducer(form, METHODS["fedex"], lambda spec: now.adapter).reduce(counted)
+    made = Reducer(form, METHODS["fedex"], lambda spec: now.adapter).reduce(
+        counted, step_in_memory(now, METHODS["fedex"])
+    )
     change = 1.0 - then.dense["head"]
     wanted = (2.0 * (now.dense["head"] + change) + 6.0) / 8.0
     torch.testing.assert_close(made.step.dense["head"], wanted, rtol=1e-14, atol=0.0)

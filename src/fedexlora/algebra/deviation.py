@@ -31,7 +31,18 @@ class Deviation:
 
 
 def deviation(moments: Moments) -> Deviation:
-    """The deviation of averaging, for the clients in ``moments``."""
+    """The deviation of averaging, for the clients in ``moments``.
+
+    >>> import torch
+    >>> from fedexlora.algebra.factors import Factors
+    >>> one = Factors(torch.ones(1, 3), torch.ones(2, 1))
+    >>> alike = Moments.of(one, 1.0).add(one, 1.0)
+    >>> deviation(alike).relative
+    0.0
+    >>> opposite = Moments.of(one, 1.0).add(Factors(-one.A, -one.B), 1.0)  # the same product
+    >>> deviation(opposite).relative
+    1.0
+    """
     residual = moments.residual()
     r2 = residual.squared_norm()
     m2 = squared_norm(moments.mean) + 2.0 * residual.inner(moments.mean) + r2
@@ -39,7 +50,11 @@ def deviation(moments: Moments) -> Deviation:
 
 
 def ratio(part: float, whole: float) -> float:
-    """``part / whole``, where nothing over nothing is 0 and something over nothing is infinite."""
+    """``part / whole``, where nothing over nothing is 0 and something over nothing is infinite.
+
+    >>> ratio(1.0, 4.0), ratio(0.0, 0.0), ratio(1.0, 0.0)
+    (0.25, 0.0, inf)
+    """
     if whole == 0.0:
         return 0.0 if part == 0.0 else float("inf")
     return part / whole

@@ -18,6 +18,13 @@ class Factors:
 
     Raises:
         ValueError: if the two are not matrices with the same rank, dtype and device.
+
+    >>> pair = Factors(A=torch.tensor([[1.0, 2.0, 3.0]]), B=torch.tensor([[1.0], [2.0]]))
+    >>> pair.rank, pair.shape
+    (1, (2, 3))
+    >>> pair.product()
+    tensor([[1., 2., 3.],
+            [2., 4., 6.]])
     """
 
     A: Tensor
@@ -97,7 +104,11 @@ class Sizes(NamedTuple):
 
 
 def sizes(x: Factors) -> Sizes:
-    """Norms of both factors, from their rank by rank Gram matrices."""
+    """Norms of both factors, from their rank by rank Gram matrices.
+
+    >>> sizes(Factors(A=torch.diag(torch.tensor([3.0, 4.0])), B=torch.eye(2))).A
+    5.0
+    """
     a, b = x.A.double(), x.B.double()
     found = [torch.linalg.eigvalsh(gram).clamp(min=0.0) for gram in (a @ a.T, b.T @ b)]
     whole = [float(values.sum().sqrt()) for values in found]
@@ -109,13 +120,21 @@ def inner(x: Factors, y: Factors) -> float:
     """Frobenius inner product of ``x.B @ x.A`` and ``y.B @ y.A``, in float64.
 
     ``<B A, D C> = sum((B^T D) * (A C^T))``: two Gram matrices of size rank by rank.
+
+    >>> x, y = (Factors(torch.full((1, 3), value), torch.ones(2, 1)) for value in (2.0, 5.0))
+    >>> inner(x, y), float((x.product() * y.product()).sum())
+    (60.0, 60.0)
     """
     xd, yd = x.to(torch.float64), y.to(torch.float64)
     return float(((xd.B.T @ yd.B) * (xd.A @ yd.A.T)).sum())
 
 
 def squared_norm(x: Factors) -> float:
-    """Squared Frobenius norm of ``x.B @ x.A``, in float64; rounding below zero is cut off."""
+    """Squared Frobenius norm of ``x.B @ x.A``, in float64; rounding below zero is cut off.
+
+    >>> squared_norm(Factors(torch.full((1, 3), 2.0), torch.ones(2, 1)))
+    24.0
+    """
     return max(_squared(x.to(torch.float64)), 0.0)
 
 

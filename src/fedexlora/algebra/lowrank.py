@@ -17,7 +17,15 @@ _ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """A ``(d_out, d_in)`` matrix: :class:`Factors`, or a dense tensor where that is not larger."""
+    """A ``(d_out, d_in)`` matrix: :class:`Factors`, or a dense tensor where that is not larger.
+
+    >>> piece = Factors(torch.ones(1, 4), torch.ones(4, 1))
+    >>> total = LowRank.zeros(4, 4, torch.float64)
+    >>> total.plus([piece]).numel  # factors of rank 1
+    8
+    >>> total.plus([piece, piece]).numel  # factors of rank 2 would be as large
+    16
+    """
 
     value: Factors | Tensor
 
@@ -119,12 +127,21 @@ class LowRank:
 
 
 def break_even(d_out: int, d_in: int) -> int:
-    """The lowest rank whose factors are not smaller than the dense ``(d_out, d_in)`` matrix."""
+    """The lowest rank whose factors are not smaller than the dense ``(d_out, d_in)`` matrix.
+
+    >>> break_even(4096, 4096), break_even(1024, 4096)
+    (2048, 820)
+    """
     return -(-d_out * d_in // (d_out + d_in))
 
 
 def difference_norm(x: LowRank, y: LowRank) -> float:
-    """``|x - y|`` in float64, from factors where that is the smaller way."""
+    """``|x - y|`` in float64, from factors where that is the smaller way.
+
+    >>> x = LowRank(Factors(torch.ones(1, 4), torch.ones(4, 1)))
+    >>> difference_norm(x, LowRank(torch.zeros(4, 4)))
+    4.0
+    """
     if isinstance(x.value, Factors) and isinstance(y.value, Factors):
         x64, y64 = x.value.to(torch.float64), y.value.to(torch.float64)
         both = stack([x64, y64.scaled(-1.0)])
@@ -134,7 +151,13 @@ def difference_norm(x: LowRank, y: LowRank) -> float:
 
 
 def stack(parts: Sequence[Factors]) -> Factors:
-    """The sum of products as one pair: rows of ``A`` and columns of ``B`` side by side."""
+    """The sum of products as one pair: rows of ``A`` and columns of ``B`` side by side.
+
+    >>> x, y = (Factors(torch.full((1, 2), i), torch.ones(2, 1)) for i in (1.0, 2.0))
+    >>> both = stack([x, y])
+    >>> both.rank, torch.equal(both.product(), x.product() + y.product())
+    (2, True)
+    """
     used = [part for part in parts if part.rank] or list(parts[:1])
     return Factors(torch.cat([p.A for p in used], dim=0), torch.cat([p.B for p in used], dim=1))
 

@@ -31,6 +31,19 @@ class Moments:
 
     The means are float64: they are small, and the differences from them carry the residual. The
     co-moment is held in ``dtype`` (float32 by default).
+
+    The mean factors of two clients whose changes are equal and whose factors are opposite are zero.
+    What averaging the factors loses is then everything:
+
+    >>> one = Factors(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [0.0]]))
+    >>> other = Factors(-one.A, -one.B)
+    >>> moments = Moments.of(one, 10.0).add(other, 10.0)
+    >>> moments.mean.product()
+    tensor([[0., 0.],
+            [0., 0.]], dtype=torch.float64)
+    >>> moments.residual().dense()
+    tensor([[3., 6.],
+            [0., 0.]], dtype=torch.float64)
     """
 
     weight: float
@@ -99,6 +112,12 @@ class Moments:
 
         Raises:
             ValueError: if the shapes differ.
+
+        >>> x, y, z = (Factors(torch.full((1, 2), i), torch.ones(2, 1)) for i in (1.0, 2.0, 6.0))
+        >>> tree = Moments.of(x, 1.0).merge(Moments.of(y, 1.0).add(z, 2.0))
+        >>> line = Moments.of(x, 1.0).add(y, 1.0).add(z, 2.0)
+        >>> torch.allclose(tree.residual().dense(), line.residual().dense()), tree.weight
+        (True, 4.0)
         """
         total, mean, cross = self._moved(other.mean, other.weight)
         theirs = other.comoment.to(self.comoment.value.dtype).value

@@ -37,6 +37,10 @@ def svd(x: Factors) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         ``U (d_out, q)``, ``S (q,)`` descending and ``Vh (q, d_in)``, with
         ``q = min(rank, d_out, d_in)``.
+
+    >>> u, s, vh = svd(Factors(torch.diag(torch.tensor([3.0, 4.0])), torch.eye(2)))
+    >>> s
+    tensor([4., 3.], dtype=torch.float64)
     """
     wide = x.to(torch.float64)
     q_b, r_b = torch.linalg.qr(wide.B)
@@ -46,7 +50,11 @@ def svd(x: Factors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def norm(x: Factors) -> float:
-    """Frobenius norm of ``x.B @ x.A`` in float64, accurate even if its columns nearly cancel."""
+    """Frobenius norm of ``x.B @ x.A`` in float64, accurate even if its columns nearly cancel.
+
+    >>> round(norm(Factors(torch.diag(torch.tensor([3.0, 4.0])), torch.eye(2))), 6)
+    5.0
+    """
     return float((triangle(x.B) @ triangle(x.A.T).T).norm())
 
 
@@ -59,6 +67,10 @@ def truncate(x: Factors, rank: int) -> Truncated:
 
     Raises:
         ValueError: if ``rank`` is negative.
+
+    >>> kept = truncate(Factors(torch.diag(torch.tensor([3.0, 4.0])), torch.eye(2)), rank=1)
+    >>> kept.factors.rank, round(kept.share, 6)  # |3| of |(3, 4)| is dropped
+    (1, 0.6)
     """
     if rank < 0:
         raise ValueError(f"expected a rank of at least 0, found {rank}")
@@ -74,6 +86,10 @@ def truncate_share(x: Factors, share: float) -> Truncated:
 
     Raises:
         ValueError: if ``share`` is out of range.
+
+    >>> x = Factors(torch.diag(torch.tensor([3.0, 4.0])), torch.eye(2))
+    >>> [truncate_share(x, share).factors.rank for share in (0.5, 0.7)]
+    [2, 1]
     """
     if not 0.0 <= share < 1.0:
         raise ValueError(f"expected a share of at least 0 and below 1, found {share}")
@@ -86,6 +102,11 @@ def compact(x: Factors) -> Factors:
 
     Returns:
         Balanced factors in the dtype of ``x``, of rank at most ``min(rank, d_out, d_in)``.
+
+    >>> once = Factors(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [1.0]]))
+    >>> twice = Factors(torch.cat([once.A, once.A]), torch.cat([once.B, once.B], dim=1))
+    >>> compact(twice).rank
+    1
     """
     return truncate_share(x, LOSSLESS).factors
 

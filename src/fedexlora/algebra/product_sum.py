@@ -78,6 +78,12 @@ class ProductSum:
         d_in: its columns.
         terms: what is summed. Where they are wider than the matrix, groups of them are compacted
             first, so that memory does not grow with their number.
+
+    >>> x = Factors(torch.ones(1, 3), torch.ones(4, 1))
+    >>> total = ProductSum(4, 3, [Term.of(x, 2.0), Term.of(x, 3.0)])
+    >>> cut = total.within()  # at its numerical rank
+    >>> cut.rank, round(float(cut.factors().product()[0, 0]), 6)
+    (1, 5.0)
     """
 
     def __init__(self, d_out: int, d_in: int, terms: Sequence[Term]) -> None:

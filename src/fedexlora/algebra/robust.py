@@ -56,6 +56,11 @@ def gram(changes: Sequence[Factors]) -> Tensor:
 
     Args:
         changes: factors of matrices of one shape ``(d_out, d_in)``, of any ranks.
+
+    >>> up, down = (Factors(torch.full((1, 3), i), torch.ones(2, 1)) for i in (1.0, -1.0))
+    >>> gram([up, down])
+    tensor([[ 6., -6.],
+            [-6.,  6.]], dtype=torch.float64)
     """
     wide = [x.to(torch.float64) for x in changes]
     owner = torch.tensor([i for i, x in enumerate(wide) for _ in range(x.rank)])
@@ -79,12 +84,21 @@ def flat_gram(changes: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def norms(gram: Tensor) -> Tensor:
-    """Norms of the changes, ``(k,)``; rounding below zero is cut off."""
+    """Norms of the changes, ``(k,)``; rounding below zero is cut off.
+
+    >>> norms(torch.tensor([[9.0, 0.0], [0.0, 16.0]]))
+    tensor([3., 4.])
+    """
     return gram.diagonal().clamp(min=0.0).sqrt()
 
 
 def distances(gram: Tensor) -> Tensor:
-    """Squared distances between the changes, ``(k, k)``; rounding below zero is cut off."""
+    """Squared distances between the changes, ``(k, k)``; rounding below zero is cut off.
+
+    >>> distances(torch.tensor([[9.0, 0.0], [0.0, 16.0]]))  # at right angles: 3, 4, 5
+    tensor([[ 0., 25.],
+            [25.,  0.]])
+    """
     own = gram.diagonal()
     return (own[:, None] + own[None, :] - 2.0 * gram).clamp(min=0.0).fill_diagonal_(0.0)
 
@@ -100,6 +114,10 @@ def clip(gram: Tensor, weights: Sequence[float], limit: float | None = None) -> 
         weights: what each client counts.
         limit: the longest change; by default the median of the norms, the lower of two, in which
             all clients count alike: a weight is something that a client claims.
+
+    >>> found = clip(torch.diag(torch.tensor([1.0, 1.0, 100.0])), [1.0, 1.0, 1.0])
+    >>> found.weights, found.stay  # the third counts a tenth, and no change for the rest
+    ((1.0, 1.0, 0.1), 0.9)
     """
     found = norms(gram)
     longest = float(found.median()) if limit is None else limit
@@ -122,6 +140,10 @@ def multi_krum(gram: Tensor, weights: Sequence[float], bad: int) -> Reweighted:
 
     Raises:
         ValueError: if there are fewer clients than that.
+
+    >>> at = torch.tensor([[1.0], [1.1], [0.9], [1.0], [9.0]], dtype=torch.float64)
+    >>> multi_krum(at @ at.T, [1.0] * 5, bad=1).weights
+    (1.0, 1.0, 1.0, 1.0, 0.0)
     """
     count = len(weights)
     _check_count(count, krum_needs(bad), bad)
@@ -142,6 +164,10 @@ def trimmed_mean(gram: Tensor, weights: Sequence[float], bad: int) -> Reweighted
 
     Raises:
         ValueError: unless more than half of the clients are not bad.
+
+    >>> at = torch.tensor([[1.0], [1.1], [-9.0]], dtype=torch.float64)
+    >>> trimmed_mean(at @ at.T, [1.0] * 3, bad=1).weights
+    (1.0, 1.0, 0.0)
     """
     count = len(weights)
     _check_count(count, trimming_needs(bad), bad)
@@ -158,6 +184,12 @@ def geometric_median(gram: Tensor, weights: Sequence[float]) -> Reweighted:
     Args:
         gram: ``K``, ``(k, k)``.
         weights: what each client counts in the sum that is minimised.
+
+    On a line it is the median, wherever the last one is:
+
+    >>> at = torch.tensor([[1.0], [2.0], [900.0]], dtype=torch.float64)
+    >>> [round(share, 3) for share in geometric_median(at @ at.T, [1.0] * 3).weights]
+    [0.0, 1.0, 0.0]
     """
     found = _weiszfeld(gram, weights)
     ones = (1.0,) * len(weights)
@@ -176,6 +208,9 @@ def strain(weights: Sequence[float], sizes: Sequence[Sizes], mean: float) -> tup
         weights: what each client counts; their sum is at most 1.
         sizes: of each client's factors.
         mean: norm of the mean product ``M = sum_i p_i B_i A_i``.
+
+    >>> [round(x) for x in strain([0.5, 0.5], [Sizes(1.0, 1.0, 1.0, 1.0)] * 2, mean=1.0)]
+    [0, 0]
     """
     usual = Sizes(*(median(column) for column in zip(*sizes, strict=True)))
     found = []

@@ -28,7 +28,7 @@ from fedexlora.flower.replies import (
 from fedexlora.methods.fedex import FEDEX
 from fedexlora.rounds.certificate import TOLERANCE, deviation_of
 from fedexlora.rounds.common_update import CommonForm, HeldUpdate
-from fedexlora.rounds.reduction import Counted, Reducer, Reduction, drift
+from fedexlora.rounds.reduction import Counted, Reducer, Reduction, drift, step_in_memory
 from fedexlora.rounds.screening import MOST_STRAIN, strain_reason
 from fedexlora.rounds.survey import strains_of
 from fedexlora.texts import few
@@ -144,7 +144,9 @@ class FedExLoRA(FedAvg):
         logger.info("%s: %d of %d nodes count", step, len(counted), len(opened.asked))
         if not counted:
             return None, None
-        reduction = Reducer(form, FEDEX, _no_fresh).reduce(updates)
+        reduction = Reducer(form, FEDEX, _no_fresh).reduce(
+            updates, step_in_memory(sent.state, FEDEX)
+        )
         state = sent.state.advance([reduction.step])
         _certify(reduction, state, form, updates)
         metrics = self.train_metrics_aggr_fn(with_like_metrics(counted, step), self.weighted_by_key)

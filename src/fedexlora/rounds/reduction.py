@@ -114,31 +114,26 @@ class Reducer:
     def reduce(
         self,
         updates: Sequence[Counted],
-        sink: StepSink | None = None,
+        sink: StepSink,
         held: Mapping[str, int | None] | None = None,
-        progress: Callable[[int, int], None] | None = None,
     ) -> Reduction:
         """The step to the next version, and what was measured of it.
 
         Args:
             updates: at least one, in the order in which they are added up.
-            sink: takes in the step; it is made in memory if there is none.
-            held: what the round changed of what clients hold, for a step that is stored.
-            progress: told of modules done and in all.
+            sink: takes in the step while it is made.
+            held: by client whose holding the round changed, the version; None for nothing.
         """
         before, spec = self.form.before, self.form.spec
         weight = sum(x.weight for x in updates) + self.stay
-        sink = sink or StepBuilder(before.version + 1, before.id, self.method.trained)
         figures: dict[str, ModuleFigures] = {}
         drawn: dict[str, dict[str, Factors]] = {client: {} for client in self.form.specs}
-        for done, name in enumerate(spec.modules, 1):
+        for name in spec.modules:
             made = self._module(name, updates, weight)
             sink.add(name, made.adapter, made.piece)
             figures[name] = made.figures
             for client, pair in made.own.items():
                 drawn[client][name] = pair
-            if progress:
-                progress(done, len(spec.modules))
         means = {name: self._mean(name, updates, weight) for name in before.dense}
         heads = {name: mean.to(before.dense[name].dtype) for name, mean in means.items()}
         rounding = {n: (_off(heads[n], mean), _size(mean)) for n, mean in means.items()}
@@ -245,6 +240,11 @@ class Reducer:
 
     def _common(self, name: str) -> Factors:
         return self.form.before.adapter[name].padded(self.form.rank(name))
+
+
+def step_in_memory(before: GlobalState, method: Method) -> StepBuilder:
+    """What takes in a step that is small enough to be held."""
+    return StepBuilder(before.version + 1, before.id, method.trained)
 
 
 def drift(before: GlobalState, step: Step, after: GlobalState, module: str) -> Norm:

@@ -101,7 +101,8 @@ def run_round(
     with clock.phase("aggregate"), closing(sink):  # steps 4 and 5, module by module
         fresh = partial(model.fresh, seed=derive_seed(federation.seed, round_, ""))
         reducer = Reducer(form, federation.method, fresh, federation.seed, intake.stay)
-        reduction = reducer.reduce([Counted(x, x.weight) for x in intake.updates], sink, held)
+        counted = [Counted(x, x.weight) for x in intake.updates]
+        reduction = reducer.reduce(counted, sink, held)
         federation.keep(intake.updates)
     with clock.phase("apply"):  # step 6
         state = before.advance([reduction.step])
