@@ -33,7 +33,7 @@ from fedexlora.exchange.update import ClientUpdate, decode_update
 from fedexlora.exchange.version import first_id
 from fedexlora.methods import METHODS, Method
 from fedexlora.rounds.common_update import CommonForm, HeldUpdate
-from fedexlora.rounds.reduction import Counted, Reducer, step_in_memory
+from fedexlora.rounds.reduction import Counted, Reducer
 
 CLIENTS, ROUNDS, RANK = 3, 5, 4
 PAPER = {
@@ -114,13 +114,9 @@ def our_numbers(sizes: Shapes, method: Method) -> tuple[list[int], list[int]]:
             update = decode_update(message, spec, round_, str(client))
             counted.append(Counted(HeldUpdate.of(update, form), 1.0))
         up.append(numel(update.tensors))
-        step = (
-            Reducer(form, method, lambda _, now=state: now.adapter)
-            .reduce(counted, step_in_memory(state, method))
-            .step
-        )
-        state = state.advance([step])
-        history = history.after(step, state)
+        sink = history.store.sink(state, method.trained)
+        step = Reducer(form, method, lambda _, now=state: now.adapter).reduce(counted, sink).step
+        state, history = state.advance([step]), history.after(step)
     return up, down
 
 

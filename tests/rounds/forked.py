@@ -10,13 +10,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedexlora.exchange import files
+from fedexlora.exchange.digest_file import DigestWriter
 from fedexlora.local import trainer
 from fedexlora.local.trainer import LocalTrainer
 from fedexlora.peft_bridge.model import AdaptedModel
@@ -69,6 +70,24 @@ class Moments:
 
         setattr(owner, name, counted)
 
+    def watch_stores(self, act: Callable[[], None]) -> None:
+        """Act in the midst of every step and snapshot that is written, and before its header."""
+        added, finished = DigestWriter.add, DigestWriter.finish
+
+        def add(file: DigestWriter, name: str, tensor: torch.Tensor) -> str:
+            first = file._writer._offset == 0
+            digest = added(file, name, tensor)
+            if first:
+                file._writer._file.flush()
+                act()
+            return digest
+
+        def finish(file: DigestWriter, header: Mapping) -> None:
+            act()
+            finished(file, header)
+
+        DigestWriter.add, DigestWriter.finish = add, finish
+
     def watch(self) -> None:
         """Every write, also in its midst, every change of a folder, every step of a round."""
         written = files._write
@@ -89,6 +108,7 @@ class Moments:
             appended(path, content)
 
         files._write, files._append = halves, half_lines
+        self.watch_stores(self.pass_by)
         for owner, name in (
             *((files, name) for name in ("_sync", "_sync_folder")),
             *((Path, name) for name in ("replace", "unlink", "mkdir")),
@@ -124,6 +144,12 @@ class FullDisk(Moments):
             appended(path, content)
 
         files._write, files._append = write, append
+
+        def stop() -> None:
+            if self.reached() or self.count > self.last > 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        self.watch_stores(stop)
 
 
 def quick(made: tuple[Prepared, LocalTrainer] | None, failing: float = 0.0) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,15 +85,20 @@ class DigestFile:
             raise ValueError("its header does not have the checksum that it was written with")
         return DigestFile(file, json_object(text))
 
-    def tensors(self) -> Iterator[tuple[str, Tensor, str]]:
+    def tensors(
+        self, wanted: Callable[[str], bool] | None = None
+    ) -> Iterator[tuple[str, Tensor, str]]:
         """Every tensor in the order of the file: its name, a copy, and its digest.
+
+        Args:
+            wanted: by name; others are passed over. All if not given.
 
         Raises:
             ValueError: if one cannot be read, or no model can be made of its numbers: raised after
                 the last one, naming the first few.
         """
         faults = []
-        for name in self.file.tensors:
+        for name in filter(wanted, self.file.tensors):
             try:
                 tensor = self.file.read(name)
                 faults += not_finite(name, tensor)

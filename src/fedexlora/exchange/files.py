@@ -25,7 +25,7 @@ def replace_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     Raises:
         OSError: if it cannot be written, as on a full disk; nothing is left beside it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     try:
         _write(temporary, content, sync=sync)
         temporary.replace(path)
@@ -34,6 +34,21 @@ def replace_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
         raise
     if sync:
         _sync_folder(path.parent)
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written before it takes the place of ``path``."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def rename(finished: Path, path: Path) -> None:
+    """Let a finished file, which is forced to the disk already, take the place of ``path``.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    finished.replace(path)
+    _sync_folder(path.parent)
 
 
 def append_bytes(path: Path, content: bytes) -> None:
@@ -58,7 +73,7 @@ def append_bytes(path: Path, content: bytes) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``path`` once the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:

@@ -99,13 +99,9 @@ class GlobalState:
         """
         if not (missing := missing_steps(self.version, self.id, steps)):
             return self
-        own, digests = dict(self.own), dict(self.own_digests)
-        for step in missing:
-            changed = dict(step.own)  # of a stored step, read once
-            own |= changed
-            digests |= {client: adapter_digest(found) for client, found in changed.items()}
         last = missing[-1]
         try:
+            own, digests = self._owned(missing)
             adapter, dense = last.adapter(self.adapter), self._heads(last.dense)
             total = self._total(missing)
         # RuntimeError: a decomposition of finite numbers that overflow.
@@ -131,6 +127,15 @@ class GlobalState:
     def common(self) -> GlobalState:
         """What all clients hold alike: this version without the clients' own adapters."""
         return replace(self, own={})
+
+    def _owned(self, steps: Sequence[Step]) -> tuple[dict[str, Adapter], dict[str, str]]:
+        """The own adapters of clients after steps, and their digests."""
+        own, digests = dict(self.own), dict(self.own_digests)
+        for step in steps:
+            changed = {c: own_adapter(x, self.adapter) for c, x in step.own.items()}
+            own |= changed
+            digests |= {client: adapter_digest(found) for client, found in changed.items()}
+        return own, digests
 
     def _total(self, steps: Sequence[Step]) -> dict[str, LowRank]:
         total = dict(self.total)

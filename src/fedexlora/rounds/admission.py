@@ -290,7 +290,7 @@ class Admission:
             self._refuse(client, said)
         if self._waiting.get(client) != reply.round:
             self._refuse(client, f"{said}, which was not waited for")
-        start = self._holdings.history.starts.get(version)
+        start = self._holdings.history.start(version)
         if start is None:
             window = self._holdings.history.window
             self._refuse(client, f"{said}; at most {window} rounds (federation.history)")

@@ -14,7 +14,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,13 +190,15 @@ class RunFolder:
         try:
             yield
         finally:
+            with suppress(OSError):  # what a run that stopped has begun
+                self.store.discard()
             lock.release()
 
     def save(self, progress: Progress) -> None:
-        """Make a version durable, then its record; a kill in between loses neither.
+        """Make a version durable, with the record of its round.
 
-        The step carries the record of its round, so that one which did not reach ``rounds.jsonl``
-        is restored from there.
+        The record comes first: it is one of no version, and dropped, until the step that was
+        written in the round has its name. A kill in between loses the round, and nothing else.
 
         Raises:
             RunError: if a file cannot be written, as on a full disk; what was durable before is.
@@ -208,12 +210,10 @@ class RunFolder:
             with writing(self._records):
                 append_bytes(self._records, b"")
             return
-        record = progress.records[-1]
-        with writing(self.store.step_file(state.version)):
-            step = holdings.history.steps[state.version]
-            self.store.add_step(step, holdings, record)
         with writing(self._records):
-            append_bytes(self._records, _lines([record]))
+            append_bytes(self._records, _lines([progress.records[-1]]))
+        with writing(self.store.step_file(state.version)):
+            self.store.commit(state.version)
         with writing(self.store.path):
             self.store.keep_snapshots(state, holdings)
 
@@ -249,12 +249,12 @@ class RunFolder:
         if stored is None:
             return None
         version = stored.state.version
-        if stored.record is None:
-            records = self.read_records(version)
-        else:
-            records = (*self.read_records(version - 1), stored.record)
+        records = self.read_records(version)
         if (found := [record.round for record in records]) != list(range(1, version + 1)):
-            raise ResumeError(f"{self._records}: expected rounds 1 to {version}, found {found}")
+            raise ResumeError(
+                f"{self._records}: expected rounds 1 to {version}, found {found}",
+                [f"the last version in {self.store.path} is {version}"],
+            )
         return Progress(stored.state, records, stored.holdings, stored.damaged)
 
     @property

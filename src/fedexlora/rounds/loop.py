@@ -118,7 +118,7 @@ def _rounds(
     recipe, model = prepared.recipe, prepared.model
     if progress is None:
         initial = model.initial_state(prepared.specs, recipe.federation.seed)
-        history = History(recipe.federation.history, {}, {0: initial.start()})
+        history = History(recipe.federation.history, folder.store, {0: initial.id})
         progress = Progress(initial, (), Holdings({}, history))
         folder.save(progress)
     else:

@@ -274,11 +274,12 @@ def drift(before: GlobalState, step: Step, after: GlobalState, module: str) -> N
         after: the version that it led to, as somebody holds it.
         module: the module.
     """
-    held = after.adapter[module]
+    held, old = after.adapter[module], before.adapter[module]
+    led = Factors(step.factors.get(f"A/{module}", old.A), step.factors.get(f"B/{module}", old.B))
     probes = Probes.of(held.shape, derive_seed(0, step.version, f"drift/{module}"))
     image = probes.add(probes.zeros(held.shape), held)
     probes.add(image, after.total[module].value)
-    probes.add(image, step.adapter(before.adapter)[module], -1.0)
+    probes.add(image, led, -1.0)
     probes.add(image, before.total[module].value, -1.0)
     if module in step.pieces:
         probes.add(image, step.pieces[module].value, -1.0)

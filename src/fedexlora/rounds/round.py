@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from fedexlora.exchange.records import BytesRecord, RoundRecord
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.step_writer import StepSink
 from fedexlora.methods import Method
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.model import AdaptedModel
@@ -23,7 +24,7 @@ from fedexlora.rounds.certificate import Certificate, Forward, certify, enforce
 from fedexlora.rounds.common_update import CommonForm
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.participation import AccessList, Participation
-from fedexlora.rounds.reduction import Counted, Reducer, step_in_memory
+from fedexlora.rounds.reduction import Counted, Reducer
 from fedexlora.rounds.screening import Screening, screen, strained
 from fedexlora.rounds.spool import Spool, SpooledUpdate
 from fedexlora.rounds.transport import Transport
@@ -95,11 +96,13 @@ def run_round(
             screen(federation.screening, intake, form)
     require_enough(intake, rule, round_)
     observer.phase(round_, "aggregate")
-    with clock.phase("aggregate"):  # step 4: next adapter and remainder, module by module
+    held = holdings.changes(before.version, intake.landed, intake.lost)
+    sink = _sink(federation, before, holdings, intake, held)
+    with clock.phase("aggregate"), closing(sink):  # steps 4 and 5, module by module
         fresh = partial(model.fresh, seed=derive_seed(federation.seed, round_, ""))
         reducer = Reducer(form, federation.method, fresh, federation.seed, intake.stay)
         counted = [Counted(x, x.weight) for x in intake.updates]
-        reduction = reducer.reduce(counted, step_in_memory(before, federation.method))
+        reduction = reducer.reduce(counted, sink, held)
         federation.keep(intake.updates)
     with clock.phase("apply"):  # step 6
         state = before.advance([reduction.step])
@@ -113,9 +116,23 @@ def run_round(
         if federation.scored is None or federation.scored(round_):
             observer.phase(round_, "evaluate")
             metrics = federation.evaluate()
-    after = holdings.after(reduction.step, state, intake.landed, intake.lost)
+    after = holdings.after(reduction.step, held)
     record = _record(federation, round_, intake, certificate, metrics, clock.seconds)
-    return state, after, record  # steps 5 and 8, storing both, are the run's
+    return state, after, record  # step 8, making both durable, is the run's
+
+
+def _sink(
+    federation: Federation,
+    before: GlobalState,
+    holdings: Holdings,
+    intake: Intake,
+    held: Mapping[str, int | None],
+) -> StepSink:
+    """What takes in the round's step."""
+    owners = set(before.own) | set(federation.specs)
+    if federation.method.own_adapters:
+        owners.update(update.client for update in intake.updates)
+    return holdings.history.store.sink(before, federation.method.trained, owners, held)
 
 
 def _record(
