@@ -180,7 +180,7 @@ def no_waiting_for_disks():
 
 def save(folder: RunFolder, before: GlobalState, made: Round, reached: Progress, held) -> None:
     """Make a round durable whose step was made in memory."""
-    stored(folder.store.sink(before, ("A", "B"), ["b"], held), *made, held)
+    stored(folder.store.sink(before, ("A", "B"), {"b": "b"}, held), *made, held)
     folder.save(reached)
 
 

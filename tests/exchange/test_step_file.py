@@ -19,7 +19,7 @@ from fedexlora.exchange.step_file import open_step, read_step
 from fedexlora.exchange.step_writer import StepBuilder, StepWriter
 from fedexlora.exchange.tensors import TensorFile, TensorWriter
 from fedexlora.exchange.version import adapter_digest
-from tests.exchange.hostile import frame, parts
+from tests.exchange.hostile import frame, packed, parts, unpacked
 
 PREVIOUS = "a" * 64
 SHAPES = {"q": (7, 5), "v": (11, 3), "up": (4, 9), "down": (9, 4)}
@@ -55,7 +55,7 @@ def filled(sink, made, *, heads: bool = True, own: bool = True):
 
 def written(path, made, trained=("A", "B"), **parts):
     sink = StepWriter(
-        path, 3, PREVIOUS, trained, made, ("head.weight", "head.bias"), ("b", "c"), HELD
+        path, 3, PREVIOUS, trained, made, ("head.weight", "head.bias"), {"b": "b", "c": "c"}, HELD
     )
     return filled(sink, made, **parts)
 
@@ -85,6 +85,7 @@ def test_both_sinks_make_the_same_step(tmp_path, trained, dtype, whole):
         "previous": PREVIOUS,
         "digests": built.digests.to_json(),
         "held": HELD,
+        "shared": {},
     }
 
 
@@ -200,9 +201,37 @@ def test_a_step_that_is_not_finished_leaves_nothing(tmp_path):
     assert read_step(tmp_path / "step").step.id == step.id
 
 
+def test_an_adapter_that_many_clients_share_is_written_and_read_once(tmp_path):
+    made = drawn(9)
+    one, other = ({n: pair.padded(rank) for n, (pair, _) in made.items()} for rank in (3, 4))
+    own = {f"client-{i:03d}": other if i == 7 else one for i in range(300)}
+    first = {client: "client-007" if client == "client-007" else "client-000" for client in own}
+    digests = {client: adapter_digest(found) for client, found in own.items()}
+    ids = set()
+    for sink in (
+        StepBuilder(3, PREVIOUS, ("A", "B")),
+        StepWriter(tmp_path / "step", 3, PREVIOUS, ("A", "B"), SHAPES, (), first),
+    ):
+        for name, pair in made.items():
+            sink.add(name, *pair)
+        step = sink.finish({}, own, digests, {})
+        assert step.own.keys() == {"client-000", "client-007"}
+        assert step.shared == {c: name for c, name in first.items() if c != name}
+        ids.add(step.id)
+    assert len(ids) == 1
+    names = [name for name in TensorFile.open(tmp_path / "step").tensors if "own." in name]
+    assert len(names) == 2 * 2 * len(SHAPES)
+    whole = (tmp_path / "step").read_bytes()
+    for shared in ({"client-000": "client-007"}, {"x": "y"}, {"x": 3}, [], None):
+        tensors, said = unpacked(whole)
+        (tmp_path / "step").write_bytes(packed(tensors, said | {"shared": shared}, whole))
+        with pytest.raises(ValueError, match="header 'shared'"):
+            open_step(tmp_path / "step")
+
+
 def test_many_holders_fit_the_header(tmp_path):
     clients = {f"client-{'x' * (i % 50)}{i}": i % 3 or None for i in range(500)}
-    sink = StepWriter(tmp_path / "step", 2**40, PREVIOUS, ("B",), SHAPES, (), (), clients)
+    sink = StepWriter(tmp_path / "step", 2**40, PREVIOUS, ("B",), SHAPES, (), {}, clients)
     for name, pair in drawn(8).items():
         sink.add(name, *pair)
     sink.finish({}, {}, {}, clients)

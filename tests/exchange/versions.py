@@ -76,7 +76,8 @@ def stored(
     for name, pair in reached.adapter.items():
         zero = LowRank.zeros(*pair.shape, torch.float32)
         sink.add(name, pair, made.pieces.get(name, zero))
-    return sink.finish(made.dense, made.own, reached.own_digests, held)
+    own = {client: reached.own[client] for client in (*made.own, *made.shared)}
+    return sink.finish(made.dense, own, reached.own_digests, held)
 
 
 def wide_state() -> GlobalState:

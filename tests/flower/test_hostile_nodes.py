@@ -58,9 +58,7 @@ def quick(monkeypatch):
 
 
 def greeted(answer: Frame | RecordDict) -> FlowerTransport:
-    made = FlowerTransport(
-        FakeGrid({7: lambda _: answer}), {}, "base", largest_update=1000, in_order=True
-    )
+    made = FlowerTransport(FakeGrid({7: lambda _: answer}), {}, "base", largest_update=1000)
     made.gather(1, 0.05)
     return made
 
@@ -133,7 +131,7 @@ def test_a_request_that_nobody_answers_is_lost_and_the_others_are_handed_on(monk
         return answer
 
     grid = FakeGrid({7: node("north"), 8: node("south")})
-    made = FlowerTransport(grid, {}, "base", largest_update=1000, in_order=True)
+    made = FlowerTransport(grid, {}, "base", largest_update=1000)
     made.gather(2, 5.0)
     monkeypatch.setattr(module, "_TTL_SECONDS", 0.02)
     for client in ("north", "south"):

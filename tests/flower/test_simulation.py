@@ -58,7 +58,7 @@ def test_the_deployments_app_runs_in_flowers_simulation_with_the_same_recipe(tmp
     log = flwr_run(
         tmp_path / "app",
         tmp_path / "flower",
-        *("--run-config", f'out="{out}" in-order=true authenticated=false'),
+        *("--run-config", f'out="{out}" authenticated=false'),
         *("--federation-config", "num-supernodes=3 client-resources-num-cpus=1"),
     )
     assert (out / "adapter").exists(), log

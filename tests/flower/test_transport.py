@@ -71,7 +71,7 @@ def grid_of(sessions: dict[int, Session]) -> FakeGrid:
 
 
 def start(grid: FakeGrid, document: dict, out: Path, **changes):
-    fields = {"nodes": len(grid.nodes), "wait": 0.2, "in_order": True} | changes
+    fields = {"nodes": len(grid.nodes), "wait": 0.2} | changes
     settings = Settings(out=out, **fields)  # every node answers when it is asked
     return serve(grid, parse_recipe(document, "test"), settings, Observer())
 
@@ -241,7 +241,7 @@ def test_an_answer_to_a_run_that_was_started_anew_is_refused_by_name(document, s
 
 
 def start_with(grid: FakeGrid, document: dict, out: Path):
-    settings = Settings(out=out, nodes=3, wait=5.0, in_order=True)
+    settings = Settings(out=out, nodes=3, wait=5.0)
     return serve(grid, parse_recipe(document, "test"), settings, Observer())
 
 

@@ -14,6 +14,8 @@ from fedexlora.errors import ResumeError, VersionError
 from fedexlora.exchange.delivery import deliver
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.step_file import read_step
+from fedexlora.exchange.tensors import TensorFile
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.store import SNAPSHOT_ROUNDS
 from tests.exchange.hostile import parts
@@ -47,7 +49,7 @@ def written(folder: RunFolder, before: Progress, made: Round) -> Progress:
     landed = ["a", "b", "c"] if step.version == 2 else ["a"]
     lost = ["c"] if step.version == 3 else []
     held = before.holdings.changes(before.state.version, landed, lost)
-    sink = folder.store.sink(before.state, ("A", "B"), state.own, held)
+    sink = folder.store.sink(before.state, ("A", "B"), {c: c for c in state.own}, held)
     found = stored(sink, step, state, held)
     assert found.id == step.id
     records = (*before.records, record(step.version))
@@ -317,6 +319,34 @@ def test_own_adapters_are_stored_when_they_change_and_read_as_they_were(tmp_path
     check_same(folder.load(WINDOW), reached)
     assert all(len(found.own) == 1 for found, _ in made)
     assert len(folder.load(WINDOW).state.own) == 3
+
+
+def test_an_adapter_that_clients_share_is_held_and_stored_once(tmp_path):
+    """As those of equal ranks and scalings; one that changes alone is the client's own then."""
+    begun, folder = state(0), RunFolder(tmp_path / "run")
+    held, made = begun, []
+    for i in range(13):
+        one, other = (
+            {"layer.q": Factors(torch.randn(rank, 5), torch.randn(7, rank))} for rank in (3, 1)
+        )
+        own = dict.fromkeys(("a", "c", "d"), one) | {"b": other}
+        if i == 12:
+            own = {**held.own, "c": one}
+        found = held.step(held.adapter, ("A", "B"), {}, held.dense, own)
+        held = held.advance([found])
+        made.append((found, held))
+        assert held.own["a"] is held.own["d"]
+    assert held.own["c"] is not held.own["a"]
+    reached = grown(folder, begun, made)
+    assert len(read_step(folder.store.step_file(12)).step.own) == 2
+    assert len(read_step(folder.store.step_file(13)).step.own) == 1
+    check_same(folder.load(WINDOW), reached)
+    for version, count in ((10, 2), (12, 2), (13, 3)):
+        for found in (folder.store.state(version), folder.store.start(version)):
+            assert len({id(adapter) for adapter in found.own.values()}) == count
+            assert found.own_digests == made[version - 1][1].own_digests
+    names = TensorFile.open(folder.store.snapshot_file(10)).tensors
+    assert {name.rpartition("/")[2] for name in names if name.startswith("own.")} == {"a", "b"}
 
 
 def test_the_folder_of_an_older_version_is_refused(tmp_path, document):

@@ -145,6 +145,15 @@ def test_another_base_model_is_refused_when_a_run_is_resumed(document, tmp_path)
     assert caught.value.faults[0].startswith("base: 22 entries in float32, 0123456789abcdef there")
 
 
+def test_clients_of_equal_ranks_share_one_adapter(document):
+    own = {"lora": {"r": 3, "lora_alpha": 5}}
+    ranks = {"site-south": own, "site-west": own}
+    made, _ = prepare(parse_recipe(changed(document, {"clients": ranks}), "ranks"), Observer())
+    state = made.model.initial_state(made.specs, 0)
+    assert state.own["site-south"] is state.own["site-west"]
+    assert state.shared == {"site-west": "site-south"}
+
+
 def test_a_snapshot_that_was_edited_is_refused_by_name(document, tmp_path):
     parsed = parse_recipe(changed(document, {"federation": {"rounds": 1}}), "first")
     out = tmp_path / "run"
@@ -152,7 +161,7 @@ def test_a_snapshot_that_was_edited_is_refused_by_name(document, tmp_path):
     for path in (out / "versions").iterdir():
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(ResumeError, match=r"snapshot-0000.safetensors is damaged: .*checksum"):
+    with pytest.raises(ResumeError, match="snapshot-0000.safetensors is damaged: .*not its digest"):
         run(parsed, out, resume=True)
 
 

@@ -25,7 +25,7 @@ class Steps(Protocol):
         self,
         before: GlobalState,
         trained: Sequence[str],
-        owners: Collection[str] = (),
+        owners: Mapping[str, str] | None = None,
         clients: Collection[str] = (),
     ) -> StepSink:
         """What takes in the step that leads on from a version.
@@ -33,7 +33,7 @@ class Steps(Protocol):
         Args:
             before: the version.
             trained: the factors that change from version to version, of ``("A", "B")``.
-            owners: the clients whose own adapters may change.
+            owners: by client whose own adapter may change, the first one that has the same.
             clients: those of which the round may change what they hold.
 
         Raises:
@@ -66,7 +66,7 @@ class StepMemory:
         self,
         before: GlobalState,
         trained: Sequence[str],
-        owners: Collection[str] = (),
+        owners: Mapping[str, str] | None = None,
         clients: Collection[str] = (),
     ) -> StepSink:
         """See :class:`Steps`."""

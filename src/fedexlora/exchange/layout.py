@@ -1,7 +1,7 @@
 """What the tensors of a version are called in messages and files.
 
 A/MODULE, B/MODULE                        factors of the common adapter
-own.A/MODULE/CLIENT, own.B/MODULE/CLIENT  of a client that has its own
+own.A/MODULE/CLIENT, own.B/MODULE/CLIENT  of a client that has its own, and of those that share it
 dense/NAME                                a head or bias
 total/MODULE, or total.A/ and total.B/    the cumulative remainder, dense or in factors
 piece3/MODULE, or piece3.A/ and piece3.B/ what step 3 adds to it; piece/ and so on in its file
@@ -10,7 +10,7 @@ piece3/MODULE, or piece3.A/ and piece3.B/ what step 3 adds to it; piece/ and so 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,21 @@ def dense_tensors(dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def dense_from(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What :func:`dense_tensors` named."""
     return {n.removeprefix("dense/"): t for n, t in tensors.items() if n.startswith("dense/")}
+
+
+Owned = TypeVar("Owned")
+
+
+def each_once(own: Mapping[str, Owned]) -> tuple[dict[str, Owned], dict[str, str]]:
+    """What clients have, of which several may have the same: whatever is one object.
+
+    Returns:
+        By the first client that has it, every one; and by every other client, that first one.
+    """
+    first: dict[int, str] = {}
+    holder = {client: first.setdefault(id(own[client]), client) for client in sorted(own)}
+    kept = {client: own[client] for client in own if holder[client] == client}
+    return kept, {client: name for client, name in holder.items() if name != client}
 
 
 def own_tensors(own: Mapping[str, Mapping[str, Factors]]) -> dict[str, Tensor]:

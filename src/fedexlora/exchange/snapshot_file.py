@@ -15,6 +15,7 @@ from fedexlora.exchange.digest import group, known_digest
 from fedexlora.exchange.digest_file import DigestFile, DigestWriter
 from fedexlora.exchange.files import beside, rename
 from fedexlora.exchange.state import GlobalState, state_from, state_tensors
+from fedexlora.exchange.step_file import shared_in
 from fedexlora.exchange.untrusted import number, short
 
 _PARTS = ("adapter", "heads", "own", "total")
@@ -41,12 +42,14 @@ def write_snapshot(path: Path, state: GlobalState, held: Mapping[str, int]) -> N
     Raises:
         OSError: if it cannot be written; nothing is left then.
     """
-    tensors = state_tensors(state)
-    room = _FIELDS + sum(len(json.dumps(client)) + _HOLDER for client in held)
+    tensors, shared = state_tensors(state), state.shared
+    texts = [*held, *(f"{client}{name}" for client, name in shared.items())]
+    room = _FIELDS + sum(len(json.dumps(text)) + _HOLDER for text in texts)
     file = DigestWriter(beside(path), tensors, room)
     try:
         found = {name: file.add(name, tensor) for name, tensor in tensors.items()}
         said = {"version": state.version, "id": state.id, "held": dict(held)}
+        said |= {"shared": shared}
         file.finish({**said, "digests": _digests(found)})
         rename(beside(path), path)
     except BaseException:
@@ -82,7 +85,9 @@ def read_snapshot(path: Path, *, total: bool = True) -> StoredSnapshot:
     ]
     if faults:
         raise SnapshotError(f"the snapshot of version {version} has not its digest", faults)
-    state = state_from(version, known_digest(whole.header["id"]), tensors)
+    own = {name.rpartition("/")[2] for name in tensors if _part(name) == "own"}
+    shared = shared_in(whole.header, own)
+    state = state_from(version, known_digest(whole.header["id"]), tensors, shared)
     return StoredSnapshot(state if total else replace(state, total={}), _held(whole.header))
 
 

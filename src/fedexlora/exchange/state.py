@@ -16,6 +16,7 @@ from fedexlora.exchange.layout import (
     adapter_tensors,
     dense_from,
     dense_tensors,
+    each_once,
     lowrank_from,
     lowrank_tensors,
     own_from,
@@ -25,7 +26,7 @@ from fedexlora.exchange.layout import (
 from fedexlora.exchange.step import Step, joined
 from fedexlora.exchange.step_writer import StepBuilder
 from fedexlora.exchange.untrusted import short
-from fedexlora.exchange.version import Adapter, adapter_digest
+from fedexlora.exchange.version import Adapter, digests_of
 
 
 @dataclass(frozen=True)  # no slots: digests are kept
@@ -47,7 +48,8 @@ class GlobalState:
     dense: Mapping[str, Tensor]
     """Trained tensors that are not factors, by name: heads and biases."""
     own: Mapping[str, Adapter] = field(default_factory=dict)
-    """By client and module: the adapters of clients that do not continue from the common one."""
+    """By client and module: the adapters of clients that do not continue from the common one. Those
+    of equal ranks and scalings may share one, which is one object then, held and stored once."""
 
     def step(
         self,
@@ -83,7 +85,7 @@ class GlobalState:
             Those that change, and the digests of all.
         """
         changed = {c: found for c, found in own.items() if self.own.get(c) is not found}
-        new = {client: adapter_digest(found) for client, found in changed.items()}
+        new = digests_of(changed)
         return changed, {c: new[c] if c in new else self.own_digests[c] for c in own}
 
     def advance(self, steps: Sequence[Step]) -> GlobalState:
@@ -114,7 +116,12 @@ class GlobalState:
     @cached_property
     def own_digests(self) -> Mapping[str, str]:
         """The digests of the clients' own adapters."""
-        return {client: adapter_digest(adapter) for client, adapter in self.own.items()}
+        return digests_of(self.own)
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """By client of whose adapter another one, the first that has it, has the name: that one."""
+        return each_once(self.own)[1]
 
     def adapter_of(self, client: str) -> Adapter:
         """The factors that a client continues from, by module."""
@@ -132,9 +139,10 @@ class GlobalState:
         """The own adapters of clients after steps, and their digests."""
         own, digests = dict(self.own), dict(self.own_digests)
         for step in steps:
-            changed = {c: own_adapter(x, self.adapter) for c, x in step.own.items()}
+            read = {client: own_adapter(x, self.adapter) for client, x in step.own.items()}
+            changed = read | {client: read[name] for client, name in step.shared.items()}
             own |= changed
-            digests |= {client: adapter_digest(found) for client, found in changed.items()}
+            digests |= digests_of(changed)
         return own, digests
 
     def _total(self, steps: Sequence[Step]) -> dict[str, LowRank]:
@@ -180,13 +188,24 @@ def missing_steps(version: int, id_: str, steps: Sequence[Step]) -> Sequence[Ste
 
 
 def state_tensors(state: GlobalState) -> dict[str, Tensor]:
-    """Every tensor of a state by name, as stored."""
+    """Every tensor of a state by name, as stored; what clients share is there once."""
     tensors = lowrank_tensors("total", state.total) | adapter_tensors(state.adapter)
-    return tensors | own_tensors(state.own) | dense_tensors(state.dense)
+    return tensors | own_tensors(each_once(state.own)[0]) | dense_tensors(state.dense)
 
 
-def state_from(version: int, id_: str, tensors: Mapping[str, Tensor]) -> GlobalState:
+def state_from(
+    version: int,
+    id_: str,
+    tensors: Mapping[str, Tensor],
+    shared: Mapping[str, str] | None = None,
+) -> GlobalState:
     """What :func:`state_tensors` wrote.
+
+    Args:
+        version: the version.
+        id_: its id.
+        tensors: by name.
+        shared: as :attr:`GlobalState.shared`.
 
     Raises:
         ValueError: if a factor is missing, or shapes do not fit together.
@@ -195,7 +214,8 @@ def state_from(version: int, id_: str, tensors: Mapping[str, Tensor]) -> GlobalS
     total = total_from(tensors, adapter)
     if narrow := [name for name, matrix in total.items() if matrix.value.dtype != torch.float64]:
         raise ValueError(f"the total is not float64 for {narrow}")
-    own = {client: own_adapter(x, adapter) for client, x in own_from(tensors).items()}
+    kept = {client: own_adapter(x, adapter) for client, x in own_from(tensors).items()}
+    own = kept | {client: kept[name] for client, name in (shared or {}).items()}
     state = GlobalState(version, id_, adapter, total, dense_from(tensors), own)
     refuse_others(tensors, state_tensors(state))
     return state

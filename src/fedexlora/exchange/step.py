@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -88,7 +88,10 @@ class Step:
     """What is added to the cumulative remainder, by module, unscaled, float32."""
     digests: StepDigests
     own: Mapping[str, Adapter]
-    """The adapters of clients of their own that are others than in the version before."""
+    """The adapters of clients of their own that are others than in the version before, each under
+    the name of the first client that has it."""
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """By client of whose adapter another one has the name: that one."""
 
     @cached_property
     def id(self) -> str:

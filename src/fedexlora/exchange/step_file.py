@@ -84,6 +84,7 @@ def open_step(path: Path) -> StoredStep:
         _Tensors(partial(_piece, file, pieces), pieces),
         StepDigests.from_json(header["digests"]),
         _Tensors(partial(_own, file, own), own),
+        shared_in(header, own),
     )
     if step.id != header["id"]:
         raise ValueError(f"it has not the id of version {version}")
@@ -151,6 +152,24 @@ def _own(file: TensorFile, own: Mapping[str, Names], client: str) -> Adapter:
         )
         for module in own[client]
     }
+
+
+def shared_in(header: Mapping[str, Any], own: Collection[str]) -> dict[str, str]:
+    """Who has the adapter of another client, by the header of a file.
+
+    Args:
+        header: of the file.
+        own: the clients under whose names there are adapters.
+
+    Raises:
+        ValueError: if one has the adapter of nobody, or two.
+    """
+    shared = header["shared"]
+    if not isinstance(shared, dict) or not all(isinstance(x, str) for x in shared.values()):
+        raise ValueError(f"header 'shared': expected clients by client, found {short(shared)}")
+    if odd := [c for c, name in shared.items() if c in own or name not in own]:
+        raise ValueError(f"header 'shared': no one adapter is that of {short(sorted(odd))}")
+    return shared
 
 
 def _held(header: Mapping[str, Any], version: int) -> dict[str, int | None]:

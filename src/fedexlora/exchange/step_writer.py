@@ -26,6 +26,7 @@ from fedexlora.exchange.files import writing
 from fedexlora.exchange.layout import (
     adapter_tensors,
     dense_tensors,
+    each_once,
     lowrank_tensors,
     own_tensors,
 )
@@ -64,7 +65,8 @@ class StepSink(Protocol):
 
         Args:
             dense: heads and biases of the version that is reached, by name.
-            own: the adapters of clients of their own that change.
+            own: by client, the adapters of those of their own that change. What is one object is
+                kept once.
             own_digests: of all clients' own adapters in the version that is reached.
             held: by client whose holding the round changed, the version; None for nothing.
 
@@ -111,8 +113,16 @@ class StepBuilder:
             group(own_digests),
             remainder_digest(self._pieces),
         )
+        kept, shared = each_once(own)
         return Step(
-            self._version, self._previous, self._factors, dict(dense), self._pieces, digests, own
+            self._version,
+            self._previous,
+            self._factors,
+            dict(dense),
+            self._pieces,
+            digests,
+            kept,
+            shared,
         )
 
     def close(self) -> None:
@@ -129,7 +139,7 @@ class StepWriter:
         trained: the factors that change from version to version, of ``("A", "B")``.
         modules: the modules that may be added.
         dense: names of the heads and biases.
-        owners: the clients whose own adapters may change.
+        owners: by client whose own adapter may change, the first one that has the same.
         clients: those of which the round may change what they hold.
 
     Raises:
@@ -144,19 +154,21 @@ class StepWriter:
         trained: Sequence[str],
         modules: Iterable[str],
         dense: Iterable[str] = (),
-        owners: Iterable[str] = (),
+        owners: Mapping[str, str] | None = None,
         clients: Iterable[str] = (),
     ) -> None:
         self._path, self._version = path, version
         self._previous, self._trained = previous, trained
         self._adapter: dict[str, str] = {}
         self._remainder: dict[str, str] = {}
-        known, owning = list(modules), list(owners)
+        known, first = list(modules), dict(owners or {})
         names = [f"{letter}/{name}" for name in known for letter in trained]
         names += [f"{PREFIX}.{letter}/{name}" for name in known for letter in "AB"]
         names += [f"dense/{name}" for name in dense]
+        owning = set(first.values())
         names += [f"own.{x}/{name}/{client}" for name in known for client in owning for x in "AB"]
-        room = _FIELDS + sum(len(json.dumps(client)) + _HOLDER for client in clients)
+        said = [*clients, *(f"{client}{name}" for client, name in first.items())]
+        room = _FIELDS + sum(len(json.dumps(text)) + _HOLDER for text in said)
         with writing(path):
             self._file: DigestWriter | None = DigestWriter(path, names, room)
 
@@ -180,7 +192,8 @@ class StepWriter:
         """See :class:`StepSink`; the step reads what it is asked for from the file."""
         with self._open() as file:
             heads = {n: file.add(n, tensor) for n, tensor in dense_tensors(dense).items()}
-            for name, tensor in own_tensors(own).items():
+            kept, shared = each_once(own)
+            for name, tensor in own_tensors(kept).items():
                 file.add(name, tensor)
             parts = group(self._adapter), group(heads), group(own_digests), group(self._remainder)
             digests = StepDigests(*parts)
@@ -190,6 +203,7 @@ class StepWriter:
                 "previous": self._previous,
                 "digests": digests.to_json(),
                 "held": dict(held),
+                "shared": shared,
             }
             file.finish(header)
             self._file = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.exchange.digest import group, tensors_digest, text_digest
-from fedexlora.exchange.layout import adapter_tensors, dense_tensors
+from fedexlora.exchange.layout import adapter_tensors, dense_tensors, each_once
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
 
 Adapter = Mapping[str, Factors]
@@ -48,7 +48,7 @@ def first_id(
             "base": text_digest(base),
             "adapter": tensors_digest(adapter_tensors(adapter)),
             "heads": tensors_digest(dense_tensors(dense)),
-            "own": group({client: adapter_digest(found) for client, found in own.items()}),
+            "own": group(digests_of(own)),
         }
     )
 
@@ -61,6 +61,13 @@ def next_id(previous: str, step: str) -> str:
 def adapter_digest(adapter: Adapter) -> str:
     """The digest of both factors of every module."""
     return tensors_digest(adapter_tensors(adapter))
+
+
+def digests_of(own: Mapping[str, Adapter]) -> dict[str, str]:
+    """The digests of clients' own adapters; one that many have is hashed once."""
+    kept, shared = each_once(own)
+    found = {client: adapter_digest(adapter) for client, adapter in kept.items()}
+    return found | {client: found[name] for client, name in shared.items()}
 
 
 def _described(spec: AdapterSpec) -> dict[str, object]:

@@ -53,7 +53,7 @@ def server_app(recipe: Path) -> ServerApp:
     """The app of the server: it runs a recipe on the nodes of the federation.
 
     Its run configuration: ``out``, the run's folder on the server; ``nodes``, how many to wait for
-    before round 1; ``wait``, for how many seconds; ``keep-updates``; ``in-order``;
+    before round 1; ``wait``, for how many seconds; ``keep-updates``;
     ``authenticated``, see :class:`fedexlora.flower.server.Settings`. A run that is in ``out``
     already is continued.
 

@@ -46,9 +46,6 @@ class Settings(BaseModel):
     """Whether the SuperLink lets in registered keys only (``--enable-supernode-auth``), which
     Flower does not tell: a client's name then belongs to the key that had it first in the run.
     Without, every start of a node is another key, and whoever connects may be any client."""
-    in_order: bool = False
-    """Add up updates in the order of the clients' names, so that a run can be repeated to the bit;
-    those that come early wait in memory."""
 
     @staticmethod
     def of(config: Mapping[str, object]) -> Settings:
@@ -133,7 +130,6 @@ def serve(
         largest_update=max(map(largest_update, specs)),
         names=owners,
         access=recipe.access,
-        in_order=settings.in_order,
     )
     observer.preparing(f"waiting for {settings.nodes} clients")
     transport.gather(settings.nodes, settings.wait)

@@ -54,9 +54,7 @@ def simulate(
     """
     taken = resources or Resources()
     count = len(client_rows(recipe))
-    settings = Settings(
-        out=out, nodes=count, keep_updates=keep_updates, resume=resume, in_order=True
-    )
+    settings = Settings(out=out, nodes=count, keep_updates=keep_updates, resume=resume)
     done: list[RunResult] = []
     failed: list[BaseException] = []
 

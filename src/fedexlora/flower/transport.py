@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -82,7 +83,6 @@ class FlowerTransport:
         largest_update: the most bytes that an update of any client may have.
         names: which node has which name; by default as where nodes are not authenticated.
         access: whom the recipe admits; by default everybody.
-        in_order: hand on the updates of a round in the order in which their clients were asked.
     """
 
     def __init__(
@@ -94,19 +94,16 @@ class FlowerTransport:
         largest_update: int,
         names: Names | None = None,
         access: AccessList | None = None,
-        in_order: bool = False,
     ) -> None:
         self.run = ""
         """The run's id, once its folder has one: requests to train carry it."""
         self._grid = grid
         self._recipe = recipe
         self._base = base
-        self._in_order = in_order
         self._bounds = Bounds(parts={"update": largest_update})
         self._members = Membership(self._greet, names or Names(), access or AccessList())
         self._asked: dict[str, _Asked] = {}
-        self._answers: list[Reply] = []
-        self._order: list[str] = []
+        self._answers: deque[Reply] = deque()
         self._round = 0
         self._looked = float("-inf")
         self._slower_look = self._slower_poll = 1.0
@@ -157,8 +154,6 @@ class FlowerTransport:
         more = {"run": self.run, "round": round_, **announcing(delivery)}
         frame = self._frame("train", more, parts)
         self._round = round_
-        if client not in self._order:
-            self._order.append(client)
         node = self._members.nodes.get(client)
         pushed = None
         if node is not None:
@@ -184,8 +179,8 @@ class FlowerTransport:
             heard = 0
             for _ in self._pull():
                 heard += 1
-                yield from self._take(round_)  # before the next one is pulled: they are large
-            yield from self._take(round_)
+                yield from self._take()  # before the next one is pulled: they are large
+            yield from self._take()
             left = [asked for asked in self._asked.values() if asked.round == round_]
             if not left and not self._answers:
                 break
@@ -194,24 +189,15 @@ class FlowerTransport:
                 self._answers += [
                     Reply(asked.client, round_, failure=failure, landed=False) for asked in left
                 ]
-                yield from self._take(round_)
+                yield from self._take()
                 break
             if left:
                 self._pause(heard, ends)
-        self._order.clear()
 
-    def _take(self, round_: int) -> Iterator[Reply]:
-        """Replies that may be handed on by now."""
-        while found := next((reply for reply in self._answers if self._may(reply, round_)), None):
-            self._answers.remove(found)
-            if not found.missed and found.round == round_ and found.client in self._order:
-                self._order.remove(found.client)
-            yield found
-
-    def _may(self, reply: Reply, round_: int) -> bool:
-        if not self._in_order or reply.missed or reply.round != round_:
-            return True
-        return not self._order or reply.client == self._order[0] or reply.client not in self._order
+    def _take(self) -> Iterator[Reply]:
+        """Replies that have come, also those that come while these are looked at."""
+        while self._answers:
+            yield self._answers.popleft()
 
     def _pause(self, heard: int, ends: float) -> None:
         """Wait before the next look for replies, but not beyond a time."""

@@ -14,7 +14,7 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank, stack
 from fedexlora.algebra.probes import Probes
 from fedexlora.errors import BridgeError
-from fedexlora.exchange.layout import adapter_tensors
+from fedexlora.exchange.layout import adapter_tensors, each_once
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.version import first_id
@@ -116,13 +116,16 @@ class AdaptedModel:
 
         Args:
             specs: the clients with adapters of other ranks; they get new factors of their own.
+                Those whose spec is one object share them.
             seed: of those.
         """
         total = {
             name: LowRank.zeros(m.d_out, m.d_in, torch.float64)
             for name, m in self.spec.modules.items()
         }
-        own = {client: self.fresh(spec, seed) for client, spec in (specs or {}).items()}
+        kept, shared = each_once(specs or {})
+        own = {client: self.fresh(spec, seed) for client, spec in kept.items()}
+        own |= {client: own[name] for client, name in shared.items()}
         adapter, dense = self._live_factors(), self.dense()
         known = {"": self.spec, **(specs or {})}
         first = first_id(known, self.base_fingerprint, adapter, dense, own)

@@ -26,6 +26,7 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.algebra.probes import Norm, Probes
 from fedexlora.errors import ExactnessError
+from fedexlora.exchange.layout import each_once
 from fedexlora.exchange.records import CertificateRecord, ModuleRecord, OwnRecord
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
@@ -273,8 +274,9 @@ def _own_records(
     ideal: float,
 ) -> tuple[OwnRecord, ...]:
     """The same for every client with an adapter of its own, in the model that it will train."""
-    records = []
-    for client in sorted(state.own):  # a state read from disk has another order
+    records: dict[str, OwnRecord] = {}
+    kept, shared = each_once(state.own)
+    for client in kept:
         model.enter(state, client, specs.get(client))
         found = [
             _together(
@@ -282,16 +284,16 @@ def _own_records(
             )
             for name, figures in reduction.modules.items()
         ]
-        records.append(
-            OwnRecord(
-                client=client,
-                error=ratio(hypot(*(x.value for x in found)), ideal),
-                bound=ratio(hypot(*(x.bound for x in found)), ideal),
-            )
+        records[client] = OwnRecord(
+            client=client,
+            error=ratio(hypot(*(x.value for x in found)), ideal),
+            bound=ratio(hypot(*(x.bound for x in found)), ideal),
         )
+    for client, name in shared.items():  # one adapter, and one way of applying it
+        records[client] = records[name].model_copy(update={"client": client})
     if records:
         model.enter(state)
-    return tuple(records)
+    return tuple(records[client] for client in sorted(records))
 
 
 def _form(total: LowRank) -> str:

@@ -238,10 +238,24 @@ def _load_model(
     arithmetics = training_arithmetic(recipe.training), scoring_arithmetic(recipe)
     placement = recipe.federation.placement
     model = AdaptedModel(peft_model, recipe.method.trained, placement, arithmetics)
-    specs = {client: model.spec.reshaped(shape) for client, shape in shapes.items()}
+    specs = _reshaped(model.spec, shapes)
     check_new_weights(new, model.spec.dense)
     file_names(model)  # refused now, not when the adapter is written
     return task, tokenizer, model, specs, note
+
+
+def _reshaped(
+    spec: AdapterSpec, shapes: Mapping[str, Mapping[str, tuple[int, float]]]
+) -> dict[str, AdapterSpec]:
+    """The adapters of clients with ranks of their own; those with equal ones share one object."""
+    made: dict[tuple[tuple[str, tuple[int, float]], ...], AdapterSpec] = {}
+    found = {}
+    for client, shape in shapes.items():
+        key = tuple(sorted(shape.items()))
+        if key not in made:
+            made[key] = spec.reshaped(shape)
+        found[client] = made[key]
+    return found
 
 
 def load_task_base(

@@ -32,6 +32,7 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.algebra.moments import Moments
 from fedexlora.algebra.probes import Norm, Probes
+from fedexlora.exchange.layout import each_once
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
@@ -127,7 +128,8 @@ class Reducer:
         before, spec = self.form.before, self.form.spec
         weight = sum(x.weight for x in updates) + self.stay
         figures: dict[str, ModuleFigures] = {}
-        drawn: dict[str, dict[str, Factors]] = {client: {} for client in self.form.specs}
+        kept, shared = each_once(self.form.specs)
+        drawn: dict[str, dict[str, Factors]] = {client: {} for client in kept}
         for name in spec.modules:
             made = self._module(name, updates, weight)
             sink.add(name, made.adapter, made.piece)
@@ -137,7 +139,7 @@ class Reducer:
         means = {name: self._mean(name, updates, weight) for name in before.dense}
         heads = {name: mean.to(before.dense[name].dtype) for name, mean in means.items()}
         rounding = {n: (_off(heads[n], mean), _size(mean)) for n, mean in means.items()}
-        own: Mapping[str, Adapter] = drawn
+        own: Mapping[str, Adapter] = drawn | {client: drawn[x] for client, x in shared.items()}
         if self.method.own_adapters:
             own = {**before.own, **{x.update.client: self.form.sent(x.update) for x in updates}}
         step = sink.finish(heads, *before.changed(own), held or {})
@@ -231,12 +233,12 @@ class Reducer:
         return total.div_(weight)
 
     def _own(self, name: str, moments: Moments) -> dict[str, Factors]:
-        """What clients with an adapter of their own continue from."""
+        """What clients with an adapter of their own continue from; one for all of equal spec."""
         return {
             client: self.method.assignment(moments, self._holder(client, spec, name))
             .scaled(1.0 / self.form.scale(client, name))
             .to(spec.modules[name].dtype)
-            for client, spec in self.form.specs.items()
+            for client, spec in each_once(self.form.specs)[0].items()
         }
 
     def _holder(self, client: str | None, spec: AdapterSpec, name: str) -> Holder:

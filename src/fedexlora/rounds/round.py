@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedexlora.exchange.files import writing
 from fedexlora.exchange.history import Holdings
+from fedexlora.exchange.layout import each_once
 from fedexlora.exchange.records import BytesRecord, RoundRecord
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
@@ -129,9 +130,10 @@ def _sink(
     held: Mapping[str, int | None],
 ) -> StepSink:
     """What takes in the round's step."""
-    owners = set(before.own) | set(federation.specs)
+    kept, shared = each_once(federation.specs)
+    owners = {client: client for client in kept} | shared
     if federation.method.own_adapters:
-        owners.update(update.client for update in intake.updates)
+        owners = {update.client: update.client for update in intake.updates}
     return holdings.history.store.sink(before, federation.method.trained, owners, held)
 
 

@@ -75,7 +75,7 @@ class VersionStore:
         self,
         before: GlobalState,
         trained: Sequence[str],
-        owners: Collection[str] = (),
+        owners: Mapping[str, str] | None = None,
         clients: Collection[str] = (),
     ) -> StepSink:
         """Begin the step that leads on from a version; see ``Steps.sink``."""
