@@ -40,6 +40,7 @@ class Deployment:
         folder: an empty one.
         nodes: SuperNodes; so many clients share the rows.
         rounds: of the recipe.
+        rank: of the recipe's adapters, whose scaling stays.
         more: of the recipe's federation, in TOML.
         host: where the SuperLink listens.
     """
@@ -50,6 +51,7 @@ class Deployment:
         *,
         nodes: int = 3,
         rounds: int = 2,
+        rank: int = 4,
         more: str = "",
         host: str = "127.0.0.1",
     ) -> None:
@@ -70,10 +72,13 @@ class Deployment:
             "FLWR_HOME": str(folder / "flwr"),
         }
         make_data(folder)
-        make_app(
-            folder,
-            {"rounds = 3": f"rounds = {rounds}\n{more}", "clients = 3": f"clients = {nodes}"},
-        )
+        changes = {
+            "rounds = 3": f"rounds = {rounds}\n{more}",
+            "clients = 3": f"clients = {nodes}",
+            "\nr = 4": f"\nr = {rank}",
+            "lora_alpha = 8": f"lora_alpha = {2 * rank}",
+        }
+        make_app(folder, changes)
 
     def __call__(
         self,
