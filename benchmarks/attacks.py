@@ -33,9 +33,9 @@ from fedexlora.algebra.lowrank import stack
 from fedexlora.algebra.product import truncate
 from fedexlora.exchange.delivery import receive
 from fedexlora.exchange.history import History, Holdings
+from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.state import adapter_tensors
 from fedexlora.exchange.update import ClientUpdate
-from fedexlora.local.seeds import derive_seed
 from fedexlora.local.trainer import train_locally
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare

@@ -32,7 +32,8 @@ from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate, decode_update
 from fedexlora.exchange.version import first_id
 from fedexlora.methods import METHODS, Method
-from fedexlora.rounds.aggregation import RoundSums
+from fedexlora.rounds.common_update import CommonForm, HeldUpdate
+from fedexlora.rounds.reduction import Counted, Reducer
 
 CLIENTS, ROUNDS, RANK = 3, 5, 4
 PAPER = {
@@ -105,15 +106,17 @@ def our_numbers(sizes: Shapes, method: Method) -> tuple[list[int], list[int]]:
     for round_ in range(1, ROUNDS + 1):
         down.append(numel(unpack_finite(deliver(history, state, held).message)[0]))
         held = state.version
-        sums = RoundSums(state, spec, {})
+        form = CommonForm(state, spec, {})
+        counted = []
         for client in range(CLIENTS):
             sent = {name: torch.randn(tensor.shape) for name, tensor in spec.tensors().items()}
             message = ClientUpdate(str(client), round_, state.id, 1, 0.0, "", sent).encode()
             update = decode_update(message, spec, round_, str(client))
-            sums.add(update, 1.0)
+            counted.append(Counted(HeldUpdate.of(update, form), 1.0))
         up.append(numel(update.tensors))
-        reached = sums.aggregate(method, lambda _, now=state: now.adapter)
-        state, history = reached.state, history.after(reached.step, reached.state)
+        sink = history.store.sink(state, method.trained)
+        step = Reducer(form, method, lambda _, now=state: now.adapter).reduce(counted, sink).step
+        state, history = state.advance([step]), history.after(step)
     return up, down
 
 

@@ -31,10 +31,10 @@ from rich.table import Table
 from transformers import PrinterCallback, Trainer, logging
 from transformers.trainer_callback import CallbackHandler
 
+from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.wire import unpack
 from fedexlora.local.arguments import arguments
-from fedexlora.local.seeds import derive_seed
 from fedexlora.local.trainer import LocalTrainer
 from fedexlora.rounds.loop import settled_heap
 from fedexlora.rounds.observer import Observer

@@ -205,7 +205,7 @@ def registered(task: dict) -> dict:
     folder.store.path.mkdir(parents=True)
     state, records = model.initial_state(), ()
     # Every client has taken part at some time: the most that the server ever knows of them.
-    holdings = Holdings(dict.fromkeys(names, -9), History(4))
+    holdings = Holdings(dict.fromkeys(names, -9), History(4, folder.store))
     rounds = []
     for _ in range(task["rounds"]):
         wall, begun = time.perf_counter(), time.process_time()

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,17 @@ from torch import Tensor
 
 from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.lowrank import LowRank, difference_norm
+from fedexlora.algebra.lowrank import LowRank
+from fedexlora.algebra.moments import Moments
 from fedexlora.algebra.product import truncate
 from fedexlora.exchange.spec import AdapterSpec, ModuleSpec
 from fedexlora.exchange.state import GlobalState
-from fedexlora.exchange.update import ClientUpdate
+from fedexlora.exchange.step import Step
+from fedexlora.exchange.step_writer import StepBuilder
 from fedexlora.methods import METHODS
-from fedexlora.rounds.aggregation import RoundSums
+from fedexlora.rounds import reduction
+from fedexlora.rounds.common_update import CommonForm
+from fedexlora.rounds.reduction import Counted, Reducer, step_in_memory
 
 SCALING = 2.0
 STEPS = [(3, 32), (10, 32), (50, 8)]
@@ -58,47 +63,49 @@ SIZES: dict[str, dict[str, Any]] = {
         "square": 128,
     },
 }
-Lap = Callable[[str], None]
-"""Called at the end of every part of a step with its name."""
+
+
+class FileUpdate:
+    """One client's update of one module, whose factors are read when they are needed."""
+
+    def __init__(self, factors: Sequence[Factors], place: int) -> None:
+        self.client = str(place)
+        self._factors, self._place = factors, place
+
+    def factors(self, module: str) -> Factors:
+        """What the client trained; there is one module."""
+        del module
+        return self._factors[self._place]
+
+    def start(self, module: str) -> None:
+        """It began from the common adapter."""
 
 
 def our_step(
-    factors: Sequence[Factors],
-    weights: Sequence[float],
-    before: GlobalState | None = None,
-    lap: Lap | None = None,
-) -> tuple[GlobalState, float]:
+    factors: Sequence[Factors], weights: Sequence[float], before: GlobalState | None = None
+) -> tuple[GlobalState, Step, float]:
     """A round of one module, without a model: everything that a server does with it.
 
     Args:
         factors: the clients'; read one after the other, as they may be on the disk.
         weights: what each client counts.
         before: the version that the clients trained from; by default a first one.
-        lap: told of the parts.
 
     Returns:
-        The next version, and the step's error relative to the ideal.
+        That version, the step to the next one, and what the step's error is at most, relative to
+        the ideal.
     """
-    lap = lap or (lambda _: None)
     first = factors[0]
     module = ModuleSpec(*first.shape, first.rank, first.dtype, SCALING)
     if before is None:
         zero = LowRank.zeros(*first.shape, torch.float64)
         before = GlobalState(0, "0" * 64, {"m": first.scaled(0.0)}, {"m": zero}, {})
-    sums = RoundSums(before, AdapterSpec({"m": module}, {}, ("A", "B")), {})
-    for i, weight in enumerate(weights):
-        pair = factors[i]
-        tensors = {"A/m": pair.A, "B/m": pair.B}
-        sums.add(ClientUpdate(str(i), 1, before.id, 1, 1.0, "base", tensors), weight)
-    after = sums.aggregate(METHODS["fedex"], lambda _: {}).state
-    lap("sums, version, digests")
-    sums.deviations()
-    lap("deviation")
-    ideal, adapter = sums.ideal("m"), after.adapter["m"].to(torch.float64)
-    error = difference_norm(after.total["m"].plus([adapter]), ideal)
-    error = ratio(error, ideal.squared_norm() ** 0.5)
-    lap("certificate")
-    return after, error
+    form = CommonForm(before, AdapterSpec({"m": module}, {}, ("A", "B")), {})
+    counted = [Counted(FileUpdate(factors, i), weight) for i, weight in enumerate(weights)]
+    method = METHODS["fedex"]
+    made = Reducer(form, method, lambda _: {}).reduce(counted, step_in_memory(before, method))
+    figures = made.modules["m"]
+    return before, made.step, ratio(figures.error.bound, figures.ideal)
 
 
 def recipe_step(factors: Sequence[Factors], weights: Sequence[float], weight: Tensor) -> Tensor:
@@ -146,17 +153,46 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+PARTS = {
+    "moments": (Moments, "over"),
+    "certificate": (Reducer, "_held"),
+    "deviation": (reduction, "deviation"),
+    "digests": (StepBuilder, "finish"),
+}
+"""By part of a step, the function that it is."""
+
+
 def parts_of(factors: Sequence[Factors], weights: Sequence[float]) -> dict[str, float]:
     """Seconds of our step, by part."""
-    marks, parts = [time.process_time()], {}
-
-    def lap(part: str) -> None:
-        marks.append(time.process_time())
-        parts[part] = marks[-1] - marks[-2]
-
-    _, error = our_step(factors, weights, lap=lap)
+    parts: dict[str, float] = {}
+    with ExitStack() as patches:
+        for part, (owner, name) in PARTS.items():
+            patches.enter_context(timed(parts, part, owner, name))
+        start = time.process_time()
+        _, _, error = our_step(factors, weights)
+        whole = time.process_time() - start
     assert error <= 1e-6, error
-    return parts
+    return {**parts, "else": whole - sum(parts.values())}
+
+
+@contextmanager
+def timed(parts: dict[str, float], part: str, owner: Any, name: str) -> Iterator[None]:
+    """Have a function add its seconds to a part."""
+    work = getattr(owner, name)
+
+    def counted(*args, **options):
+        start = time.process_time()
+        found = work(*args, **options)
+        parts[part] = parts.get(part, 0.0) + time.process_time() - start
+        return found
+
+    static = isinstance(vars(owner).get(name), staticmethod)
+    before = vars(owner)[name]
+    setattr(owner, name, staticmethod(counted) if static else counted)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def quarters(values: list[float]) -> dict[str, float]:

@@ -83,7 +83,8 @@ def reduce_rounds(folder: str, clients: str, rounds: str) -> None:
     state = None
     for _ in range(int(rounds)):
         spool = Spool(Path(folder), int(clients), 0)
-        state, _ = our_step(spool, rows_of(int(clients)), state)
+        before, step, _ = our_step(spool, rows_of(int(clients)), state)
+        state = before.advance([step])
 
 
 WORK = {"modules": reduce_modules, "rounds": reduce_rounds}

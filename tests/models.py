@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -21,6 +21,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+
+from fedexlora.algebra.probes import Probes
+from fedexlora.peft_bridge.model import AdaptedModel
 
 VOCABULARY = 90
 
@@ -207,6 +210,11 @@ def base_of(case: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     build, _ = EVERY[case]
     torch.manual_seed(11)
     return build().to(dtype)
+
+
+def live_update(model: AdaptedModel, name: str) -> Tensor:
+    """What a module adds to its untouched weight, read back from the live model: dense, float64."""
+    return model.image(name, Probes(None))
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, nn.Module]]:

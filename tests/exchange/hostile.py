@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
@@ -54,13 +55,39 @@ def parts(message: bytes) -> tuple[dict, bytes]:
     return json.loads(message[8 : 8 + size]), message[8 + size :]
 
 
+def stored(header: Mapping) -> bool:
+    """Whether it is that of a stored file: its checksum is that of the text alone."""
+    said = header["__metadata__"]
+    return said["sha256"] == hashlib.sha256(said["fedexlora"].encode()).hexdigest()
+
+
+def unpacked(message: bytes) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the JSON object of a message, or of a stored file."""
+    header, _ = parts(message)
+    if not stored(header):
+        return unpack(message)
+    return safetensors.torch.load(message), json.loads(header["__metadata__"]["fedexlora"])
+
+
+def packed(tensors: Mapping[str, Tensor], said: Mapping, like: bytes) -> bytes:
+    """Tensors and a JSON object in a message, or in a stored file, as ``like`` is one."""
+    if not stored(parts(like)[0]):
+        return pack(tensors, said)
+    text = json.dumps(said, sort_keys=True)
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    ready = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return bytes(safetensors.torch.save(ready, {"fedexlora": text, "sha256": checksum}))
+
+
 def signed(header: Mapping, body: bytes, text: str | None = None) -> bytes:
     """A file with the checksum that its content has, or an old one where it cannot be read."""
+    whole = stored(header)
     text = header["__metadata__"]["fedexlora"] if text is None else text
     said = header["__metadata__"] | {"fedexlora": text}
     try:
         tensors = safetensors.torch.load(frame({**header, "__metadata__": said}, body))
-        said["sha256"] = digest(tensors, text)
+        plain = hashlib.sha256(text.encode()).hexdigest()
+        said["sha256"] = plain if whole else digest(tensors, text)
     except Exception:  # noqa: BLE001 - whatever a reader makes of it
         said["sha256"] = "0" * 64
     return frame({**header, "__metadata__": said}, body)
@@ -144,7 +171,7 @@ def lying(message: bytes) -> Cases:
 def forged_headers(message: bytes) -> Cases:
     """Signed messages whose own header is not what it must be."""
     header, body = parts(message)
-    own = unpack(message)[1]
+    own = unpacked(message)[1]
     for text in TEXTS:
         yield f"header {text!r}", signed(header, body, text)
     for key in own:
@@ -160,8 +187,8 @@ def forged_headers(message: bytes) -> Cases:
 
 def forged_tensors(message: bytes) -> Cases:
     """Signed messages whose tensors are not those that they must be."""
-    tensors, header = unpack(message)
-    yield "no tensors", pack({}, header)
+    tensors, header = unpacked(message)
+    yield "no tensors", packed({}, header, message)
     for extra in (
         "A/other",
         "B/other",
@@ -172,15 +199,16 @@ def forged_tensors(message: bytes) -> Cases:
         "piece1/x",
         "piece9.A/x",
     ):
-        yield f"unexpected {extra!r}", pack(tensors | {extra: torch.ones(2, 3)}, header)
+        yield f"unexpected {extra!r}", packed(tensors | {extra: torch.ones(2, 3)}, header, message)
     for name, tensor in tensors.items():
-        yield f"{name} missing", pack({n: t for n, t in tensors.items() if n != name}, header)
+        lacks = {n: t for n, t in tensors.items() if n != name}
+        yield f"{name} missing", packed(lacks, header, message)
         yield (
             f"{name} renamed",
-            pack({n + "\0" * (n == name): t for n, t in tensors.items()}, header),
+            packed({n + "\0" * (n == name): t for n, t in tensors.items()}, header, message),
         )
         for kind, changed in _spoiled(tensor).items():
-            yield f"{name} {kind}", pack(tensors | {name: changed}, header)
+            yield f"{name} {kind}", packed(tensors | {name: changed}, header, message)
 
 
 def _spoiled(tensor: Tensor) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from fedexlora.exchange.state import state_from, state_tensors
 from fedexlora.exchange.wire import pack, unpack
 from tests.exchange.versions import (
     FIRST,
+    after,
     history,
     last,
     same,
@@ -46,7 +47,7 @@ def test_a_receiver_of_every_step_holds_the_bits_of_the_server(trained):
     assert same(client, server)
     for _ in range(3):  # the total turns dense on the way
         made, reached = step(server, trained)
-        kept, before, server = kept.after(made, reached), server.version, reached
+        kept, before, server = after(kept, made, reached), server.version, reached
         delivery = deliver(kept, server, before)
         assert same(taken(client, delivery, "b"), server)
         client = taken(client, delivery)
@@ -71,8 +72,8 @@ def test_a_newcomer_takes_the_compacted_total_in_float32_under_the_same_id():
     assert held.value.dtype == torch.float64
     assert float((held.dense() - exact).norm() / exact.norm()) < 2e-7
     made = wide_steps(1, server)
-    after = taken(client, deliver(history(*made), last(made), 1))
-    assert after.id == last(made).id
+    further = taken(client, deliver(history(*made), last(made), 1))
+    assert further.id == last(made).id
 
 
 @pytest.mark.parametrize("missed", [1, 2, 3])
@@ -92,7 +93,7 @@ def test_a_receiver_that_missed_rounds_lands_on_the_same_bits(missed):
 def test_what_is_older_than_the_window_gets_a_snapshot():
     made = wide_steps(5, wide_state())
     kept, server = history(*made, window=3), last(made)
-    assert sorted(kept.steps) == [3, 4, 5]
+    assert sorted(kept.ids) == [2, 3, 4, 5]
     assert since(deliver(kept, server, 2)) == 2
     assert since(deliver(kept, server, 1)) is None
 
@@ -254,7 +255,7 @@ def test_an_own_adapter_that_did_not_change_is_no_part_of_the_step_but_of_its_di
     fresh = {"layer.q": Factors(torch.randn(3, 5), torch.randn(7, 3))}
     made = first.step(first.adapter, ("A", "B"), {}, first.dense, {**first.own, "a": fresh})
     assert made.own.keys() == {"a"}
-    after = first.advance([made])
-    assert after.own.keys() == {"a", "b"}
-    assert group(after.own_digests) == made.digests.own
-    assert replace(after).own_digests == after.own_digests, "kept digests are those of the tensors"
+    reached = first.advance([made])
+    assert reached.own.keys() == {"a", "b"}
+    assert group(reached.own_digests) == made.digests.own
+    assert replace(reached).own_digests == reached.own_digests, "those of the tensors"

@@ -21,6 +21,7 @@ from fedexlora.exchange.digest import (
 )
 from fedexlora.exchange.spec import AdapterSpec, ModuleSpec, TensorSpec
 from fedexlora.exchange.step import Step, StepDigests
+from fedexlora.exchange.step_writer import StepBuilder
 from fedexlora.exchange.version import first_id, next_id
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -145,16 +146,17 @@ def test_version_0_is_its_spec_base_adapter_heads_and_own_adapters():
 
 def made(**changes: object) -> Step:
     given = {
-        "version": 3,
         "previous": "a" * 64,
         "adapter": ADAPTER,
         "trained": ("A", "B"),
         "dense": HEADS,
         "pieces": {"m": LowRank(Factors(torch.ones(1, 5), torch.ones(7, 1)))},
-        "own": {},
         "own_digests": {},
-    }
-    return Step.of(**given | changes)
+    } | changes
+    sink = StepBuilder(3, given["previous"], given["trained"])
+    for name, pair in given["adapter"].items():
+        sink.add(name, pair, given["pieces"].get(name, LowRank.zeros(7, 5, torch.float32)))
+    return sink.finish(given["dense"], {}, given["own_digests"], {})
 
 
 def test_the_id_of_a_version_is_the_hash_of_the_last_and_of_its_step():

@@ -103,7 +103,9 @@ def test_twenty_rounds_of_two_holders_who_add_up_in_different_ways(way):
                 torch.set_num_threads(threads)
             assert held[client].id == server.id
         step, reached = played(server, generator)
-        holdings, server = holdings.after(step, reached, asked, []), reached
+        holdings.history.store.keep(step, reached)
+        holdings = holdings.after(step, holdings.changes(server.version, asked, []))
+        server = reached
     assert snapshots == 2
     one, other = held["a"], held["b"]
     assert one.version == other.version == ROUNDS - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,9 +12,11 @@ from fedexlora.exchange.delivery import Delivery, receive
 from fedexlora.exchange.history import History
 from fedexlora.exchange.state import GlobalState, state_tensors
 from fedexlora.exchange.step import Step
+from fedexlora.exchange.step_writer import StepSink
 
 FIRST = "f" * 64
 """The id of versions that tests begin with."""
+Held = Mapping[str, int | None]
 Round = tuple[Step, GlobalState]
 """A step and where it leads."""
 
@@ -57,8 +59,24 @@ def history(*rounds: Round, window: int = 4) -> History:
     """What the server keeps of rounds."""
     found = History(window)
     for made, reached in rounds:
-        found = found.after(made, reached)
+        found = after(found, made, reached)
     return found
+
+
+def after(known: History, made: Step, reached: GlobalState) -> History:
+    """A history in memory, and one more step."""
+    known.store.keep(made, reached)
+    return known.after(made)
+
+
+def stored(
+    sink: StepSink, made: Step, reached: GlobalState, held: Mapping[str, int | None]
+) -> Step:
+    """Write a step that was made in memory."""
+    for name, pair in reached.adapter.items():
+        zero = LowRank.zeros(*pair.shape, torch.float32)
+        sink.add(name, pair, made.pieces.get(name, zero))
+    return sink.finish(made.dense, made.own, reached.own_digests, held)
 
 
 def wide_state() -> GlobalState:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -74,12 +75,25 @@ class Deployment:
             {"rounds = 3": f"rounds = {rounds}\n{more}", "clients = 3": f"clients = {nodes}"},
         )
 
-    def __call__(self, *words: str, check: bool = True, inside: str = "") -> str:
-        """What the script says; it runs in the network namespace ``inside``, if there is one."""
+    def __call__(
+        self,
+        *words: str,
+        check: bool = True,
+        inside: str = "",
+        settings: Mapping[str, str] | None = None,
+    ) -> str:
+        """What the script says.
+
+        Args:
+            words: of its command line.
+            check: whether it must succeed.
+            inside: the network namespace that it runs in, if there is one.
+            settings: what is other in its environment, and in that of all that it starts.
+        """
         done = subprocess.run(
             self._command(words, inside),
             cwd=self.folder,
-            env=self.environment,
+            env=self.environment | dict(settings or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -107,9 +121,12 @@ class Deployment:
     def kill_node(self, name: str) -> None:
         """SIGKILL to all processes of a node, as where its machine loses power."""
         node = psutil.Process(self.pid(name))
-        worker = psutil.Process(int((self.home / "home" / name / "worker.pid").read_text()))
-        for process in (node, *node.children(recursive=True), worker):
+        for process in (node, *node.children(recursive=True), self.worker(name)):
             process.kill()
+
+    def worker(self, name: str) -> psutil.Process:
+        """What trains on a node; it ends when it is idle for long."""
+        return psutil.Process(int((self.home / "home" / name / "worker.pid").read_text()))
 
     def worker_log(self, name: str) -> str:
         path = self.home / "home" / name / "worker.log"
@@ -129,6 +146,16 @@ class Deployment:
     def records(self) -> list[dict]:
         path = self.home / "run" / "rounds.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def check_one_snapshot(self) -> None:
+        """No client was sent a snapshot after its first round, nor asked for one."""
+        held: set[str] = set()
+        for record in self.records():
+            for client in (*record["clients"], *record["left_out"]):
+                assert client["since"] is not None or client["client"] not in held, record
+            held |= {client["client"] for client in record["clients"]}
+        for log in self.home.glob("home/*/worker.log"):
+            assert not re.search("WARNING round .* version", log.read_text()), self.logs()
 
     def until(self, holds: Callable[[], bool], seconds: float = 900.0) -> None:
         ends = time.monotonic() + seconds

@@ -21,7 +21,11 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+import torch
 
+from fedexlora.exchange.delivery import deliver
+from fedexlora.exchange.history import History
+from fedexlora.exchange.state import GlobalState
 from tests.flower.deployment import ROOT, Deployment, free_port
 
 LET_IN = "SuperNode ID"
@@ -191,6 +195,44 @@ def test_a_killed_superlink_is_started_again_and_the_run_goes_on(tmp_path):
 
 
 @pytest.mark.slow
+def test_nodes_that_sum_in_other_ways_take_no_snapshot_after_their_first(tmp_path):
+    """One computes as every processor can, one in two threads: their last bits differ."""
+    deployment = Deployment(tmp_path, rounds=4)
+    settings = {1: {"MKL_CBWR": "COMPATIBLE"}, 2: {"OMP_NUM_THREADS": "2"}, 3: {}}
+    deployment("keys")
+    try:
+        deployment("superlink")
+        for number, own in settings.items():
+            deployment("node", str(number), settings=own)
+        playing = deployment.begin("run", attempts=3)
+        assert playing.wait() == 0, deployment.logs()
+        for number, own in settings.items():
+            environment = deployment.worker(f"node-{number}").environ()
+            assert environment.items() >= ({"OMP_NUM_THREADS": "1"} | own).items()
+    finally:
+        deployment("stop", check=False)
+    records = deployment.records()
+    assert [len(record["clients"]) for record in records] == [3] * 4
+    assert all(record["deviation"] > 0 for record in records[1:])
+    assert all(record["certificate"]["held"] for record in records)
+    deployment.check_one_snapshot()
+    held = [deployment.held(f"node-{number}") for number in settings]
+    assert {(state.version, state.id) for state in held} == {(3, held[0].id)}
+    assert any(totals_differ(held[0], state) for state in held[1:])
+    snapshot = deliver(History(1), held[0], None)
+    assert all(c["since"] == 2 for c in records[3]["clients"])
+    assert all(c["downloaded_bytes"] < len(snapshot.message) for c in records[3]["clients"])
+
+
+def totals_differ(one: GlobalState, other: GlobalState) -> bool:
+    """Whether two holders of one version have added its remainders up to other bits."""
+    return any(
+        not torch.equal(matrix.dense(), other.total[name].dense())
+        for name, matrix in one.total.items()
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["training", "trained"])
 def test_a_node_is_killed_and_comes_back_two_rounds_later(tmp_path, moment):
     """Only that client is missed; all nodes end with the same version on their disks.
@@ -221,6 +263,7 @@ def test_a_node_is_killed_and_comes_back_two_rounds_later(tmp_path, moment):
     assert all(everyone - found <= {lost} for found in there)
     assert lost not in there[1] or moment == "trained"
     assert lost not in there[2]
+    deployment.check_one_snapshot()
     held = [deployment.held(f"node-{i}") for i in range(1, 5)]
     assert held[0].version == 7
     assert len({state.id for state in held}) == 1

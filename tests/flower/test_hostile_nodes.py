@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +15,7 @@ from fedexlora.errors import RunError
 from fedexlora.exchange.delivery import Announcement, Delivery
 from fedexlora.flower import membership
 from fedexlora.flower import transport as module
-from fedexlora.flower.frames import Frame
+from fedexlora.flower.frames import Frame, to_records
 from fedexlora.flower.transport import FlowerTransport
 from tests.flower.nodes import FakeGrid
 
@@ -22,8 +24,10 @@ HELLO = Frame({"client": "north", "rows": 4})
 
 
 def records(header: str, array: Array | None = None) -> RecordDict:
-    arrays = ArrayRecord({} if array is None else {"update": array})
-    config = ConfigRecord({"json": header})
+    """A message whose one part has as many bytes as its array says, of which there are few."""
+    arrays = ArrayRecord({} if array is None else {"update/0": array})
+    sizes = {} if array is None else {"update": array.shape[0]}
+    config = ConfigRecord({"json": header, "parts": json.dumps(sizes)})
     return RecordDict({"fedexlora.header": config, "fedexlora.parts": arrays})
 
 
@@ -95,9 +99,9 @@ def test_a_greeting_that_is_none_is_named(header, fault):
         (records("{}", Array("uint8", (1,), "numpy.ndarray", b"junk")), "cannot be read"),
         (records("{}", Array("uint8", (1,), "numpy.ndarray", b"")), "cannot be read"),
         (records("{}", Array("uint8", (1,), "torch", b"junk")), "cannot be read"),
-        (records("{}", Array("uint8", (1,), "numpy.ndarray", pickled())), "cannot be read"),
+        (records("{}", Array("uint8", (1,), "numpy.ndarray", pickled())), "found object [1]"),
         (records("{}", Array("uint8", (1,), "numpy.ndarray", claims(10**15))), "cannot be read"),
-        (records("{}", Array("uint8", (1,), "numpy.ndarray", archive())), "found an archive"),
+        (records("{}", Array("uint8", (1,), "numpy.ndarray", archive())), "cannot be read"),
         (records("{}", Array(np.zeros(3))), "expected uint8 [bytes], found float64 [3]"),
         (records('{"seconds": NaN}', Array(np.zeros(3, np.uint8))), "expected seconds, found nan"),
         (records('{"seconds": true}', Array(np.zeros(3, np.uint8))), "expected seconds"),
@@ -180,3 +184,31 @@ def test_a_node_that_is_known_by_another_id_takes_its_place_once_the_old_one_is_
     made.ask(1, "north", DELIVERY)
     (reply,) = made.replies(1, 5.0, lambda *_: None)
     assert reply.message == b"8"
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_flower_made_of_an_answer_is_gone_when_the_answer_is_handed_on():
+    """The largest message is held once, and not beside the next one."""
+    pulled, alive = [], []
+
+    def node(name):
+        def answer(frame):
+            if frame.header["kind"] == "hello":
+                return Frame({"client": name, "rows": 4})
+            made = to_records(Frame({"seconds": 1.0}, {"update": name.encode()}))
+            alive.append(weakref.ref(made))
+            return made
+
+        return answer
+
+    grid = FakeGrid({7: node("north"), 8: node("south")})
+    made = FlowerTransport(grid, {}, "base", largest_update=1000)
+    made.gather(2, 5.0)
+    pull = grid.pull_messages
+    grid.pull_messages = lambda ids: pulled.append(ids) or pull(ids)
+    for client in ("north", "south"):
+        made.ask(1, client, DELIVERY)
+    for i, reply in enumerate(made.replies(1, 5.0, lambda *_: None)):
+        assert reply.message in {b"north", b"south"}
+        assert [ref() is None for ref in alive] == [True, i == 1]
+    assert max(map(len, pulled)) == 1

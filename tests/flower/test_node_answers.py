@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import random
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,13 @@ from fedexlora.errors import DataError, NodeError
 from fedexlora.exchange.delivery import deliver
 from fedexlora.exchange.history import History
 from fedexlora.exchange.node_faults import NodeFault
-from fedexlora.flower import apps, permission, session, worker
+from fedexlora.exchange.wire import unpack
+from fedexlora.flower import answer_file, apps, permission, session, worker
 from fedexlora.flower.announcement import announcing
 from fedexlora.flower.fault_frames import LogFormatter
 from fedexlora.flower.frames import PROTOCOL, Frame, from_records, to_records
-from fedexlora.flower.worker import Desk
+from fedexlora.flower.worker import Desk, ask_worker
+from fedexlora.local.trainer import LocalTrainer
 
 CANARIES = random.Random(16)
 
@@ -273,7 +276,8 @@ def test_a_node_that_trains_sends_numbers_and_factors(ward, training):
     assert not [w for w in ward.words if w.encode() in sent]
     other = ask(ward, Frame({**training.header, "base": "other"}, training.parts))
     assert code_of(other) is NodeFault.BASE_DIFFERS
-    damaged = ask(ward, Frame(training.header, {"message": training.parts["message"][:-9]}))
+    cut = {"message": training.parts["message"][:-9]}
+    damaged = ask(ward, Frame({**training.header, "round": 2}, cut))
     assert from_records(damaged.content).header == {"missed": NodeFault.VERSION_MISSING}
 
 
@@ -295,6 +299,117 @@ def test_what_goes_wrong_in_training_is_a_code(ward, desk, training, monkeypatch
     message = ask(ward, asked)
     assert code_of(message) is code
     check(ward, message)
+
+
+@pytest.fixture
+def alone(ward, tmp_path) -> Ward:
+    """The same node with a home and a configuration of its own."""
+    (tmp_path / "home").mkdir()
+    config = tmp_path / "node.toml"
+    text = ward.config.read_text()
+    config.write_text(text.replace(f'"{ward.config.parent}/home"', f'"{tmp_path}/home"'))
+    return replace(ward, config=config)
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[int]:
+    """The rounds in which a node of this process has trained."""
+    rounds = []
+    update = LocalTrainer.update
+
+    def counted(trainer, client, state, round_, progress):
+        rounds.append(round_)
+        return update(trainer, client, state, round_, progress)
+
+    monkeypatch.setattr(LocalTrainer, "update", counted)
+    return rounds
+
+
+def test_a_worker_killed_before_its_answer_is_taken_answers_without_training(
+    alone, training, trained
+):
+    """Also a server that was resumed, and has packed the same version in other bytes."""
+    answer = Desk(alone.config).answer(training)
+    again = Desk(alone.config)
+    assert again.answer(training) == answer
+    assert again.answer(Frame(training.header, {"message": b"packed anew"})) == answer
+    assert trained == [1]
+    assert again._session._trainer is None
+
+
+def test_an_answer_whose_worker_goes_before_it_has_sent_it_is_sent_without_training(
+    alone, training, trained, monkeypatch
+):
+    def lost(connection: object) -> Frame:
+        Desk(alone.config).answer(training)
+        raise EOFError
+
+    monkeypatch.setattr(worker, "_connected", lambda path, node: io.BytesIO())
+    monkeypatch.setattr(worker, "send", lambda connection, frame: None)
+    monkeypatch.setattr(worker, "receive", lost)
+    answer = ask_worker(alone.config, training)
+    assert answer == Desk(alone.config).answer(training)
+    assert trained == [1]
+    with pytest.raises(NodeError, match="the worker has gone"):
+        ask_worker(alone.config, Frame({**training.header, "round": 2}, training.parts))
+
+
+@pytest.mark.parametrize("change", ["round", "run", "learning rate", "configuration"])
+def test_an_answer_is_one_to_its_own_request_alone(alone, training, trained, change):
+    Desk(alone.config).answer(training)
+    header = dict(training.header)
+    if change == "configuration":
+        alone.config.write_text(alone.config.read_text() + "\n[limits]\nmax_rank = 4\n")
+    elif change == "learning rate":
+        rate = {**header["recipe"]["training"], "learning_rate": 0.5}
+        header["recipe"] = {**header["recipe"], "training": rate}
+    else:
+        header[change] = {"round": 2, "run": "another"}[change]
+    again = Desk(alone.config)
+    last = again.answer(Frame(header, training.parts))
+    assert trained == [1, header["round"]]
+    assert Desk(alone.config).answer(Frame(header, training.parts)) == last
+    assert len(trained) == 2  # the file holds one answer, the last
+    assert [path.name for path in (alone.config.parent / "home").glob("answer*")] == ["answer"]
+
+
+@pytest.mark.parametrize("damage", ["cut off", "longer", "changed", "no JSON", "huge", "empty"])
+def test_an_answer_that_is_damaged_is_passed_over_with_a_line_in_the_log(
+    alone, training, trained, damage, caplog
+):
+    first = Desk(alone.config).answer(training)
+    file = alone.config.parent / "home" / "answer"
+    content = file.read_bytes()
+    line, _, parts = content.partition(b"\n")
+    size = str(len(parts)).encode()
+    file.write_bytes(
+        {
+            "cut off": content[:-1],
+            "longer": content + b"x",
+            "changed": content[:-1] + bytes([content[-1] ^ 1]),
+            "no JSON": content[1:],
+            "huge": line.replace(size, b"9" * 15) + b"\n" + parts,
+            "empty": b"",
+        }[damage]
+    )
+    again = Desk(alone.config).answer(training)
+    assert unpack(again.parts["update"])[1] == unpack(first.parts["update"])[1]
+    assert trained == [1, 1]
+    assert f"{file} cannot be read, and is passed over" in caplog.text
+    assert Desk(alone.config).answer(training) == again
+    assert trained == [1, 1]
+
+
+def test_a_node_whose_disk_takes_no_answer_sends_it_and_says_so(
+    alone, training, trained, monkeypatch, caplog
+):
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(answer_file, "replace_bytes", full)
+    assert Desk(alone.config).answer(training).parts.keys() == {"update"}
+    assert "answer cannot be written: No space left on device" in caplog.text
+    assert trained == [1]
 
 
 @pytest.mark.usefixtures("desk")

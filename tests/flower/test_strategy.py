@@ -26,7 +26,7 @@ from peft import PeftModel, get_peft_model_state_dict
 
 from fedexlora.errors import BridgeError, RunError
 from fedexlora.exchange.digest import tensors_digest
-from fedexlora.exchange.state import state_tensors
+from fedexlora.exchange.state import GlobalState, state_tensors
 from fedexlora.exchange.update import decode_update
 from fedexlora.flower import FedExLoRA, initial_arrays, load_arrays, save_adapter, update_arrays
 from fedexlora.flower.arrays import (
@@ -37,7 +37,6 @@ from fedexlora.flower.arrays import (
     read_bytes,
     unpack_shared,
 )
-from fedexlora.rounds.aggregation import RoundSums
 from tests.flower.grid import WEIGHTS, DirectGrid, app, content, trainer
 from tests.models import adapted, base_of, logits, lora_layers
 
@@ -423,20 +422,19 @@ def hardly_moved(msg, model):
         dict(model.base_model.model.named_modules())[SMALL].lora_B["default"].weight *= 1e-4
 
 
-def off(kind):
-    """An aggregate of which one module, or one head, is off by 2e-3 of its update."""
-    right = RoundSums.aggregate
+def off_by_more_than_is_allowed(kind):
+    """A version of which one module, or one head, is off by 2e-3 of its update."""
+    right = GlobalState.advance
 
-    def wrong(sums, method, fresh):
-        step = right(sums, method, fresh)
-        adapter, dense = dict(step.state.adapter), dict(step.state.dense)
+    def wrong(state, steps):
+        after = right(state, steps)
+        adapter, dense = dict(after.adapter), dict(after.dense)
         if kind == "module":
-            name = SMALL
-            adapter[name] = replace(adapter[name], B=adapter[name].B * 1.002)
+            adapter[SMALL] = replace(adapter[SMALL], B=adapter[SMALL].B * 1.002)
         else:
             name = min(dense)
             dense[name] = dense[name] * 1.002
-        return replace(step, state=replace(step.state, adapter=adapter, dense=dense))
+        return replace(after, adapter=adapter, dense=dense)
 
     return wrong
 
@@ -447,7 +445,7 @@ def test_one_module_or_head_that_is_off_is_named_however_small_it_is(kind, monke
     make = partial(adapted, "roberta")
     apps = {node: app(trainer(make, hardly_moved)) for node in WEIGHTS}
     start(apps, make())
-    monkeypatch.setattr(RoundSums, "aggregate", off(kind))
+    monkeypatch.setattr(GlobalState, "advance", off_by_more_than_is_allowed(kind))
     with pytest.raises(AggregationError, match="version 1 is not the ideal one") as caught:
         start(apps, make())
     name = SMALL if kind == "module" else "classifier"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from flwr.app import Error
 
 from fedexlora.errors import RunError
 from fedexlora.exchange.node_faults import FAULT_TEXTS, NodeFault
+from fedexlora.flower import byte_arrays
 from fedexlora.flower import transport as module
 from fedexlora.flower.frames import Frame
 from fedexlora.flower.node import Node
@@ -75,8 +77,11 @@ def start(grid: FakeGrid, document: dict, out: Path, **changes):
 
 
 @pytest.mark.exactness
-def test_the_result_is_that_of_one_process_to_the_bit(document, sessions, homes, tmp_path, whole):
-    """Also where it is resumed by another server, with nodes that were started anew."""
+def test_the_result_is_that_of_one_process_to_the_bit(
+    document, sessions, homes, tmp_path, whole, monkeypatch
+):
+    """Also in many pieces, and where another server resumes it with nodes that started anew."""
+    monkeypatch.setattr(byte_arrays, "PIECE", 1000)
     grid = grid_of(sessions)
     grid.keys = {7 + i: name.encode() for i, name in enumerate(CLIENTS)}
     document["federation"]["rounds"] = 2
@@ -90,6 +95,7 @@ def test_the_result_is_that_of_one_process_to_the_bit(document, sessions, homes,
     moved = [record.bytes.down for record in result.records]
     assert moved[2] > 0
     asked = [frame for _, frame in grid.pushed if frame.header["kind"] == "train"]
+    assert len({frame.header["run"] for frame in asked}) == 1
     parts = [sum(map(len, frame.parts.values())) for frame in asked]
     assert sum(moved[:2]) == sum(parts)
 
@@ -175,6 +181,63 @@ def test_a_node_that_lost_its_disk_takes_the_total_in_the_same_round(document, s
     assert [c.client for c in last.clients] == list(CLIENTS)
     sizes = {c.client: c.downloaded_bytes for c in last.clients}
     assert sizes["site-west"] > sizes["site-north"]
+
+
+def test_an_answer_of_a_run_that_was_rolled_back_is_refused_by_name(document, sessions, tmp_path):
+    """The server goes on from version 1, and comes to another version 2 than before."""
+    grid, out = grid_of(sessions), tmp_path / "out"
+    document["federation"]["rounds"] = 1
+    start(grid, document, out)
+    shutil.copytree(out, tmp_path / "version-1")
+    answers = {}
+
+    def remembers(frame: Frame):
+        answer = sessions[8].answer(frame)
+        answers[frame.header.get("round")] = answer
+        return answer
+
+    grid.nodes[8] = remembers
+    document["federation"]["rounds"] = 3
+    start(grid, document, out)
+    shutil.rmtree(out)
+    shutil.copytree(tmp_path / "version-1", out)
+
+    def stuck(frame: Frame):
+        training = frame.header["kind"] == "train"
+        return answers[3] if training else sessions[8].answer(frame)
+
+    grid.nodes[8] = stuck
+    result = start(grid, document, out)
+    second, third = ([(c.client, c.reasons) for c in r.left_out] for r in result.records[1:])
+    assert [client for client, _ in (*second, *third)] == ["site-south"] * 2
+    round_, version = second[0][1]
+    assert round_ == "round: expected 2, found 3"
+    assert version.startswith("version: expected")
+    (version,) = third[0][1]
+    assert version.startswith("version: expected")
+    for record in result.records[1:]:
+        assert [c.client for c in record.clients] == ["site-north", "site-west"]
+        assert record.certificate.held
+
+
+def test_an_answer_to_a_run_that_was_started_anew_is_refused_by_name(document, sessions, tmp_path):
+    grid, out = grid_of(sessions), tmp_path / "out"
+    document["federation"]["rounds"] = 1
+    start(grid, document, out)
+    first = next(frame for node, frame in grid.pushed if node == 8 and frame.parts)
+    shutil.rmtree(out)
+    document["federation"]["seed"] += 1
+
+    def stuck(frame: Frame):
+        return sessions[8].answer(first if frame.parts else frame)
+
+    grid.nodes[8] = stuck
+    (record,) = start(grid, document, out).records
+    (left,) = record.left_out
+    assert left.client == "site-south"
+    assert left.reasons[0].startswith("version: expected")
+    second = grid.pushed[-1][1]
+    assert first.header["run"] != second.header["run"]
 
 
 def start_with(grid: FakeGrid, document: dict, out: Path):

@@ -20,6 +20,7 @@ FORWARD = 1e-3
 NARROW_FORWARD = 1e-2
 """The same in 16 bits."""
 _BYTES = {"bytes", "downloaded_bytes", "uploaded_bytes"}
+_FORMAT = {"schema_version"}
 _SCORES = {"kept", "kept_error", "metrics"}
 _ERRORS = {"error", "worst_error", "dense_error"}
 """Rounding noise of methods that are exact: only what they are held against says something."""
@@ -105,7 +106,7 @@ def _walk(
 ) -> Iterator[str]:
     """Figures that both have: what is new, or gone, has no golden value."""
     if isinstance(golden, dict) and isinstance(found, dict):
-        for name in golden.keys() & found.keys() - _BYTES - _OF_NOISE:
+        for name in golden.keys() & found.keys() - _BYTES - _FORMAT - _OF_NOISE:
             where = f"{place}/{name}"
             if name in _ERRORS and golden[name] <= _LARGEST_ERROR:
                 if not found[name] <= _LARGEST_ERROR:

@@ -17,7 +17,7 @@ from fedexlora.errors import ExactnessError
 from fedexlora.peft_bridge import export
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.peft_bridge.model import AdaptedModel
-from tests.models import CASES, adapted, base_of, logits, lora_layers
+from tests.models import CASES, adapted, base_of, live_update, logits, lora_layers
 from tests.rounds.scripted import federation, run_round
 
 
@@ -33,7 +33,7 @@ def test_the_loaded_adapter_is_the_global_model(case, rounds, tmp_path):
     weights = {name: p.clone() for name, p in untouched.named_parameters()}
     loaded = PeftModel.from_pretrained(untouched, tmp_path)
     for name, layer in lora_layers(loaded):
-        update = model.modules[name].stored_weight(model.applied(name).dense())
+        update = model.modules[name].stored_weight(live_update(model, name))
         found = layer.get_delta_weight("default").double()
         rounding = model.fold_rounding(name)
         assert float((found - update).norm()) <= 1e-6 * float(update.norm()) + rounding, name

@@ -10,22 +10,23 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedexlora.exchange import files
+from fedexlora.exchange.digest_file import DigestWriter
 from fedexlora.local import trainer
 from fedexlora.local.trainer import LocalTrainer
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds import loop
 from fedexlora.rounds import round as round_module
 from fedexlora.rounds import run as run_module
-from fedexlora.rounds.aggregation import RoundSums
-from fedexlora.rounds.collect import Collector
+from fedexlora.rounds.admission import Admission
 from fedexlora.rounds.preparation import Prepared
+from fedexlora.rounds.reduction import Reducer
 
 
 def forked(work: Callable[[], None]) -> int:
@@ -69,15 +70,33 @@ class Moments:
 
         setattr(owner, name, counted)
 
+    def watch_stores(self, act: Callable[[], None]) -> None:
+        """Act in the midst of every step and snapshot that is written, and before its header."""
+        added, finished = DigestWriter.add, DigestWriter.finish
+
+        def add(file: DigestWriter, name: str, tensor: torch.Tensor) -> str:
+            first = file._writer._offset == 0
+            digest = added(file, name, tensor)
+            if first:
+                file._writer._file.flush()
+                act()
+            return digest
+
+        def finish(file: DigestWriter, header: Mapping) -> None:
+            act()
+            finished(file, header)
+
+        DigestWriter.add, DigestWriter.finish = add, finish
+
     def watch(self) -> None:
         """Every write, also in its midst, every change of a folder, every step of a round."""
         written = files._write
 
-        def halves(path: Path, content: bytes) -> None:
+        def halves(path: Path, content: bytes, *, sync: bool = True) -> None:
             self.pass_by()
             path.write_bytes(content[: len(content) // 2])
             self.pass_by()
-            written(path, content)
+            written(path, content, sync=sync)
 
         appended = files._append
 
@@ -89,13 +108,14 @@ class Moments:
             appended(path, content)
 
         files._write, files._append = halves, half_lines
+        self.watch_stores(self.pass_by)
         for owner, name in (
             *((files, name) for name in ("_sync", "_sync_folder")),
             *((Path, name) for name in ("replace", "unlink", "mkdir")),
             (shutil, "rmtree"),
             (round_module, "certify"),
-            *((Collector, name) for name in ("ask", "receive", "_checked")),
-            (RoundSums, "aggregate"),
+            *((Admission, name) for name in ("draw", "ask", "receive", "_hear")),
+            (Reducer, "reduce"),
             (AdaptedModel, "apply"),
             *((loop, name) for name in ("run_round", "save_global", "save_factors")),
         ):
@@ -108,11 +128,11 @@ class FullDisk(Moments):
     def watch(self) -> None:
         written = files._write
 
-        def write(path: Path, content: bytes) -> None:
+        def write(path: Path, content: bytes, *, sync: bool = True) -> None:
             if self.reached() or self.count > self.last > 0:
                 path.write_bytes(content[: len(content) // 2])
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            written(path, content)
+            written(path, content, sync=sync)
 
         appended = files._append
 
@@ -124,6 +144,12 @@ class FullDisk(Moments):
             appended(path, content)
 
         files._write, files._append = write, append
+
+        def stop() -> None:
+            if self.reached() or self.count > self.last > 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        self.watch_stores(stop)
 
 
 def quick(made: tuple[Prepared, LocalTrainer] | None, failing: float = 0.0) -> None:

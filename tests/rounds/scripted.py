@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -60,6 +62,9 @@ class Scripted:
             IDS[state.version] = state.id
             self.held[client] = state
             self.asked.append((client, ""))
+
+    def restore(self, client: str, state: GlobalState) -> None:
+        self.held[client] = state
 
     def replies(
         self, round_: int, deadline: float | None, progress: ClientProgress
@@ -123,7 +128,8 @@ def federation(
         "transport": transport,
         "participation": Participation(),
         "evaluate": lambda: {"loss": 0.0},
-        "keep": lambda update, weight, held: None,
+        "spool": Path(tempfile.mkdtemp()) / "spool",
+        "keep": lambda updates: None,
         "observer": Observer(),
     }
     return Federation(**(parts | changes)), state

@@ -180,12 +180,12 @@ def play(model: AdaptedModel, out: Path, moments: Moments) -> None:
     folder = RunFolder(out)
     folder.store.path.mkdir(parents=True, exist_ok=True)
     if (progress := folder.load(4)) is None:
-        progress = Progress(state, (), Holdings({}, History(4, {}, {0: state.start()})))
+        progress = Progress(state, (), Holdings({}, History(4, folder.store, {0: state.id})))
         folder.save(progress)
     else:
         folder.settle(progress)
     state, records, holdings = progress.state, progress.records, progress.holdings
-    known = [v for v in set(holdings.versions.values()) if v in holdings.history.starts]
+    known = [v for v in set(holdings.versions.values()) if v in holdings.history.ids]
     versions = {v: folder.store.state(v) for v in known}
     transport.held = {c: versions[v] for c, v in holdings.versions.items() if v in versions}
     model.apply(state)
@@ -237,10 +237,10 @@ def test_a_full_disk_ends_the_command_with_code_1_and_no_traceback(small, tmp_pa
 
     def command() -> None:
         quick(small)
-        FullDisk(5).watch()
+        FullDisk(6).watch()
         done = fedexlora("run", path, "--out", tmp_path / "run")
         assert done.returncode == 1
-        assert "step-0001.safetensors cannot be written: No space left" in done.stderr
+        assert "spool cannot be written: No space left" in done.stderr
         assert "Traceback" not in done.stderr
 
     assert forked(command) == 0

@@ -7,13 +7,14 @@ The oracle shares no code with the product: float64 copies of the PEFT model, PE
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from fedexlora.exchange.update import ClientUpdate
 from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.rounds.spool import SpooledUpdate
 from tests.exactness.oracle import half_ulp
 from tests.models import CASES, adapted, lora_layers
 from tests.rounds.scripted import WEIGHTS, federation, run_round
@@ -59,8 +60,10 @@ def play(case: str, method: str, rounds: int):
     model = AdaptedModel(adapted(case))
     seen: list[dict[str, dict[str, Tensor]]] = [{} for _ in range(rounds)]
 
-    def keep(update: ClientUpdate, weight, held) -> None:
-        seen[update.round - 1][update.client] = dict(update.tensors)
+    def keep(updates: Sequence[SpooledUpdate]) -> None:
+        for update in updates:
+            sent = {name: update.file.read(name).clone() for name in update.file.tensors}
+            seen[update.form.before.version][update.client] = sent
 
     parts, state = federation(model, method, keep=keep)
     records = []

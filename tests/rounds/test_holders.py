@@ -11,7 +11,7 @@ from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.participation import Participation
 from tests.exchange.test_holders import dense, in_threads, perturbed, plain, reordered
 from tests.exchange.versions import taken
-from tests.models import adapted
+from tests.models import adapted, live_update
 from tests.rounds.scripted import WEIGHTS, Scripted, federation, random_update, replies, run_round
 
 ROUNDS = 20
@@ -44,7 +44,7 @@ def largest_difference(model: AdaptedModel, one, other) -> float:
     applied = []
     for held in (one, other):
         model.apply(held)
-        applied.append({name: model.applied(name).dense() for name in model.modules})
+        applied.append({name: live_update(model, name) for name in model.modules})
     return max(float((x - applied[1][n]).norm() / x.norm()) for n, x in applied[0].items())
 
 

@@ -13,7 +13,9 @@ from fedexlora.exchange.spec import AdapterSpec, ModuleSpec, TensorSpec
 from fedexlora.exchange.state import GlobalState, state_tensors
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import METHODS
-from fedexlora.rounds.aggregation import RoundSums
+from fedexlora.rounds.common_update import CommonForm, HeldUpdate
+from fedexlora.rounds.reduction import Counted, Reducer, step_in_memory
+from fedexlora.rounds.survey import gram_of, strains_of
 
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 5.0}
 
@@ -58,14 +60,17 @@ def test_sums_write_nothing_that_they_are_given(method, form):
     given = [x for u in updates for x in u.tensors.values()]
     given += [x for state in (now, then) for x in state_tensors(state).values()]
     before = [(x, x.clone(), x._version) for x in given]
-    sums = RoundSums(now, spec, {})
-    for update, start in zip(updates, (now, then, now), strict=True):
-        sums.add(update, WEIGHTS[update.client], None if start is now else start, remember=True)
-    sums.stay(0.5)
-    sums.aggregate(chosen, lambda spec: now.adapter)
-    sums.ideal("m")
-    sums.strained()
-    sums.deviations()
+    form = CommonForm(now, spec, {})
+    common = [
+        HeldUpdate.of(update, form, start)
+        for update, start in zip(updates, (now, then, now), strict=True)
+    ]
+    weights = list(WEIGHTS.values())
+    reducer = Reducer(form, chosen, lambda spec: now.adapter, stay=0.5)
+    counted = [Counted(u, w) for u, w in zip(common, weights, strict=True)]
+    reducer.reduce(counted, step_in_memory(now, chosen))
+    gram_of(common, now, spec)
+    strains_of(common, weights, 0.5, now, spec)
     assert all(torch.equal(x, copy) and x._version == version for x, copy, version in before)
 
 
@@ -78,9 +83,14 @@ def test_a_late_head_counts_by_its_change_since_the_version_that_it_started_from
     now, then = state_of(spec, 2, "dense"), state_of(spec, 1, "dense")
     tensors = {name: torch.ones(s.shape, dtype=s.dtype) for name, s in spec.tensors().items()}
     update = ClientUpdate("a", 3, 1, 4, 1.0, "", tensors)
-    sums = RoundSums(now, spec, {})
-    sums.add(update, 2.0, then)
-    sums.add(replace(update, client="b"), 6.0)
+    form = CommonForm(now, spec, {})
+    counted = [
+        Counted(HeldUpdate.of(update, form, then), 2.0),
+        Counted(HeldUpdate.of(replace(update, client="b"), form), 6.0),
+    ]
+    made = Reducer(form, METHODS["fedex"], lambda spec: now.adapter).reduce(
+        counted, step_in_memory(now, METHODS["fedex"])
+    )
     change = 1.0 - then.dense["head"]
     wanted = (2.0 * (now.dense["head"] + change) + 6.0) / 8.0
-    torch.testing.assert_close(sums.dense_ideal()["head"], wanted, rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(made.step.dense["head"], wanted, rtol=1e-14, atol=0.0)

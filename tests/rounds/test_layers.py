@@ -14,7 +14,7 @@ from fedexlora.errors import BridgeError
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.peft_bridge.model import REMAINDER, AdaptedModel
 from tests.exactness.oracle import Oracle, errors, untouched_weights
-from tests.models import LAYERS, adapted, base_of, logits, lora_layers
+from tests.models import LAYERS, adapted, base_of, live_update, logits, lora_layers
 from tests.rounds.scripted import WEIGHTS, federation, run_round
 
 
@@ -30,8 +30,10 @@ def play(case: str, placement: str, rounds: int):
     model = AdaptedModel(peft, placement=placement)
     started, sent = {}, {}
 
-    def keep(update, weight, held) -> None:
-        started[update.client], sent[update.client] = named(held.adapter), update.tensors
+    def keep(updates) -> None:
+        for update in updates:
+            started[update.client] = named(update.form.before.adapter)
+            sent[update.client] = {n: update.file.read(n) for n in update.file.tensors}
 
     parts, state = federation(model, "fedex", keep=keep)
     oracle = Oracle(case, {client: {} for client in WEIGHTS}, WEIGHTS)
@@ -100,7 +102,7 @@ def test_a_side_weight_is_dense_where_factors_are_not_smaller(case):
         held = module.side(REMAINDER)
         # Rounded once, to the float32 of the side weight.
         assert torch.equal(held.dense().float(), dense[name].value.float())
-        torch.testing.assert_close(model.applied(name).dense() / module.scaling, dense[name].value)
+        torch.testing.assert_close(live_update(model, name) / module.scaling, dense[name].value)
     beside = logits(model.peft_model)
     untouched = base_of(case)
     with torch.no_grad():

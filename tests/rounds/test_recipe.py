@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedexlora.errors import RecipeError
-from fedexlora.local.seeds import derive_seed
+from fedexlora.exchange.seeds import derive_seed
 from fedexlora.rounds.recipe import load_recipe, parse_recipe
 
 

@@ -18,7 +18,7 @@ from fedexlora.rounds.recipe import parse_recipe
 from fedexlora.rounds.run import run
 from fedexlora.rounds.screening import Screening
 from fedexlora.rounds.transport import Reply
-from tests.models import adapted
+from tests.models import adapted, live_update
 from tests.rounds.scripted import Scripted, federation, random_update, replies, run_round
 
 CLIENTS = tuple(f"site-{i}" for i in range(8))
@@ -118,7 +118,7 @@ def check(model, before, record, after, state, updates, starts, specs, rule):
     assert {c.client: c.norm for c in record.clients} == pytest.approx({c: norms[c] for c in found})
     for name in model.modules:
         ideal = before[name] + sum(s * p[name] for s, p in zip(shares, parts, strict=True))
-        assert float((model.applied(name).dense() - ideal).norm()) <= 1e-6 * float(ideal.norm())
+        assert float((live_update(model, name) - ideal).norm()) <= 1e-6 * float(ideal.norm())
     for name, tensor in after.dense.items():
         moved = sum(s * p[f"dense/{name}"] for s, p in zip(shares, parts, strict=True))
         ideal = state.dense[name].double() + moved
@@ -143,7 +143,7 @@ def test_the_global_model_is_the_stated_mean_of_the_changes_that_count(variant, 
     }
     parts, state = screened(model, RULES[rule], attacked(model, sent), specs=specs)
     for round_ in (1, 2):
-        before = {name: model.applied(name).dense() for name in model.modules}
+        before = {name: live_update(model, name) for name in model.modules}
         after, record = run_round(parts, state)
         updates = [sent[round_, client] for client in CLIENTS]
         check(model, before, record, after, state, updates, [state] * 8, specs, rule)
@@ -175,7 +175,7 @@ def test_a_late_update_is_judged_by_its_change_of_the_version_that_it_started_fr
     started = state
     state, _ = run_round(parts, state)
     parts.transport.waiting = {"site-5": 2}
-    before = {name: model.applied(name).dense() for name in model.modules}
+    before = {name: live_update(model, name) for name in model.modules}
     after, record = run_round(parts, state)
     assert [c.client for c in record.clients if c.staleness] == ["site-5"]
     updates = [sent[2 if c == "site-5" else 3, c] for c in CLIENTS]
@@ -205,7 +205,7 @@ def test_another_gauge_of_the_same_product_is_judged_alike(rule):
         parts, state = screened(model, RULES[rule], script, participation=rule_)
         _, record = run_round(parts, state)
         assert record.certificate.held
-        found.append((record, {name: model.applied(name).dense() for name in model.modules}))
+        found.append((record, {name: live_update(model, name) for name in model.modules}))
     (plain, ideal), (other, applied) = found
     for one, two in zip(plain.clients, other.clients, strict=True):
         assert one.client == two.client
@@ -277,7 +277,7 @@ def test_an_update_of_any_size_leaves_the_model_exact(rule, size):
     for _ in range(2):
         other, _ = run_round(parts, other)
     for name in model.modules:
-        found, ideal = (m.applied(name).dense() for m in (model, honest))
+        found, ideal = (live_update(m, name) for m in (model, honest))
         assert float((found - ideal).norm()) <= 0.5 * float(ideal.norm())
 
 
@@ -434,4 +434,4 @@ def test_a_rule_rejects_an_extreme_gauge_and_the_rest_is_exact(rule, gauge):
         }
         ideal = record.stay * start + sum(w * products[c] for c, w in shares.items())
         ideal = ideal * model.spec.modules[name].scaling
-        assert float((model.applied(name).dense() - ideal).norm()) <= 1e-6 * float(ideal.norm())
+        assert float((live_update(model, name) - ideal).norm()) <= 1e-6 * float(ideal.norm())

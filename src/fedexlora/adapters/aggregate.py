@@ -19,7 +19,7 @@ from fedexlora.adapters.output import output
 from fedexlora.adapters.padding import pad_to_one_rank
 from fedexlora.adapters.sources import Progress, Sources, open_sources
 from fedexlora.adapters.tokenizers import copy_tokenizer, tokenizer_faults
-from fedexlora.adapters.written import check_written
+from fedexlora.adapters.written import check_held, check_written
 from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.product_sum import Cut, ProductSum, Term
@@ -75,6 +75,7 @@ def aggregate_adapters(
 
     Raises:
         AdapterError: if the adapters or arguments cannot be used; ``out`` is untouched then.
+        ExactnessError: if a module that was written is not the mean, but for what is stated.
 
     >>> done = aggregate_adapters(["site-1", "site-2", "site-3"], "mean", weights=[1, 2, 5])
     >>> done.lossless, done.rank
@@ -100,6 +101,7 @@ def aggregate_adapters(
             pad_to_one_rank(folder, writer.rank)
             modules = [m.model_copy(update={"rank": writer.rank}) for m in modules]
         matched = check_written(folder, sources)
+        check_held(folder, sources, modules)
         tokenizer = copy_tokenizer(sources.adapters, folder)
         record = _record(sources, rule, modules, writer.rank, folder / TENSORS)
         record = record.model_copy(update={"matched_with": matched, "tokenizer": tokenizer})

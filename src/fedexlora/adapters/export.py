@@ -116,7 +116,8 @@ def _write(
         error = done.error
         stated = {module.module: module.error for module in done.modules}
         (source / RECORD).unlink()
-    worst = check_export(source, *last_version(run), stated)
+    last = last_version(run)
+    worst = check_export(source, last.modules, last.terms, last.dense, stated)
     rank = max(module.rank for module in open_adapter(source).modules.values())
     rounding = 0.0
     if options.kind == "merged":

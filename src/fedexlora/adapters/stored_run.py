@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import InputError, VersionError
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.peft_bridge.adapter_file import AdapterFile, open_adapter
+from fedexlora.peft_bridge.export_check import Terms
 from fedexlora.peft_bridge.names import (
     INITIALISED_FROM_DATA,
     MUTATING,
@@ -64,13 +64,22 @@ def read_finished(path: Path) -> FinishedRun:
     return FinishedRun(folder, recipe, header, records)
 
 
-def last_version(run: FinishedRun) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
-    """What the run's last version makes of the untouched base, from the store.
+@dataclass(frozen=True, slots=True)
+class LastVersion:
+    """What a run's last version makes of the untouched base."""
 
-    Returns:
-        The scaled update ``(d_out, d_in)`` of every module, float64, and the heads and biases as
-        they are applied. Where the initialisation changed the base, as PiSSA does, they are those
-        of the run's own adapter, which was held against the live model when it was written.
+    modules: tuple[str, ...]
+    terms: Callable[[str], Terms]
+    """What a module's scaled update ``(M, N)`` is the sum of."""
+    dense: Mapping[str, Tensor]
+    """Heads and biases, as they are applied."""
+
+
+def last_version(run: FinishedRun) -> LastVersion:
+    """A run's last version, from the store.
+
+    Where the initialisation changed the base, as PiSSA does, it is that of the run's own adapter,
+    which was held against the live model when it was written.
 
     Raises:
         InputError: if it cannot be read.
@@ -87,25 +96,26 @@ def last_version(run: FinishedRun) -> tuple[dict[str, LowRank], dict[str, Tensor
         ) from error
     config = {**_DEFAULTS, **run.recipe.lora}
     scalings = {name: rank_and_scaling(config, name)[1] for name in state.adapter}
-    updates = {
-        name: total.to(torch.float64).plus([state.adapter[name].to(torch.float64)])
-        for name, total in state.total.items()
-    }
+
+    def terms(name: str) -> Terms:
+        yield state.total[name].value, scalings[name]
+        yield state.adapter[name], scalings[name]
+
     dense = {
         name: tensor * (scalings[owner] if owner else 1.0)
         for name, tensor in state.dense.items()
         for owner in (bias_owner(name),)
     }
-    return {name: update.scaled(scalings[name]) for name, update in updates.items()}, dense
+    return LastVersion(tuple(state.adapter), terms, dense)
 
 
-def _stored(adapter: AdapterFile) -> tuple[dict[str, LowRank], dict[str, Tensor]]:
-    updates = {
-        name: LowRank(adapter.factors(name).to(torch.float64)).scaled(module.scaling)
-        for name, module in adapter.modules.items()
-    }
+def _stored(adapter: AdapterFile) -> LastVersion:
     dense = {
         name: adapter.rows(f"{PREFIX}{name}", 0, spec.shape[0] if spec.shape else 1)
         for name, spec in adapter.dense.items()
     }
-    return updates, dense
+
+    def terms(name: str) -> Terms:
+        yield adapter.factors(name), adapter.modules[name].scaling
+
+    return LastVersion(tuple(adapter.modules), terms, dense)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedexlora.adapters.sources import Sources
-from fedexlora.errors import AdapterError
+from fedexlora.errors import AdapterError, ExactnessError
+from fedexlora.exchange.adapter_records import AdaptedModuleRecord
 from fedexlora.peft_bridge.adapter_file import open_adapter
+from fedexlora.peft_bridge.export_check import module_error
 
 
 def check_written(folder: Path, sources: Sources) -> str | None:
@@ -42,3 +45,25 @@ def check_written(folder: Path, sources: Sources) -> str | None:
         where = f" on {sources.known.name}" if sources.known else ""
         raise AdapterError(f"PEFT would not load the whole result{where}", faults)
     return sources.known.skeleton.class_name if sources.known else None
+
+
+def check_held(folder: Path, sources: Sources, modules: Sequence[AdaptedModuleRecord]) -> None:
+    """Hold every module of the new adapter against the plain float64 sum of what it was made of.
+
+    Args:
+        folder: the new adapter.
+        sources: what it was made of.
+        modules: what was stated of each: its error is what was left out on purpose.
+
+    Raises:
+        ExactnessError: naming every module that is off by more.
+    """
+    written, faults = open_adapter(folder), []
+    for record in modules:
+        terms = (
+            (adapter.factors(record.module), share * adapter.modules[record.module].scaling)
+            for adapter, share in sources.having(record.module)
+        )
+        faults += module_error(written, record.module, terms, record.error)[1]
+    if faults:
+        raise ExactnessError(f"{folder}: what is written is not the mean of the adapters", faults)

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_BLOCK = 64
+"""The rank up to which a Gram matrix is multiplied whole."""
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
@@ -132,4 +135,13 @@ def squared_norm(x: Factors) -> float:
     >>> squared_norm(Factors(torch.full((1, 3), 2.0), torch.ones(2, 1)))
     24.0
     """
-    return max(inner(x, x), 0.0)
+    return max(_squared(x.to(torch.float64)), 0.0)
+
+
+def _squared(x: Factors) -> float:
+    """The squared norm of a sum of two halves, whose Gram matrix is symmetric: about half of it."""
+    if x.rank <= _BLOCK:
+        return inner(x, x)
+    half = x.rank // 2
+    one, other = Factors(x.A[:half], x.B[:, :half]), Factors(x.A[half:], x.B[:, half:])
+    return _squared(one) + 2.0 * inner(one, other) + _squared(other)

@@ -11,6 +11,9 @@ from torch import Tensor
 from fedexlora.algebra import product
 from fedexlora.algebra.factors import Factors, inner, squared_norm
 
+_ROWS = 1024
+"""Rows of a dense matrix that are widened to float64 at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
@@ -91,19 +94,17 @@ class LowRank:
         return LowRank(total)
 
     def accumulate(self, piece: LowRank) -> LowRank:
-        """This matrix plus ``piece``, compacted whenever its rank passes a power of two.
+        """This matrix plus ``piece``, compacted where factors would no longer be smaller.
 
-        So a sum whose terms cancel stays at the rank that it has, one whose terms do not is
-        decomposed only as often as its rank doubles, and it is dense only where nothing smaller
-        is lossless (see :func:`fedexlora.algebra.product.compact`).
+        So nothing is rounded that need not be, and the sum is dense only where nothing smaller is
+        lossless (see :func:`fedexlora.algebra.product.compact`).
         """
         if piece.is_zero:
             return self
         if isinstance(self.value, Factors) and isinstance(piece.value, Factors):
             parts = [self.value, piece.value.to(self.value.dtype)]
-            whole, held = stack(parts), self.value.rank
-            limit = break_even(*self.shape)
-            if held and (whole.rank.bit_length() > held.bit_length() or whole.rank >= limit):
+            whole, limit = stack(parts), break_even(*self.shape)
+            if whole.rank >= limit:
                 whole = product.compact(whole)
             if whole.rank < limit:
                 return LowRank(whole)
@@ -113,14 +114,16 @@ class LowRank:
         """Squared Frobenius norm, in float64, from Gram matrices where factors are held."""
         if isinstance(self.value, Factors):
             return squared_norm(self.value)
-        return float(self.value.double().square().sum())
+        return float(torch.linalg.vector_norm(self.value, dtype=torch.float64)) ** 2
 
     def inner(self, other: Factors) -> float:
         """Frobenius inner product with ``other``, in float64, without multiplying it out."""
         if isinstance(self.value, Factors):
             return inner(self.value, other)
-        wide = other.to(torch.float64)
-        return float(((wide.B.T @ self.value.double()) * wide.A).sum())
+        wide, found = other.to(torch.float64), 0.0
+        for rows, b in zip(torch.split(self.value, _ROWS), torch.split(wide.B, _ROWS), strict=True):
+            found += float(((b.T @ rows.double()) * wide.A).sum())
+        return found
 
 
 def break_even(d_out: int, d_in: int) -> int:

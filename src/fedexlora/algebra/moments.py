@@ -16,13 +16,13 @@ so after ``k`` clients ``C`` is held by ``(k - 1) r`` columns, or dense where th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.lowrank import LowRank
+from fedexlora.algebra.lowrank import LowRank, break_even
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +65,47 @@ class Moments:
         mean = Factors(client.A.double().clone(), client.B.double().clone())
         return Moments(weight, mean, LowRank.zeros(d_out, d_in, dtype))
 
+    @staticmethod
+    def over(
+        clients: Iterable[tuple[Factors, float]], dtype: torch.dtype = torch.float32
+    ) -> Moments:
+        """The moments of clients that are read one after the other; none is kept.
+
+        The co-moment of each is kept beside the others' until the dense matrix is smaller.
+
+        Args:
+            clients: factors and weight of each, at least one.
+            dtype: of the co-moment.
+
+        Raises:
+            ValueError: if there is none, a weight is not positive and finite, or shapes differ.
+        """
+        moments: Moments | None = None
+        waiting: list[Factors] = []
+        for factors, weight in clients:
+            if moments is None:
+                moments = Moments.of(factors, weight, dtype)
+                continue
+            total, mean, cross = moments._moved(factors.to(torch.float64), weight)
+            waiting.append(cross)
+            comoment = moments.comoment
+            held = comoment.value.rank if isinstance(comoment.value, Factors) else 0
+            if held + sum(x.rank for x in waiting) >= break_even(*comoment.shape):
+                comoment = comoment.plus(waiting)
+                waiting = []
+            moments = Moments(total, mean, comoment)
+        if moments is None:
+            raise ValueError("expected at least one client, found none")
+        return replace(moments, comoment=moments.comoment.plus(waiting))
+
     def add(self, client: Factors, weight: float) -> Moments:
         """These moments and one more client of ``weight``.
 
         Raises:
             ValueError: if the weight is not positive and finite, or the shapes differ.
         """
-        _check_weight(weight)
-        return self._joined(client.to(torch.float64), weight, None)
+        total, mean, cross = self._moved(client.to(torch.float64), weight)
+        return Moments(total, mean, self.comoment.plus([cross]))
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of clients; equal to adding them one by one but for rounding.
@@ -86,7 +119,9 @@ class Moments:
         >>> torch.allclose(tree.residual().dense(), line.residual().dense()), tree.weight
         (True, 4.0)
         """
-        return self._joined(other.mean, other.weight, other.comoment)
+        total, mean, cross = self._moved(other.mean, other.weight)
+        theirs = other.comoment.to(self.comoment.value.dtype).value
+        return Moments(total, mean, self.comoment.plus([cross, theirs]))
 
     def residual(self) -> LowRank:
         """``R``: what the mean factors lack, factored with rank at most ``(k - 1) r``, or dense."""
@@ -95,7 +130,9 @@ class Moments:
             return LowRank(Factors(value.A, value.B / self.weight))
         return LowRank(value / self.weight)
 
-    def _joined(self, mean: Factors, weight: float, comoment: LowRank | None) -> Moments:
+    def _moved(self, mean: Factors, weight: float) -> tuple[float, Factors, Factors]:
+        """The weight and mean with more clients of a mean, and what the co-moment gains by it."""
+        _check_weight(weight)
         if mean.A.shape != self.mean.A.shape or mean.B.shape != self.mean.B.shape:
             raise ValueError(
                 f"expected factors A {tuple(self.mean.A.shape)} and B {tuple(self.mean.B.shape)}, "
@@ -106,11 +143,8 @@ class Moments:
         share = weight / total
         dtype = self.comoment.value.dtype
         cross = Factors(d_a.to(dtype), (d_b * (self.weight * share)).to(dtype))
-        terms: list[Factors | Tensor] = [cross]
-        if comoment is not None:
-            terms.append(comoment.to(dtype).value)
         moved = Factors(self.mean.A + d_a * share, self.mean.B + d_b * share)
-        return Moments(total, moved, self.comoment.plus(terms))
+        return total, moved, cross
 
 
 def _check_weight(weight: float) -> None:

@@ -111,14 +111,16 @@ def deliver(
         state: the version.
         held: the version that the client holds; None for nothing.
         bitwise: if it takes a snapshot, that one has the server's bits.
+
+    Raises:
+        VersionError: if a step cannot be read from the store.
     """
     header: dict[str, object] = {"version": state.version, "id": state.id}
     if held is None or not history.reaches(held, state.version):
         tensors, more, digest = encode_snapshot(state, bitwise=bitwise)
         message = pack(tensors, {**header, "since": None, **more})
         return Delivery(state, Announcement(state.id, digest), message)
-    steps = [history.steps[version] for version in range(held + 1, state.version + 1)]
-    tensors, more = encode_steps(steps)
+    tensors, more = encode_steps(history.steps(held, state.version))
     message = pack(tensors, {**header, "since": held, **more})
     return Delivery(state, Announcement(state.id, None), message)
 

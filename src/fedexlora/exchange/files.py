@@ -8,20 +8,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 
-def replace_bytes(path: Path, content: bytes) -> None:
+from fedexlora.errors import RunError
+
+
+def replace_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Replace a file in one step: readers see the old or the new content, even after a crash.
+
+    Args:
+        path: the file.
+        content: the new content.
+        sync: force it to the disk. Without, it survives the process that wrote it; a power failure
+            may leave it empty or cut off, and its reader has to find out.
 
     Raises:
         OSError: if it cannot be written, as on a full disk; nothing is left beside it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     try:
-        _write(temporary, content)
+        _write(temporary, content, sync=sync)
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+    if sync:
+        _sync_folder(path.parent)
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written before it takes the place of ``path``."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def rename(finished: Path, path: Path) -> None:
+    """Let a finished file, which is forced to the disk already, take the place of ``path``.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    finished.replace(path)
     _sync_folder(path.parent)
 
 
@@ -47,7 +73,7 @@ def append_bytes(path: Path, content: bytes) -> None:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``path`` once the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -62,12 +88,30 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(path: Path, content: bytes) -> None:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file or folder that cannot be written, as on a full disk.
+
+    Raises:
+        RunError: if the block fails for that reason.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(
+            f"{path} cannot be written: {reason}",
+            ["--resume goes on after the last finished round"],
+        ) from error
+
+
+def _write(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file and force it to the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def _append(path: Path, content: bytes) -> None:

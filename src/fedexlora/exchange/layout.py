@@ -4,7 +4,7 @@ A/MODULE, B/MODULE                        factors of the common adapter
 own.A/MODULE/CLIENT, own.B/MODULE/CLIENT  of a client that has its own
 dense/NAME                                a head or bias
 total/MODULE, or total.A/ and total.B/    the cumulative remainder, dense or in factors
-piece3/MODULE, or piece3.A/ and piece3.B/ what step 3 adds to it
+piece3/MODULE, or piece3.A/ and piece3.B/ what step 3 adds to it; piece/ and so on in its file
 """
 
 from __future__ import annotations
@@ -115,14 +115,17 @@ def unpack_finite(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: if the message is damaged, or no model can be made of its numbers.
     """
     tensors, header = unpack(message)
-    faults = [
-        f"{name}: {TensorSpec.of(tensor)}, expected finite floating-point numbers"
-        for name, tensor in tensors.items()
-        if tensor.dtype not in _DTYPES or not tensor.reshape(-1).isfinite().all()
-    ]
+    faults = [fault for name, tensor in tensors.items() for fault in not_finite(name, tensor)]
     if faults:
         raise ValueError("; ".join(few(faults)))
     return tensors, header
+
+
+def not_finite(name: str, tensor: Tensor) -> list[str]:
+    """Why no model can be made of a tensor's numbers; nothing if one can."""
+    if tensor.dtype in _DTYPES and bool(tensor.reshape(-1).isfinite().all()):
+        return []
+    return [f"{name}: {TensorSpec.of(tensor)}, expected finite floating-point numbers"]
 
 
 def refuse_others(tensors: Mapping[str, Tensor], known: Collection[str]) -> None:

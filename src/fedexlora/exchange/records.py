@@ -76,7 +76,11 @@ class ModuleRecord(Record):
     ideal: float
     """Frobenius norm of the ideal update since the untouched base, scaled."""
     error: float
-    """|applied - ideal| / |ideal|; the applied side is read back from the model."""
+    """|applied - ideal| / |ideal|: the step against the plain float64 sum of what was received, and
+    the live model, which is read back, against the adapter and all remainders."""
+    bound: float
+    """What ``error`` is at most: of a large module it is an estimate by random probes, and larger
+    than this with a chance of 1e-9."""
     allowed: float
     """The largest error that is accepted, in the same unit: rounding, and what is truncated."""
     forward: float
@@ -103,6 +107,8 @@ class OwnRecord(Record):
     client: str
     error: float
     """|applied - ideal| / |ideal| over all modules, as the client applies it."""
+    bound: float
+    """What that is at most."""
 
 
 class CertificateRecord(Record):
@@ -112,6 +118,8 @@ class CertificateRecord(Record):
     """Where the remainder lives: ``fold``, ``side``, or ``fold and side`` by module."""
     error: float
     """|applied - ideal| / |ideal| over all modules."""
+    bound: float
+    """What that is at most."""
     allowed: float
     """The largest error that is accepted, in the same unit."""
     truncated: float
@@ -131,7 +139,7 @@ class CertificateRecord(Record):
     own: tuple[OwnRecord, ...]
     """Clients with adapters of their own; none if all continue from the same one."""
     held: bool
-    """Whether every module is within what is allowed."""
+    """Whether what every module's error is at most is within what is allowed."""
 
 
 class BytesRecord(Record):
@@ -148,7 +156,7 @@ MOST_FORWARD = 1e-2
 class RoundRecord(Record):
     """One round."""
 
-    schema_version: int = 2
+    schema_version: int = 3
     round: int
     """From 1."""
     registered: int

@@ -23,6 +23,7 @@ from fedexlora.exchange.layout import (
     refuse_others,
 )
 from fedexlora.exchange.step import Step, joined
+from fedexlora.exchange.step_writer import StepBuilder
 from fedexlora.exchange.untrusted import short
 from fedexlora.exchange.version import Adapter, adapter_digest
 
@@ -65,11 +66,25 @@ class GlobalState:
             dense: heads and biases.
             own: the adapters of all clients that have their own.
         """
+        sink = StepBuilder(self.version + 1, self.id, trained)
+        for name, pair in adapter.items():
+            piece = pieces.get(name, LowRank.zeros(*pair.shape, pair.dtype))
+            sink.add(name, pair, piece)
+        return sink.finish(dense, *self.changed(own), {})
+
+    def changed(self, own: Mapping[str, Adapter]) -> tuple[dict[str, Adapter], dict[str, str]]:
+        """What a step to a version of these own adapters says of them.
+
+        Args:
+            own: the adapters of all clients that have their own; those that do not change are the
+                objects of this version.
+
+        Returns:
+            Those that change, and the digests of all.
+        """
         changed = {c: found for c, found in own.items() if self.own.get(c) is not found}
         new = {client: adapter_digest(found) for client, found in changed.items()}
-        digests = {c: new[c] if c in new else self.own_digests[c] for c in own}
-        version = self.version + 1
-        return Step.of(version, self.id, adapter, trained, dense, pieces, changed, digests)
+        return changed, {c: new[c] if c in new else self.own_digests[c] for c in own}
 
     def advance(self, steps: Sequence[Step]) -> GlobalState:
         """The version that steps lead to; those that are held already are passed over.
@@ -84,12 +99,9 @@ class GlobalState:
         """
         if not (missing := missing_steps(self.version, self.id, steps)):
             return self
-        own, digests = dict(self.own), dict(self.own_digests)
-        for step in missing:
-            own |= step.own
-            digests |= {client: adapter_digest(found) for client, found in step.own.items()}
         last = missing[-1]
         try:
+            own, digests = self._owned(missing)
             adapter, dense = last.adapter(self.adapter), self._heads(last.dense)
             total = self._total(missing)
         # RuntimeError: a decomposition of finite numbers that overflow.
@@ -116,6 +128,15 @@ class GlobalState:
         """What all clients hold alike: this version without the clients' own adapters."""
         return replace(self, own={})
 
+    def _owned(self, steps: Sequence[Step]) -> tuple[dict[str, Adapter], dict[str, str]]:
+        """The own adapters of clients after steps, and their digests."""
+        own, digests = dict(self.own), dict(self.own_digests)
+        for step in steps:
+            changed = {c: own_adapter(x, self.adapter) for c, x in step.own.items()}
+            own |= changed
+            digests |= {client: adapter_digest(found) for client, found in changed.items()}
+        return own, digests
+
     def _total(self, steps: Sequence[Step]) -> dict[str, LowRank]:
         total = dict(self.total)
         for step in steps:
@@ -126,11 +147,11 @@ class GlobalState:
         return total
 
     def _heads(self, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        shapes = ({n: tuple(t.shape) for n, t in x.items()} for x in (self.dense, dense))
-        held, found = shapes
+        read = dict(dense)
+        held, found = ({n: tuple(t.shape) for n, t in x.items()} for x in (self.dense, read))
         if held != found:
             raise ValueError(f"heads: expected {short(held)}, found {short(found)}")
-        return dict(dense)
+        return read
 
 
 def missing_steps(version: int, id_: str, steps: Sequence[Step]) -> Sequence[Step]:

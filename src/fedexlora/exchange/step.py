@@ -90,39 +90,6 @@ class Step:
     own: Mapping[str, Adapter]
     """The adapters of clients of their own that are others than in the version before."""
 
-    @staticmethod
-    def of(
-        version: int,
-        previous: str,
-        adapter: Adapter,
-        trained: Sequence[str],
-        dense: Mapping[str, Tensor],
-        pieces: Mapping[str, LowRank],
-        own: Mapping[str, Adapter],
-        own_digests: Mapping[str, str],
-    ) -> Step:
-        """A step from what it leads to.
-
-        Args:
-            version: the version that it leads to.
-            previous: the id of the version before.
-            adapter: the factors of the version that is reached, by module.
-            trained: which of them change from version to version.
-            dense: its heads and biases.
-            pieces: the remainder of the round by module, unscaled; rounded to float32.
-            own: the adapters of clients of their own that change.
-            own_digests: of all clients' own adapters in the version that is reached.
-        """
-        factors = adapter_tensors(adapter, trained)
-        rounded = {name: _rounded(piece) for name, piece in pieces.items() if not piece.is_zero}
-        digests = StepDigests(
-            tensors_digest(factors),
-            tensors_digest(dense_tensors(dense)),
-            group(own_digests),
-            remainder_digest(rounded),
-        )
-        return Step(version, previous, factors, dict(dense), rounded, digests, own)
-
     @cached_property
     def id(self) -> str:
         """The id of the version that it leads to."""
@@ -135,14 +102,6 @@ class Step:
             ValueError: if a factor has another shape than the module, or is of none.
         """
         return joined(self.factors, held)
-
-
-def _rounded(piece: LowRank) -> LowRank:
-    """A piece in float32, laid out as it is read from a file: sums may depend on that."""
-    value = piece.to(PIECE).value
-    if isinstance(value, Factors):
-        return LowRank(Factors(value.A.contiguous(), value.B.contiguous()))
-    return LowRank(value.contiguous())
 
 
 def joined(factors: Mapping[str, Tensor], held: Adapter) -> dict[str, Factors]:
@@ -208,22 +167,35 @@ def decode_steps(
         parts = (factors, dense) if last else ({}, {})
         found = pieces.get(version, {})
         step = Step(version, previous, *parts, found, digests, {})
-        _check(step, announced_only=not last)
+        check_parts(step, _found_digests(step, whole=last))
         steps.append(step)
         previous = step.id
     return tuple(steps)
 
 
-def _check(step: Step, *, announced_only: bool) -> None:
-    """Hold the parts of a step that arrived against their digests."""
-    found = {"remainder": (step.digests.remainder, remainder_digest(step.pieces))}
-    if not announced_only:
-        found["adapter"] = step.digests.adapter, tensors_digest(step.factors)
-        found["heads"] = step.digests.heads, tensors_digest(dense_tensors(step.dense))
+def _found_digests(step: Step, *, whole: bool) -> dict[str, str]:
+    """The digests of what arrived of a step."""
+    found = {"remainder": remainder_digest(step.pieces)}
+    if whole:
+        found["adapter"] = tensors_digest(step.factors)
+        found["heads"] = tensors_digest(dense_tensors(step.dense))
+    return found
+
+
+def check_parts(step: Step, found: Mapping[str, str]) -> None:
+    """Hold the parts of a step that arrived against their digests.
+
+    Args:
+        step: the step.
+        found: digests of ``adapter``, ``heads`` and ``remainder``, or some of them.
+
+    Raises:
+        DigestError: naming every part that has another one.
+    """
     faults = [
         f"{part}: expected {wanted}, found {there}"
-        for part, (wanted, there) in found.items()
-        if wanted != there
+        for part, there in found.items()
+        if (wanted := getattr(step.digests, part)) != there
     ]
     if faults:
         raise DigestError(f"step {step.version} has not the digest that was announced", faults)

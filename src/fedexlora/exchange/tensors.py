@@ -1,8 +1,13 @@
-"""Safetensors files larger than memory: tensors are read in pieces, and written one by one."""
+"""Safetensors files larger than memory: tensors are read in pieces, and written one by one.
+
+A file's header is read once. A tensor is read from its place, and the file is closed again: of
+thousands of files none is open, and nothing of them is in memory but the places.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -37,12 +42,14 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """One safetensors file. It is opened for every read, so that nothing of it stays in memory."""
+    """One safetensors file."""
 
     path: Path
     tensors: Mapping[str, TensorSpec]
     """What it holds, in the order of the file."""
     metadata: Mapping[str, str]
+    places: Mapping[str, int]
+    """By tensor, where its bytes begin."""
 
     @staticmethod
     def open(path: Path) -> TensorFile:
@@ -62,7 +69,8 @@ class TensorFile:
                 for name in file.offset_keys():
                     part = file.get_slice(name)
                     found[name] = TensorSpec(tuple(part.get_shape()), _dtype(part.get_dtype()))
-                return TensorFile(path, found, file.metadata() or {})
+                metadata = file.metadata() or {}
+            return TensorFile(path, found, metadata, _places(path))
         except SafetensorError as error:
             raise ValueError(f"not a whole safetensors file: {error}") from error
 
@@ -72,17 +80,45 @@ class TensorFile:
         Raises:
             KeyError: if the file has no such tensor.
         """
-        with safe_open(self.path, framework="pt") as file:
-            if name not in self.tensors:
-                raise KeyError(name)
-            tensor: Tensor = file.get_tensor(name)
-            return tensor.clone()
+        spec = self.tensors[name]
+        return self._read(spec.dtype, spec.shape, self.places[name])
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of one tensor, as a copy."""
-        with safe_open(self.path, framework="pt") as file:
-            rows: Tensor = file.get_slice(name)[start:stop]
-            return rows.clone()
+        spec = self.tensors[name]
+        width = prod(spec.shape[1:])
+        start, stop, _ = slice(start, stop).indices(spec.shape[0])
+        place = self.places[name] + start * width * spec.dtype.itemsize
+        return self._read(spec.dtype, (max(0, stop - start), *spec.shape[1:]), place)
+
+    def _read(self, dtype: torch.dtype, shape: tuple[int, ...], place: int) -> Tensor:
+        """Numbers that lie together, in memory that torch has aligned.
+
+        Raises:
+            OSError: if the file has become shorter.
+        """
+        found = torch.empty(shape, dtype=dtype)
+        if not found.numel():
+            return found
+        into = found.reshape(-1).view(torch.uint8).numpy().data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(place)
+            read = 0
+            while read < len(into):
+                more = file.readinto(into[read:])
+                if not more:
+                    raise OSError(f"{self.path} has become shorter")
+                read += more
+        return found
+
+
+def _places(path: Path) -> dict[str, int]:
+    """Where the bytes of every tensor of a whole safetensors file begin."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
 
 
 def pieces(spec: TensorSpec) -> Iterator[tuple[int, int]]:
@@ -102,18 +138,24 @@ class TensorWriter:
         path: the file; replaced if it exists.
         names: the tensors that may be added.
         metadata: written to the header.
+        room: bytes that are kept free for metadata that is known at the end only.
 
     Raises:
         OSError: if the file cannot be written.
     """
 
     def __init__(
-        self, path: Path, names: Iterable[str], metadata: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        names: Iterable[str],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        room: int = 0,
     ) -> None:
         self._header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
         entry = {"dtype": "BF16", "shape": [10**12] * 8, "data_offsets": [10**18, 10**18]}
         most = json.dumps({**self._header, **dict.fromkeys(names, entry)})
-        self._reserved = -(-len(most.encode()) // 8) * 8
+        self._reserved = -(-(len(most.encode()) + room) // 8) * 8
         self._offset = 0
         self._file = path.open("wb")
         self._file.seek(8 + self._reserved)
@@ -130,6 +172,22 @@ class TensorWriter:
         with self._file:
             if error is None:
                 self._close()
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Fill in the header, and force the file to the disk.
+
+        Args:
+            metadata: takes the place of what was given at the beginning.
+        """
+        self._header["__metadata__"] = dict(metadata)
+        with self._file:
+            self._close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def abandon(self) -> None:
+        """Close the file as it is: without a header, it is none."""
+        self._file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor."""
@@ -153,6 +211,8 @@ class TensorWriter:
 
     def _close(self) -> None:
         content = json.dumps(self._header).encode()
+        if len(content) > self._reserved:
+            raise AssertionError(f"a header of {len(content)} bytes in {self._reserved}")
         self._file.seek(0)
         self._file.write(self._reserved.to_bytes(8, "little"))
         self._file.write(content.ljust(self._reserved))

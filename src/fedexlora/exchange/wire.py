@@ -18,8 +18,10 @@ from torch import Tensor
 
 from fedexlora.exchange.untrusted import json_object
 
-_KEY = "fedexlora"
-_CHECKSUM = "sha256"
+HEADER = "fedexlora"
+"""The key of the JSON object in a file's metadata."""
+CHECKSUM = "sha256"
+"""The key of the checksum."""
 
 
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
@@ -31,7 +33,7 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
     """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header, sort_keys=True)
-    metadata = {_KEY: text, _CHECKSUM: digest(ready, text)}
+    metadata = {HEADER: text, CHECKSUM: digest(ready, text)}
     return bytes(safetensors.torch.save(ready, metadata))
 
 
@@ -48,11 +50,11 @@ def unpack(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"not a safetensors message: {error}") from error
     size = int.from_bytes(message[:8], "little")
     metadata = json_object(message[8 : 8 + size]).get("__metadata__") or {}
-    if _KEY not in metadata:
-        raise ValueError(f"the message has no {_KEY!r} header")
-    if metadata.get(_CHECKSUM) != digest(tensors, metadata[_KEY]):
+    if HEADER not in metadata:
+        raise ValueError(f"the message has no {HEADER!r} header")
+    if metadata.get(CHECKSUM) != digest(tensors, metadata[HEADER]):
         raise ValueError("its content does not have the checksum that it was written with")
-    header = json_object(metadata[_KEY])
+    header = json_object(metadata[HEADER])
     # Views of the message start at any address, and matrix products may differ in last bits with
     # the alignment of their inputs; torch aligns what it allocates.
     return {name: tensor.clone() for name, tensor in tensors.items()}, header

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
@@ -88,9 +88,11 @@ def _answer(message: Message, context: Context, recipe: Path | Recipe | None) ->
 
 def _request(message: Message) -> Frame:
     try:
-        return from_records(message.content)
+        frame = from_records(message.content)
     except ValueError as error:
         raise NodeError(NodeFault.REQUEST_INVALID, outside(str(error))) from error
+    message.content = RecordDict()  # Flower keeps the message until it has the answer
+    return frame
 
 
 def _responder(context: Context, recipe: Path | Recipe | None) -> Callable[[Frame], Frame]:

@@ -1,7 +1,8 @@
 """What server and clients say to each other: a JSON header and named parts, which are bytes.
 
-The parts are messages of ``exchange``, bit for bit, so that every dtype travels as it is; Flower
-cuts them into chunks. Between a client's app and its worker the same frame goes over a socket.
+The parts are messages of ``exchange``, bit for bit, so that every dtype travels as it is, in arrays
+of bounded size: ``update/0``, ``update/1``, and so on. Between a client's app and its worker the
+same frame goes over a socket.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Error, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 
-from fedexlora.exchange.untrusted import json_object
-from fedexlora.flower.byte_arrays import to_array, to_bytes
+from fedexlora.exchange.untrusted import json_object, number, short
+from fedexlora.flower.byte_arrays import joined, pieces, to_arrays
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Of these headers; both sides must speak the same."""
-_HEADER, _PARTS, _KEY = "fedexlora.header", "fedexlora.parts", "json"
+_HEADER, _PARTS = "fedexlora.header", "fedexlora.parts"
+_KEY, _SIZES = "json", "parts"
+"""In the record of the header: the header, and the bytes of every part by name; both are JSON."""
 _FLOWER = {
     1: "its app could not be loaded",
     2: "its app raised an error",
@@ -39,7 +43,7 @@ class Bounds:
     """What a message may hold that comes from somebody else."""
 
     header: int = 4096
-    """Characters: a name, a code, and a few numbers."""
+    """Characters: a name, a code, and a few numbers. What names the parts may have as many."""
     parts: Mapping[str, int] = field(default_factory=dict)
     """The bytes of each part; another one is refused."""
 
@@ -62,13 +66,14 @@ class Frame:
 
 def to_records(frame: Frame) -> RecordDict:
     """A frame as Flower's records."""
-    arrays = {name: to_array(content) for name, content in frame.parts.items()}
-    return RecordDict(
-        {
-            _HEADER: ConfigRecord({_KEY: json.dumps(frame.header)}),
-            _PARTS: ArrayRecord(arrays),
-        }
-    )
+    sizes = {name: len(content) for name, content in frame.parts.items()}
+    arrays = {
+        f"{name}/{i}": array
+        for name, content in frame.parts.items()
+        for i, array in enumerate(to_arrays(content))
+    }
+    header = ConfigRecord({_KEY: json.dumps(frame.header), _SIZES: json.dumps(sizes)})
+    return RecordDict({_HEADER: header, _PARTS: ArrayRecord(arrays)})
 
 
 def from_records(records: RecordDict, bounds: Bounds | None = None) -> Frame:
@@ -81,25 +86,57 @@ def from_records(records: RecordDict, bounds: Bounds | None = None) -> Frame:
     Raises:
         ValueError: if the records are something else, or larger.
     """
-    try:
-        text = records.config_records[_HEADER][_KEY]
-        arrays = records.array_records[_PARTS]
-    except KeyError as error:
-        raise ValueError("not a message of fedexlora: records are missing") from error
-    if not isinstance(text, str):
-        raise ValueError("not a message of fedexlora: its header is no text")
-    parts: Mapping[str, int | None] = dict.fromkeys(arrays)
-    if bounds is not None:
-        parts = bounds.parts
-        if len(text) > bounds.header:
+    # Not by their kinds: the views that Flower makes for that keep a message alive, in a cycle.
+    config, arrays = records.get(_HEADER), records.get(_PARTS)
+    if not isinstance(config, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+        raise ValueError("not a message of fedexlora: records are missing")
+    texts = [config.get(_KEY), config.get(_SIZES)]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError("not a message of fedexlora: its header is no text")
+        if bounds is not None and len(text) > bounds.header:
             raise ValueError(f"a header of {len(text)} characters, at most {bounds.header}")
-        if more := len(arrays.keys() - parts.keys()):
-            raise ValueError(f"{more} part(s) that nobody asked for")
     try:
-        header = json_object(text)
-        return Frame(header, {name: to_bytes(name, a, parts[name]) for name, a in arrays.items()})
+        header, stated = (json_object(str(text)) for text in texts)
+        sizes = {name: number(stated, name) for name in stated}
+        if bounds is not None:
+            _check_sizes(sizes, bounds)
+        return Frame(header, _parts(sizes, arrays))
     except ValueError as error:
         raise ValueError(f"not a message of fedexlora: {error}") from error
+
+
+def _check_sizes(sizes: Mapping[str, int], bounds: Bounds) -> None:
+    """Refuse parts that nobody asked for, or that are larger than agreed.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if more := len(sizes.keys() - bounds.parts.keys()):
+        raise ValueError(f"{more} part(s) that nobody asked for")
+    for name, size in sizes.items():
+        if size > bounds.parts[name]:
+            said = f"{name!r}: {size} bytes, expected at most {bounds.parts[name]}"
+            raise ValueError(said)
+
+
+def _parts(sizes: Mapping[str, int], arrays: Mapping[str, Array]) -> dict[str, bytes]:
+    """The parts, put together of their pieces.
+
+    Raises:
+        ValueError: if a piece is missing, too many, in another place or of another length.
+    """
+    expected = sum(map(pieces, sizes.values()))
+    if len(arrays) != expected:  # before their names are made: of how many is somebody's claim
+        raise ValueError(f"{len(arrays)} arrays, expected {expected} for its parts")
+    left, parts = iter(arrays.items()), {}
+    for name, size in sizes.items():
+        found = list(islice(left, pieces(size)))
+        for i, (key, _) in enumerate(found):
+            if key != f"{name}/{i}":
+                raise ValueError(f"expected the array '{name}/{i}', found {short(key)}")
+        parts[name] = joined(name, [array for _, array in found], size)
+    return parts
 
 
 def error_text(error: Error) -> str:

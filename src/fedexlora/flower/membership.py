@@ -15,7 +15,7 @@ from fedexlora.exchange.node_faults import fault_text
 from fedexlora.exchange.untrusted import client_name, number
 from fedexlora.flower.frames import Bounds, error_text, from_records
 from fedexlora.flower.names import Names
-from fedexlora.rounds.participation import Admission
+from fedexlora.rounds.participation import AccessList
 from fedexlora.texts import outside
 
 _log = logging.getLogger(__name__)
@@ -69,15 +69,15 @@ class Membership:
     Args:
         greet: push a greeting to a node; the id of its message, or None if Flower does not take it.
         names: which node has which name.
-        admission: whom the recipe admits.
+        access: whom the recipe admits.
     """
 
     def __init__(
-        self, greet: Callable[[int], str | None], names: Names, admission: Admission
+        self, greet: Callable[[int], str | None], names: Names, access: AccessList
     ) -> None:
         self._greet = greet
         self._names = names
-        self._admission = admission
+        self._access = access
         self._guests: dict[int, _Guest] = {}
         self._greetings: dict[str, tuple[int, float]] = {}
         self._lines = 0
@@ -139,7 +139,7 @@ class Membership:
             return
         try:
             client, rows, keeps = _introduction(message)
-            if fault := self._admission.fault(client) or self._names.fault(client, guest.key):
+            if fault := self._access.fault(client) or self._names.fault(client, guest.key):
                 raise ValueError(fault)
         except ValueError as error:
             guest.fault = str(error)

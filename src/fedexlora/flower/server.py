@@ -16,6 +16,7 @@ from fedexlora.exchange.update import largest_update
 from fedexlora.flower import names
 from fedexlora.flower.names import Names
 from fedexlora.flower.node import recipe_for_nodes
+from fedexlora.flower.run_id import run_id
 from fedexlora.flower.transport import FlowerTransport
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.loop import RunResult, conduct
@@ -131,7 +132,7 @@ def serve(
         prepared.model.base_fingerprint,
         largest_update=max(map(largest_update, specs)),
         names=owners,
-        admission=recipe.admission,
+        access=recipe.access,
         in_order=settings.in_order,
     )
     observer.preparing(f"waiting for {settings.nodes} clients")
@@ -141,6 +142,7 @@ def serve(
     def connect(progress: Progress) -> FlowerTransport:
         del progress  # what nodes hold is on their own disks
         owners.keep()
+        transport.run = run_id(folder.path)
         return transport
 
     return conduct(

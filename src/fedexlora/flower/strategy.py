@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import hypot, sqrt
 from typing import NoReturn
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -14,9 +13,9 @@ from flwr.serverapp.strategy import FedAvg
 from torch import bfloat16, finfo, float16
 
 from fedexlora.algebra.deviation import ratio
-from fedexlora.algebra.lowrank import difference_norm
 from fedexlora.errors import UpdateError
 from fedexlora.exchange.spec import AdapterSpec
+from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate, check_update, decode_update, largest_update
 from fedexlora.flower.arrays import UPDATE, Shared, pack_shared, read_bytes, unpack_shared
 from fedexlora.flower.replies import (
@@ -27,9 +26,11 @@ from fedexlora.flower.replies import (
     with_like_metrics,
 )
 from fedexlora.methods.fedex import FEDEX
-from fedexlora.rounds.aggregation import Aggregate, RoundSums
-from fedexlora.rounds.certificate import TOLERANCE
-from fedexlora.rounds.screening import strain_reason
+from fedexlora.rounds.certificate import TOLERANCE, deviation_of
+from fedexlora.rounds.common_update import CommonForm, HeldUpdate
+from fedexlora.rounds.reduction import Counted, Reducer, Reduction, drift, step_in_memory
+from fedexlora.rounds.screening import MOST_STRAIN, strain_reason
+from fedexlora.rounds.survey import strains_of
 from fedexlora.texts import few
 
 _SHOWN = 50
@@ -130,21 +131,26 @@ class FedExLoRA(FedAvg):
             raise AggregationError("configure_train was not called before aggregate_train")
         opened, self._open = self._open, None
         sent = opened.sent
-        sums, counted = RoundSums(sent.state, sent.spec, {}), []
+        form, counted = CommonForm(sent.state, sent.spec, {}), []
+        updates: list[Counted] = []
         for reply in usable_replies(replies, self.weighted_by_key, opened.asked, step):
             try:
-                sums.add(self._update(reply, server_round, sent), reply.weight)
+                update = self._update(reply, server_round, sent)
             except UpdateError as error:
                 leave_out(step, reply.node, error.faults)
             else:
+                updates.append(Counted(HeldUpdate.of(update, form), reply.weight))
                 counted.append(reply)
         logger.info("%s: %d of %d nodes count", step, len(counted), len(opened.asked))
         if not counted:
             return None, None
-        after = sums.aggregate(FEDEX, _no_fresh)
-        _certify(sums, after, sent.spec)
+        reduction = Reducer(form, FEDEX, _no_fresh).reduce(
+            updates, step_in_memory(sent.state, FEDEX)
+        )
+        state = sent.state.advance([reduction.step])
+        _certify(reduction, state, form, updates)
         metrics = self.train_metrics_aggr_fn(with_like_metrics(counted, step), self.weighted_by_key)
-        return pack_shared(replace(sent, state=after.state)), metrics
+        return pack_shared(replace(sent, state=state)), metrics
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -186,26 +192,24 @@ class FedExLoRA(FedAvg):
         return update
 
 
-def _certify(sums: RoundSums, after: Aggregate, spec: AdapterSpec) -> None:
+def _certify(
+    reduction: Reduction, state: GlobalState, form: CommonForm, updates: Sequence[Counted]
+) -> None:
     """Hold the next version against the naive float64 sum of what was received, and log it.
 
     Raises:
         AggregationError: naming every module, head and bias that is off by more than is allowed of
             its own update, and nodes that may be the cause.
     """
-    version = after.state.version
-    errors = _module_errors(sums, after, spec) | _dense_errors(sums, after)
+    errors = _module_errors(reduction, state, form) | _head_errors(reduction, state)
     worst = max(errors, key=lambda name: errors[name][0] / errors[name][1])
-    deviations = sums.deviations()
-    lost = hypot(*(m.scaling * deviations[name].residual for name, m in spec.modules.items()))
-    mean = hypot(*(m.scaling * deviations[name].ideal for name, m in spec.modules.items()))
     logger.info(
         "aggregate_train: version %d is off the ideal by at most %.1e of a module's update, in %s; "
         "averaging the factors would lose %.1f %%",
-        version,
+        state.version,
         errors[worst][0],
         worst,
-        100 * ratio(lost, mean),
+        100 * deviation_of(reduction, form.spec),
     )
     faults = [
         f"{name}: off by {error:.1e} of its update, allowed is {allowed:.1e}"
@@ -213,33 +217,37 @@ def _certify(sums: RoundSums, after: Aggregate, spec: AdapterSpec) -> None:
         if not error <= allowed  # NaN is neither
     ]
     if faults:
-        faults += [f"node {n}: {strain_reason(s)}" for n, s in sums.strained().items()]
+        sent, weights = [x.update for x in updates], [x.weight for x in updates]
+        strains = strains_of(sent, weights, 0.0, form.before, form.spec)
+        faults += [
+            f"node {update.client}: {strain_reason(strain)}"
+            for update, strain in zip(sent, strains, strict=True)
+            if strain > MOST_STRAIN
+        ]
         raise AggregationError(
-            f"version {version} is not the ideal one: " + "; ".join(few(faults, _SHOWN))
+            f"version {state.version} is not the ideal one: " + "; ".join(few(faults, _SHOWN))
         )
 
 
 def _module_errors(
-    sums: RoundSums, after: Aggregate, spec: AdapterSpec
+    reduction: Reduction, state: GlobalState, form: CommonForm
 ) -> dict[str, tuple[float, float]]:
-    """By module, the error relative to its ideal, and what is allowed."""
+    """By module, what the error is at most, relative to its ideal, and what is allowed."""
     errors = {}
-    for name in spec.modules:
-        ideal = sums.ideal(name)
-        held = after.state.total[name].plus([after.state.adapter[name]])
-        relative = ratio(difference_norm(held, ideal), sqrt(ideal.squared_norm()))
-        errors[name] = relative, TOLERANCE
+    for name, figures in reduction.modules.items():
+        moved = drift(form.before, reduction.step, state, name)
+        errors[name] = ratio(figures.error.bound + moved.bound, figures.ideal), TOLERANCE
     return errors
 
 
-def _dense_errors(sums: RoundSums, after: Aggregate) -> dict[str, tuple[float, float]]:
+def _head_errors(reduction: Reduction, state: GlobalState) -> dict[str, tuple[float, float]]:
     """The same of heads and biases, whose mean is rounded to their dtype."""
     errors = {}
-    for name, ideal in sums.dense_ideal().items():
-        held = after.state.dense[name]
-        relative = ratio(float((held.double() - ideal).norm()), float(ideal.norm()))
+    for name, (rounded, ideal) in reduction.heads.items():
+        held = state.dense[name]
+        moved = float((held.double() - reduction.step.dense[name].double()).norm())
         rounding = finfo(held.dtype).eps / 2 if held.dtype in (bfloat16, float16) else 0.0
-        errors[name] = relative, TOLERANCE + rounding
+        errors[name] = ratio(rounded + moved, ideal), TOLERANCE + rounding
     return errors
 
 

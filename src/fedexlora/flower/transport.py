@@ -16,6 +16,7 @@ from fedexlora import __version__
 from fedexlora.errors import RunError
 from fedexlora.exchange.delivery import Delivery
 from fedexlora.exchange.node_faults import fault_text
+from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.untrusted import seconds
 from fedexlora.flower.announcement import announcing
 from fedexlora.flower.frames import (
@@ -28,7 +29,7 @@ from fedexlora.flower.frames import (
 )
 from fedexlora.flower.membership import Membership
 from fedexlora.flower.names import Names
-from fedexlora.rounds.participation import Admission
+from fedexlora.rounds.participation import AccessList
 from fedexlora.rounds.transport import ClientProgress, Reply
 
 _log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class FlowerTransport:
         base: fingerprint of the server's base model.
         largest_update: the most bytes that an update of any client may have.
         names: which node has which name; by default as where nodes are not authenticated.
-        admission: whom the recipe admits; by default everybody.
+        access: whom the recipe admits; by default everybody.
         in_order: hand on the updates of a round in the order in which their clients were asked.
     """
 
@@ -92,15 +93,17 @@ class FlowerTransport:
         *,
         largest_update: int,
         names: Names | None = None,
-        admission: Admission | None = None,
+        access: AccessList | None = None,
         in_order: bool = False,
     ) -> None:
+        self.run = ""
+        """The run's id, once its folder has one: requests to train carry it."""
         self._grid = grid
         self._recipe = recipe
         self._base = base
         self._in_order = in_order
         self._bounds = Bounds(parts={"update": largest_update})
-        self._members = Membership(self._greet, names or Names(), admission or Admission())
+        self._members = Membership(self._greet, names or Names(), access or AccessList())
         self._asked: dict[str, _Asked] = {}
         self._answers: list[Reply] = []
         self._order: list[str] = []
@@ -151,7 +154,8 @@ class FlowerTransport:
         parts = {"message": delivery.message}
         if delivery.own is not None:
             parts["own"] = delivery.own
-        frame = self._frame("train", {"round": round_, **announcing(delivery)}, parts)
+        more = {"run": self.run, "round": round_, **announcing(delivery)}
+        frame = self._frame("train", more, parts)
         self._round = round_
         if client not in self._order:
             self._order.append(client)
@@ -165,6 +169,9 @@ class FlowerTransport:
         else:
             rows = self._members.rows[client]
             self._asked[pushed] = _Asked(client, node, rows, round_, time.monotonic(), frame)
+
+    def restore(self, client: str, state: GlobalState) -> None:
+        """Nothing: what nodes hold is on their own disks."""
 
     def replies(
         self, round_: int, deadline: float | None, progress: ClientProgress
@@ -231,8 +238,9 @@ class FlowerTransport:
         greetings = self._members.greetings
         batches = [greetings[i : i + _GREETINGS] for i in range(0, len(greetings), _GREETINGS)]
         for batch in [*batches, *([key] for key in list(self._asked))]:
-            for message in self._grid.pull_messages(batch):
-                self._hear(message)
+            messages = list(self._grid.pull_messages(batch))
+            while messages:
+                self._hear(messages.pop(0))  # what Flower made of it is gone before it is used
                 yield
         old = time.monotonic() - _TTL_SECONDS
         for key in [key for key, asked in self._asked.items() if asked.at < old]:

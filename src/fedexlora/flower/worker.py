@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from fedexlora.errors import NodeError, RecipeError
 from fedexlora.exchange.node_faults import NodeFault
+from fedexlora.flower.answer_file import AnswerFile
 from fedexlora.flower.fault_frames import LogFormatter, fault_frame
 from fedexlora.flower.frames import Frame, receive, send
 from fedexlora.flower.node import Node, load_node
@@ -40,6 +41,8 @@ _START_SECONDS = 120.0
 def ask_worker(path: Path, frame: Frame) -> Frame:
     """Have a node's worker answer a request; start it if there is none.
 
+    One that goes once it has trained leaves its answer on the disk, and that is it then.
+
     Args:
         path: the node's configuration.
         frame: the request.
@@ -54,6 +57,8 @@ def ask_worker(path: Path, frame: Frame) -> Frame:
             send(connection, frame)
             return receive(connection)
         except (EOFError, OSError) as error:
+            if (finished := AnswerFile(node).read(frame)) is not None:
+                return finished
             said = f"the worker has gone; its log is {log_file(node)}"
             raise NodeError(NodeFault.WORKER_LOST, said) from error
 

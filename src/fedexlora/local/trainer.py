@@ -24,11 +24,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import RecipeError
+from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.local.arguments import arguments, full_batches_only
-from fedexlora.local.seeds import derive_seed
 from fedexlora.peft_bridge.arithmetic import float32_products
 from fedexlora.peft_bridge.isolation import isolation
 from fedexlora.peft_bridge.model import AdaptedModel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from fedexlora.algebra.product import compact
 from fedexlora.errors import BridgeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
-from fedexlora.peft_bridge.export_check import WrittenError, check_export
+from fedexlora.peft_bridge.export_check import Terms, WrittenError, check_export
 from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
 from fedexlora.peft_bridge.names import PREFIX, bias_owner, shape_settings
 
@@ -40,7 +41,7 @@ def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> Writte
     Raises:
         ExactnessError: if a module or head that was written is not that of the model.
     """
-    wanted = {name: _wanted(model, state, name) for name in model.spec.modules}
+    terms = partial(_terms, model, state)
     scaled = {
         # A bias of the factors is multiplied by the scaling.
         name: tensor * model.spec.modules[owner].scaling if owner else tensor
@@ -49,7 +50,7 @@ def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> Writte
     }
     if all(total.is_zero for total in state.total.values()) and not model.taken_out:
         save_factors(model, state.adapter, state.dense, folder)
-        return check_export(folder, wanted, scaled)
+        return check_export(folder, model.spec.modules, terms, scaled)
     whole = {
         name: _whole(state.total[name], _since_original(model, name, pair), spec.scaling)
         for name, spec in model.spec.modules.items()
@@ -57,7 +58,7 @@ def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> Writte
     }
     ones = dict.fromkeys(whole, 1.0)
     _write(model, _config(model, whole, ones), whole, scaled, folder)
-    return check_export(folder, wanted, scaled)
+    return check_export(folder, model.spec.modules, terms, scaled)
 
 
 def save_factors(
@@ -115,11 +116,11 @@ def file_names(model: AdaptedModel) -> dict[str, str]:
     return names
 
 
-def _wanted(model: AdaptedModel, state: GlobalState, name: str) -> LowRank:
-    """``scaling * (total + B A)`` on the untouched base, float64."""
-    since = _since_original(model, name, state.adapter[name])
-    whole = state.total[name].to(torch.float64).plus([since])
-    return whole.scaled(model.spec.modules[name].scaling)
+def _terms(model: AdaptedModel, state: GlobalState, name: str) -> Terms:
+    """``scaling * (total + B A)`` on the untouched base."""
+    scaling = model.spec.modules[name].scaling
+    yield state.total[name].value, scaling
+    yield _since_original(model, name, state.adapter[name]), scaling
 
 
 def _since_original(model: AdaptedModel, name: str, adapter: Factors) -> Factors:

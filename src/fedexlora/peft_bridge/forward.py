@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import inf, sqrt
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
+from fedexlora.algebra.probes import Probes
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.model import REMAINDER, AdaptedModel, side_slots
 from fedexlora.peft_bridge.modules import AdaptedModule
@@ -27,7 +29,9 @@ _NUMBERS = 1 << 17
 
 
 @torch.no_grad()
-def multiplied(model: AdaptedModel, name: str, arithmetic: Arithmetic) -> LowRank:
+def multiplied_image(
+    model: AdaptedModel, name: str, arithmetic: Arithmetic, probes: Probes
+) -> Tensor:
     """What a module multiplies its input by, less what it multiplied it by at version 0.
 
     Every operand (the weight, the factors, a dense matrix beside the weight) is rounded as
@@ -37,23 +41,31 @@ def multiplied(model: AdaptedModel, name: str, arithmetic: Arithmetic) -> LowRan
         model: the live model.
         name: the module.
         arithmetic: of the forward pass.
+        probes: what the matrix ``(M, N)`` is measured by; all unit vectors give it itself.
 
     Returns:
-        Scaled, ``(d_out, d_in)``, float64, on the processor.
+        Scaled, ``(M, q)``, float64, on the processor.
     """
-    module = model.modules[name]
-    terms = [_rounded(LowRank(module.factors()), arithmetic, module.scaling)]
+    module, operand = model.modules[name], arithmetic.operand
+    live = module.factors()
+    image = probes.add(probes.zeros(live.shape), _rounded(live, arithmetic), module.scaling)
     for slot in side_slots(module):
         side = module.side(slot)
-        if side is not None:
-            terms.append(_rounded(side, arithmetic, module.side_scaling(slot)))
+        if side is None:
+            continue
+        scaling, value = module.side_scaling(slot), side.value
+        if isinstance(value, Factors):
+            probes.add(image, _rounded(value, arithmetic), scaling)
+        else:
+            probes.add_rows(image, len(value), partial(_operand_rows, operand, value), scaling)
     if name in model.start:
-        terms.append(_rounded(LowRank(model.start[name]), arithmetic, -module.scaling))
+        probes.add(image, _rounded(model.start[name], arithmetic), -module.scaling)
     if name in model.untouched:
         own = multiplied_dtype(module.base)
-        now, before = read_weight(module.base).to(own), model.untouched[name].to(own)
-        terms.append(module.matrix(arithmetic.operand(now) - arithmetic.operand(before)))
-    return LowRank.zeros(*module.factors().shape, torch.float64).plus(terms)
+        now = module.matrix(read_weight(module.base).to(own))
+        before = module.matrix(model.untouched[name].to(own))
+        probes.add_rows(image, len(now), lambda part: operand(now[part]) - operand(before[part]))
+    return image
 
 
 @dataclass(slots=True)
@@ -183,10 +195,10 @@ class _Probe:
         self._kept.add(changed, exact)
 
 
-def _rounded(matrix: LowRank, arithmetic: Arithmetic, scaling: float) -> Factors | Tensor:
-    """A scaled matrix whose operands are rounded and widened to float64."""
-    value = matrix.value
-    if isinstance(value, Factors):
-        pair = Factors(arithmetic.operand(value.A), arithmetic.operand(value.B))
-        return pair.scaled(scaling)
-    return scaling * arithmetic.operand(value)
+def _rounded(pair: Factors, arithmetic: Arithmetic) -> Factors:
+    """Factors as they are multiplied, widened to float64."""
+    return Factors(arithmetic.operand(pair.A), arithmetic.operand(pair.B))
+
+
+def _operand_rows(operand: Callable[[Tensor], Tensor], matrix: Tensor, part: slice) -> Tensor:
+    return operand(matrix[part])

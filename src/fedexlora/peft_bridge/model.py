@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import hypot
 
 import torch
 from peft import PeftModel
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.lowrank import LowRank, break_even, stack
+from fedexlora.algebra.lowrank import LowRank, stack
+from fedexlora.algebra.probes import Probes
 from fedexlora.errors import BridgeError
 from fedexlora.exchange.layout import adapter_tensors
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
@@ -38,6 +40,8 @@ REMAINDER = "remainder"
 """The side adapter that holds the cumulative remainder."""
 DIFFERENCE = "difference"
 """The side adapter that makes up for a client's own adapter."""
+_ROWS = 1024
+"""Rows of a weight that are held in float64 at a time."""
 
 
 class AdaptedModel:
@@ -197,44 +201,30 @@ class AdaptedModel:
         self._load_dense(state.dense)
 
     @torch.no_grad()
-    def applied(self, name: str) -> LowRank:
+    def image(self, name: str, probes: Probes) -> Tensor:
         """What the module really adds to its untouched weight, read back from the live model.
 
-        Where nothing is folded and factors are the smaller form, it is the live factors of all
-        active adapters with PEFT's live scalings. Else it is dense: the change of the frozen
-        weight plus PEFT's own ``get_delta_weight``.
-
-        Returns:
-            Scaled, ``(d_out, d_in)``, float64, on the processor.
-        """
-        module = self.modules[name]
-        parts = [LowRank(module.factors()), *_present(module)]
-        scalings = [module.scaling, *(module.side_scaling(slot) for slot in side_slots(module))]
-        factors = [
-            Factors(_wide(part.value.A), scaling * _wide(part.value.B))
-            for part, scaling in zip(parts, scalings, strict=True)
-            if isinstance(part.value, Factors)
-        ]
-        rank = sum(pair.rank for pair in factors)
-        if (
-            name not in self.untouched
-            and len(factors) == len(parts)
-            and 2 * rank < break_even(*parts[0].shape)
-        ):
-            return LowRank(stack(factors))
-        return LowRank(self._applied_dense(module))
-
-    def update_of(self, name: str, applied: LowRank) -> LowRank:
-        """What a module gained since version 0, if it adds ``applied`` to its untouched weight.
+        It is the change of the frozen weight and the live factors of all active adapters with
+        PEFT's live scalings.
 
         Args:
             name: the module.
-            applied: scaled, ``(d_out, d_in)``, float64.
+            probes: what the matrix ``(M, N)`` is measured by; all unit vectors give it itself.
+
+        Returns:
+            Scaled, ``(M, q)``, float64, on the processor.
         """
-        start = self.start.get(name)
-        if start is None:
-            return applied
-        return applied.plus([start.to(torch.float64).scaled(-self.modules[name].scaling)])
+        module = self.modules[name]
+        live = module.factors()
+        image = probes.add(probes.zeros(live.shape), live, module.scaling)
+        for slot in side_slots(module):
+            side = module.side(slot)
+            if side is not None:
+                probes.add(image, side.value, module.side_scaling(slot))
+        if name in self.untouched:
+            now, before = module.matrix(read_weight(module.base)), self._untouched_matrix(name)
+            probes.add_rows(image, len(now), lambda part: _wide(now[part]) - _wide(before[part]))
+        return image
 
     def fold_rounding(self, name: str) -> float:
         """The largest Frobenius norm that rounding ``name``'s folded weight once can cost.
@@ -245,7 +235,7 @@ class AdaptedModel:
         weight = self.modules[name].weight
         if name not in self.untouched or weight.dtype != torch.float32:
             return 0.0
-        return float(half_ulp(weight).norm())
+        return hypot(*(float(half_ulp(rows).norm()) for rows in torch.split(weight, _ROWS)))
 
     def precision(self) -> str:
         """How the adapted weights are stored: ``float32``, ``nf4`` and so on, the distinct ones."""
@@ -259,18 +249,8 @@ class AdaptedModel:
         live = {name: module.factors() for name, module in self.modules.items()}
         return {name: Factors(_copy(pair.A), _copy(pair.B)) for name, pair in live.items()}
 
-    def _applied_dense(self, module: AdaptedModule) -> Tensor:
-        update = _wide(module.matrix(module.layer.get_delta_weight(self.adapter)))
-        for slot in side_slots(module):
-            side = module.side(slot)
-            if side is not None and isinstance(side.value, Tensor):
-                update = update + module.side_scaling(slot) * _wide(side.value)
-            else:
-                update = update + _wide(module.matrix(module.layer.get_delta_weight(slot)))
-        if module.name in self.untouched:
-            before = _wide(self.untouched[module.name])
-            update = update + module.matrix(_wide(read_weight(module.base)) - before)
-        return update
+    def _untouched_matrix(self, name: str) -> Tensor:
+        return self.modules[name].matrix(self.untouched[name])
 
     def _fold(self, module: AdaptedModule, total: LowRank) -> None:
         if total.is_zero and module.name not in self.untouched:
@@ -297,11 +277,6 @@ class AdaptedModel:
 def side_slots(module: AdaptedModule) -> list[str]:
     """The side adapters that a module has now."""
     return [slot for slot in (REMAINDER, DIFFERENCE) if module.side(slot) is not None]
-
-
-def _present(module: AdaptedModule) -> list[LowRank]:
-    sides = (module.side(slot) for slot in side_slots(module))
-    return [side for side in sides if side is not None]
 
 
 def _adds(factors: Factors) -> bool:

@@ -1,8 +1,10 @@
 """The proof of a round: what the model applies against what it should apply.
 
-The applied side is read back from the live model: the change of the frozen weight, and the factors
-of every active adapter with PEFT's own scalings. The ideal side is the naive float64 sum of the
-updates that were received. The two share no arithmetic with each other.
+It comes in two halves whose bounds add. The step against the ideal, the naive float64 sum of the
+updates that were received, is measured where the step is made (``rounds.reduction``) and needs no
+model. Here a live model is held against the adapter and the total of its version: the change of
+the frozen weight, and the factors of every active adapter with PEFT's own scalings, are read back.
+The halves share no arithmetic with each other, nor with what they measure.
 
 Beside that error stand what the layers make of it in the arithmetic that is used: ``forward``, the
 error once every operand is rounded as its layer rounds it, and ``kept``, the share of the remainder
@@ -12,21 +14,26 @@ gets it, and ``auto`` places the remainder so that both hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import sqrt
+from math import hypot
+
+from torch import Tensor
 
 from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.lowrank import LowRank, difference_norm
+from fedexlora.algebra.lowrank import LowRank
+from fedexlora.algebra.probes import Norm, Probes
 from fedexlora.errors import ExactnessError
 from fedexlora.exchange.records import CertificateRecord, ModuleRecord, OwnRecord
+from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
+from fedexlora.exchange.state import GlobalState
 from fedexlora.peft_bridge.arithmetic import Arithmetic
-from fedexlora.peft_bridge.forward import Kept, measure_kept, multiplied
+from fedexlora.peft_bridge.forward import Kept, measure_kept, multiplied_image
 from fedexlora.peft_bridge.model import AdaptedModel
-from fedexlora.rounds.aggregation import Aggregate, RoundSums
+from fedexlora.rounds.reduction import ModuleFigures, Reduction
 from fedexlora.rounds.screening import strain_reason
 
 Forward = Callable[[], None]
@@ -51,11 +58,11 @@ class _Measured:
 
     name: str
     ideal: float
-    error: float
+    error: Norm
     rounding: float
     truncated: float
     update: float
-    """Of the ideal update since version 0."""
+    """Of the update since version 0."""
     narrowed: float
     """Of what the layer multiplies by, less that update."""
     kept: Kept | None
@@ -63,63 +70,68 @@ class _Measured:
 
 def certify(
     model: AdaptedModel,
-    sums: RoundSums,
-    aggregate: Aggregate,
+    state: GlobalState,
+    reduction: Reduction,
     specs: Mapping[str, AdapterSpec],
     forwards: Mapping[Arithmetic, Forward] | None = None,
 ) -> Certificate:
     """Measure a model that has just become the next version; it is left as it was.
 
     Args:
-        model: the model, with the next version applied.
-        sums: the round's received updates.
-        aggregate: what was applied.
+        model: the model, with the version applied.
+        state: the version.
+        reduction: what led there, with its half of the certificate.
         specs: the adapters of the clients that have another one than the model, by client.
         forwards: by arithmetic in which the model is used: runs it so on some real inputs. Without
             any, what comes out of the layers is not measured.
     """
-    ideals = {
-        name: sums.ideal(name).scaled(spec.scaling) for name, spec in model.spec.modules.items()
-    }
-    kept = _kept(model, aggregate, forwards or {})
+    kept = _kept(model, state, forwards or {})
+    # In the model's order: a state read from disk has another, and sums would differ in last bits.
     measured = [
-        _measure(model, name, ideals[name], aggregate, kept.get(name)) for name in model.modules
+        _measure(model, name, state, reduction.modules[name], kept.get(name))
+        for name in model.modules
     ]
-    deviations = sums.deviations()
     modules = tuple(
         ModuleRecord(
             module=m.name,
             ideal=m.ideal,
-            error=ratio(m.error, m.ideal),
+            error=ratio(m.error.value, m.ideal),
+            bound=ratio(m.error.bound, m.ideal),
             allowed=TOLERANCE + ratio(m.rounding + m.truncated, m.ideal),
             forward=ratio(m.narrowed, m.update),
             kept=m.kept.share if m.kept else None,
             kept_error=m.kept.standard_error if m.kept else None,
-            deviation=deviations[m.name].relative,
+            deviation=reduction.modules[m.name].deviation.relative,
             truncated=ratio(m.truncated, m.ideal),
             placement=model.placement(m.name),
-            remainder=_form(aggregate.state.total[m.name]),
+            remainder=_form(state.total[m.name]),
         )
         for m in measured
     )
-    # In the model's order: a state read from disk has another, and sums would differ in last bits.
-    scalings = [(name, spec.scaling) for name, spec in model.spec.modules.items()]
-    lost = _norm([scaling * deviations[name].residual for name, scaling in scalings])
-    whole = _norm([scaling * deviations[name].ideal for name, scaling in scalings])
-    overall = _overall(model, measured, modules, _dense_error(model, sums))
-    own = _own_records(model, aggregate, specs, ideals)
-    held = overall.held and all(record.error <= overall.allowed for record in own)
+    overall = _overall(model, measured, modules, head_error(model, state, reduction))
+    own = _own_records(model, state, specs, reduction, hypot(*(m.ideal for m in measured)))
+    held = overall.held and all(record.bound <= overall.allowed for record in own)
     overall = overall.model_copy(update={"own": own, "held": held})
-    return Certificate(overall, modules, ratio(lost, whole))
+    return Certificate(overall, modules, deviation_of(reduction, model.spec))
 
 
-def enforce(certificate: Certificate, sums: RoundSums, round_: int) -> None:
+def deviation_of(reduction: Reduction, spec: AdapterSpec) -> float:
+    """|R| / |M| of a round over all modules, scaled."""
+    found = [(m.scaling, reduction.modules[name].deviation) for name, m in spec.modules.items()]
+    lost = hypot(*(scaling * x.residual for scaling, x in found))
+    return ratio(lost, hypot(*(scaling * x.ideal for scaling, x in found)))
+
+
+def enforce(
+    certificate: Certificate, round_: int, strained: Callable[[], Mapping[str, float]]
+) -> None:
     """Stop a run whose model does not apply the ideal.
 
     Args:
         certificate: the round's.
-        sums: the updates that it is about.
         round_: from 1.
+        strained: finds the clients for whose sake the mean of factors cancels beyond what float32
+            holds, and how much.
 
     Raises:
         ExactnessError: naming every module that is off, its error and what is allowed, and clients
@@ -128,49 +140,93 @@ def enforce(certificate: Certificate, sums: RoundSums, round_: int) -> None:
     if certificate.overall.held:
         return
     faults = [
-        f"{m.module}: error {m.error:.2e} of the update, allowed {m.allowed:.2e}"
+        f"{m.module}: error {m.error:.2e} of the update, at most {m.bound:.2e}, "
+        f"allowed {m.allowed:.2e}"
         for m in certificate.modules
-        if not m.error <= m.allowed  # NaN is neither
+        if not m.bound <= m.allowed  # NaN is neither
     ]
     faults += [
         f"client {own.client}: error {own.error:.2e} of the update, as it applies it"
         for own in certificate.overall.own
-        if not own.error <= certificate.overall.allowed
+        if not own.bound <= certificate.overall.allowed
     ]
     if not certificate.overall.dense_error <= TOLERANCE:
         faults.append(f"heads and biases: error {certificate.overall.dense_error:.2e}")
-    strained = sums.strained()
-    faults += [f"client {client}: {strain_reason(strain)}" for client, strain in strained.items()]
-    if strained:
-        named = ", ".join(f'"{client}"' for client in strained)
+    found = strained()
+    faults += [f"client {client}: {strain_reason(strain)}" for client, strain in found.items()]
+    if found:
+        named = ", ".join(f'"{client}"' for client in found)
         faults.append(f"to go on without: --resume --set 'federation.exclude=[{named}]'")
     raise ExactnessError(f"round {round_}: the applied update is not the ideal one", faults)
 
 
+def held_error(model: AdaptedModel, name: str, state: GlobalState) -> Norm:
+    """The holder's half: the live module less adapter and total, scaled.
+
+    Args:
+        model: the model, with the version applied.
+        name: the module.
+        state: the version.
+    """
+    probes = _probes(name, state)
+    return probes.norm(model.image(name, probes).sub_(_wanted(model, name, state, probes)))
+
+
+def head_error(model: AdaptedModel, state: GlobalState, reduction: Reduction) -> float:
+    """Heads and biases in the model against their mean in float64."""
+    live = model.dense()
+    moved = [float((live[n].double() - t.double()).norm()) for n, t in state.dense.items()]
+    return ratio(hypot(reduction.head_error, *moved), reduction.head_ideal)
+
+
 def _measure(
-    model: AdaptedModel, name: str, ideal: LowRank, aggregate: Aggregate, kept: Kept | None
+    model: AdaptedModel, name: str, state: GlobalState, figures: ModuleFigures, kept: Kept | None
 ) -> _Measured:
-    update = model.update_of(name, ideal)
+    scaling = model.spec.modules[name].scaling
+    probes, start = _probes(name, state), model.start.get(name)
+    wanted = _wanted(model, name, state, probes)
+    held = probes.norm(model.image(name, probes).sub_(wanted))
+    ideal = update = scaling * figures.ideal
+    if start is not None:
+        update = probes.norm(probes.add(wanted, start, -scaling)).value
+    narrowed = max(
+        probes.norm(multiplied_image(model, name, arithmetic, probes).sub_(wanted)).value
+        for arithmetic in model.arithmetics
+    )
     return _Measured(
         name,
-        ideal=sqrt(ideal.squared_norm()),
-        error=difference_norm(model.applied(name), ideal),
+        ideal=ideal,
+        error=_together(figures.error, scaling, held),
         rounding=model.fold_rounding(name),
-        truncated=model.spec.modules[name].scaling * aggregate.truncated[name],
-        update=sqrt(update.squared_norm()),
-        narrowed=max(
-            difference_norm(multiplied(model, name, arithmetic), update)
-            for arithmetic in model.arithmetics
-        ),
+        truncated=scaling * figures.truncated,
+        update=update,
+        narrowed=hypot(scaling * figures.error.value, narrowed),
         kept=kept,
     )
 
 
+def _together(step: Norm, scaling: float, held: Norm) -> Norm:
+    """Both halves: independent rounding adds up in squares, what it is at most in full."""
+    return Norm(hypot(scaling * step.value, held.value), scaling * step.bound + held.bound)
+
+
+def _probes(name: str, state: GlobalState) -> Probes:
+    shape = state.adapter[name].shape
+    return Probes.of(shape, derive_seed(0, state.version, f"holder/{name}"))
+
+
+def _wanted(model: AdaptedModel, name: str, state: GlobalState, probes: Probes) -> Tensor:
+    """The image of what a module should add to its untouched weight."""
+    scaling, pair = model.spec.modules[name].scaling, state.adapter[name]
+    image = probes.add(probes.zeros(pair.shape), pair, scaling)
+    return probes.add(image, state.total[name].value, scaling)
+
+
 def _kept(
-    model: AdaptedModel, aggregate: Aggregate, forwards: Mapping[Arithmetic, Forward]
+    model: AdaptedModel, state: GlobalState, forwards: Mapping[Arithmetic, Forward]
 ) -> Mapping[str, Kept]:
     """What comes out of every module's remainder, in the arithmetic that is furthest from all."""
-    found = [measure_kept(model, aggregate.state.total, forward) for forward in forwards.values()]
+    found = [measure_kept(model, state.total, forward) for forward in forwards.values()]
     return max(found, key=lambda kept: abs(_pooled(kept.values()).share - 1.0), default={})
 
 
@@ -180,64 +236,65 @@ def _pooled(kept: Iterable[Kept]) -> Kept:
 
 def _overall(
     model: AdaptedModel,
-    measured: list[_Measured],
+    measured: Sequence[_Measured],
     modules: tuple[ModuleRecord, ...],
     dense_error: float,
 ) -> CertificateRecord:
-    ideal = _norm([m.ideal for m in measured])
-    excused = _norm([m.rounding + m.truncated for m in measured])
+    ideal = hypot(*(m.ideal for m in measured))
+    excused = hypot(*(m.rounding + m.truncated for m in measured))
     worst = max(modules, key=lambda m: m.error / m.allowed)
     narrowest = max(modules, key=lambda m: m.forward)
     kept = [m.kept for m in measured if m.kept]
     pooled = _pooled(kept)
     return CertificateRecord(
         placement=" and ".join(sorted({model.placement(name) for name in model.modules})),
-        error=ratio(_norm([m.error for m in measured]), ideal),
+        error=ratio(hypot(*(m.error.value for m in measured)), ideal),
+        bound=ratio(hypot(*(m.error.bound for m in measured)), ideal),
         allowed=TOLERANCE + ratio(excused, ideal),
-        truncated=ratio(_norm([m.truncated for m in measured]), ideal),
+        truncated=ratio(hypot(*(m.truncated for m in measured)), ideal),
         worst_module=worst.module,
         worst_error=worst.error,
-        forward=ratio(_norm([m.narrowed for m in measured]), _norm([m.update for m in measured])),
+        forward=ratio(hypot(*(m.narrowed for m in measured)), hypot(*(m.update for m in measured))),
         worst_forward_module=narrowest.module,
         worst_forward=narrowest.forward,
         kept=pooled.share if kept else None,
         kept_error=pooled.standard_error if kept else None,
         dense_error=dense_error,
         own=(),
-        held=all(m.error <= m.allowed for m in modules) and dense_error <= TOLERANCE,
+        held=all(m.bound <= m.allowed for m in modules) and dense_error <= TOLERANCE,
     )
 
 
 def _own_records(
     model: AdaptedModel,
-    aggregate: Aggregate,
+    state: GlobalState,
     specs: Mapping[str, AdapterSpec],
-    ideals: Mapping[str, LowRank],
+    reduction: Reduction,
+    ideal: float,
 ) -> tuple[OwnRecord, ...]:
     """The same for every client with an adapter of its own, in the model that it will train."""
-    whole = _norm([sqrt(ideal.squared_norm()) for ideal in ideals.values()])
     records = []
-    for client in sorted(aggregate.state.own):  # a state read from disk has another order
-        model.enter(aggregate.state, client, specs.get(client))
-        errors = [difference_norm(model.applied(name), ideal) for name, ideal in ideals.items()]
-        records.append(OwnRecord(client=client, error=ratio(_norm(errors), whole)))
+    for client in sorted(state.own):  # a state read from disk has another order
+        model.enter(state, client, specs.get(client))
+        found = [
+            _together(
+                figures.error, model.spec.modules[name].scaling, held_error(model, name, state)
+            )
+            for name, figures in reduction.modules.items()
+        ]
+        records.append(
+            OwnRecord(
+                client=client,
+                error=ratio(hypot(*(x.value for x in found)), ideal),
+                bound=ratio(hypot(*(x.bound for x in found)), ideal),
+            )
+        )
     if records:
-        model.enter(aggregate.state)
+        model.enter(state)
     return tuple(records)
-
-
-def _dense_error(model: AdaptedModel, sums: RoundSums) -> float:
-    """Heads and biases in the model against their mean in float64."""
-    applied, ideal = model.dense(), sums.dense_ideal()
-    errors = [float((applied[name].double() - ideal[name]).norm()) for name in applied]
-    return ratio(_norm(errors), _norm([float(ideal[name].norm()) for name in applied]))
 
 
 def _form(total: LowRank) -> str:
     if total.is_zero:
         return "none"
     return f"rank {total.value.rank}" if isinstance(total.value, Factors) else "dense"
-
-
-def _norm(values: list[float]) -> float:
-    return sqrt(sum(value * value for value in values))

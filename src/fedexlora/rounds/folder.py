@@ -3,6 +3,7 @@
 recipe.toml     the resolved recipe        run.json      versions, data, score before round 1
 rounds.jsonl    one record a round         versions/     the steps of the global model
 adapter/        the final global model     updates/      with --keep-updates, what clients sent
+spool/          what clients have sent in the round that is open
 clients.jsonl   over Flower, the key that each client's name belongs to
 adapter.json    its worst module, read back from its files
 """
@@ -10,18 +11,18 @@ adapter.json    its worst module, read back from its files
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
-from fedexlora.errors import ResumeError, RunError, VersionError
-from fedexlora.exchange.files import append_bytes, replace_bytes
+from fedexlora.errors import ResumeError, VersionError
+from fedexlora.exchange.files import append_bytes, replace_bytes, writing
 from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.exchange.state import GlobalState
@@ -62,6 +63,15 @@ class RunFolder:
     def adapter(self) -> Path:
         """The final global model as a PEFT adapter."""
         return self.path / "adapter"
+
+    @property
+    def spool(self) -> Path:
+        """The updates of the round that is open."""
+        return self.path / "spool"
+
+    def clear_spool(self) -> None:
+        """Remove the updates of a round that is over."""
+        shutil.rmtree(self.spool, ignore_errors=True)
 
     def round_updates(self, round_: int) -> Path:
         """What clients sent in one round: a PEFT adapter each."""
@@ -180,13 +190,15 @@ class RunFolder:
         try:
             yield
         finally:
+            with suppress(OSError):  # what a run that stopped has begun
+                self.store.discard()
             lock.release()
 
     def save(self, progress: Progress) -> None:
-        """Make a version durable, then its record; a kill in between loses neither.
+        """Make a version durable, with the record of its round.
 
-        The step carries the record of its round, so that one which did not reach ``rounds.jsonl``
-        is restored from there.
+        The record comes first: it is one of no version, and dropped, until the step that was
+        written in the round has its name. A kill in between loses the round, and nothing else.
 
         Raises:
             RunError: if a file cannot be written, as on a full disk; what was durable before is.
@@ -198,12 +210,10 @@ class RunFolder:
             with writing(self._records):
                 append_bytes(self._records, b"")
             return
-        record = progress.records[-1]
-        with writing(self.store.step_file(state.version)):
-            step = holdings.history.steps[state.version]
-            self.store.add_step(step, holdings, record)
         with writing(self._records):
-            append_bytes(self._records, _lines([record]))
+            append_bytes(self._records, _lines([progress.records[-1]]))
+        with writing(self.store.step_file(state.version)):
+            self.store.commit(state.version)
         with writing(self.store.path):
             self.store.keep_snapshots(state, holdings)
 
@@ -239,12 +249,12 @@ class RunFolder:
         if stored is None:
             return None
         version = stored.state.version
-        if stored.record is None:
-            records = self.read_records(version)
-        else:
-            records = (*self.read_records(version - 1), stored.record)
+        records = self.read_records(version)
         if (found := [record.round for record in records]) != list(range(1, version + 1)):
-            raise ResumeError(f"{self._records}: expected rounds 1 to {version}, found {found}")
+            raise ResumeError(
+                f"{self._records}: expected rounds 1 to {version}, found {found}",
+                [f"the last version in {self.store.path} is {version}"],
+            )
         return Progress(stored.state, records, stored.holdings, stored.damaged)
 
     @property
@@ -268,23 +278,6 @@ class RunFolder:
             return tuple(RoundRecord.model_validate_json(line) for line in lines)
         except (ValueError, OSError) as error:
             raise ResumeError(f"{path} is damaged: {error}") from error
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name the file or folder that cannot be written, as on a full disk.
-
-    Raises:
-        RunError: if the block fails for that reason.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(
-            f"{path} cannot be written: {reason}",
-            ["--resume goes on after the last finished round"],
-        ) from error
 
 
 def _lines(records: Sequence[RoundRecord]) -> bytes:

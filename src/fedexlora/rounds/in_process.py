@@ -65,6 +65,10 @@ class InProcessTransport:
         except RunError as error:
             self._asked.append((client, str(error)))
 
+    def restore(self, client: str, state: GlobalState) -> None:
+        """The client is at that version."""
+        self._held[client] = state.version, state.id
+
     def replies(
         self, round_: int, deadline: float | None, progress: ClientProgress
     ) -> Iterator[Reply]:

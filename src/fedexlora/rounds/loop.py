@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fedexlora.errors import BridgeError, RecipeError, ResumeError
-from fedexlora.exchange.files import new_folder, replace_bytes
+from fedexlora.exchange.files import new_folder, replace_bytes, writing
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.records import RoundRecord
-from fedexlora.exchange.state import GlobalState
-from fedexlora.exchange.update import ClientUpdate
 from fedexlora.local.arguments import training_arithmetic
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.rounds.divergence import check_finite, check_score
@@ -26,12 +24,13 @@ from fedexlora.rounds.environment import (
     environment_changes,
     resumed_header,
 )
-from fedexlora.rounds.folder import Progress, RunFolder, writing
+from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.observer import Observer, RunInfo
 from fedexlora.rounds.preparation import Prepared
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.round import Federation, run_round
 from fedexlora.rounds.scoring import all_scorers, scoring_arithmetic
+from fedexlora.rounds.spool import SpooledUpdate
 from fedexlora.rounds.transport import Transport
 
 Connect = Callable[[Progress], Transport]
@@ -119,7 +118,7 @@ def _rounds(
     recipe, model = prepared.recipe, prepared.model
     if progress is None:
         initial = model.initial_state(prepared.specs, recipe.federation.seed)
-        history = History(recipe.federation.history, {}, {0: initial.start()})
+        history = History(recipe.federation.history, folder.store, {0: initial.id})
         progress = Progress(initial, (), Holdings({}, history))
         folder.save(progress)
     else:
@@ -136,8 +135,10 @@ def _rounds(
         transport=connect(progress),
         participation=recipe.participation,
         evaluate=partial(prepared.evaluate, observer),
+        spool=folder.spool,
         keep=keep,
         observer=observer,
+        access=recipe.access,
         screening=recipe.screening,
         forwards=prepared.forwards,
         scored=recipe.scored,
@@ -149,6 +150,7 @@ def _rounds(
         records = (*records, record)
         folder.save(Progress(state, records, holdings))
         observer.finished_round(record)
+    folder.clear_spool()
     with writing(folder.adapter), new_folder(folder.adapter) as path:
         written = save_global(model, state, path)
     worst = {"worst_module": written.module, "worst_error": written.error}
@@ -197,26 +199,21 @@ def _check_keep(prepared: Prepared) -> None:
         )
 
 
-def _keep(
-    folder: RunFolder,
-    prepared: Prepared,
-    update: ClientUpdate,
-    weight: float,
-    held: GlobalState,
-) -> None:
-    """Store one client's update so that anyone can recompute the aggregate without our code."""
-    start = held.adapter_of(update.client)
-    factors = {name: update.factors(name, pair) for name, pair in start.items()}
-    dense = {name: update.tensors[f"dense/{name}"] for name in held.dense}
-    kept = folder.round_updates(update.round) / update.client
-    with writing(kept), new_folder(kept) as path:
-        save_factors(prepared.model, factors, dense, path, prepared.specs.get(update.client))
-        said = {"client": update.client, "round": update.round, "weight": weight}
-        (path / "client.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
+def _keep(folder: RunFolder, prepared: Prepared, updates: Sequence[SpooledUpdate]) -> None:
+    """Store what clients sent so that anyone can recompute the aggregate without our code."""
+    for update in updates:
+        sent = update.form.sent(update)
+        dense = {name: update.head(name) for name in update.form.before.dense}
+        round_ = update.form.before.version + 1
+        kept = folder.round_updates(round_) / update.client
+        with writing(kept), new_folder(kept) as path:
+            save_factors(prepared.model, sent, dense, path, prepared.specs.get(update.client))
+            said = {"client": update.client, "round": round_, "weight": update.weight}
+            (path / "client.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
 
 
-def _forget(update: ClientUpdate, weight: float, held: GlobalState) -> None:
-    """Keep nothing of an update."""
+def _forget(updates: Sequence[SpooledUpdate]) -> None:
+    """Keep nothing of the updates."""
 
 
 def _check_header(folder: RunFolder, header: Mapping[str, Any] | None, prepared: Prepared) -> None:

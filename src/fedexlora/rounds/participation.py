@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedexlora.local.seeds import derive_seed
+from fedexlora.exchange.seeds import derive_seed
 
 Weighting = Literal["examples", "uniform", "capped"]
 Stale = Literal["refuse", "accept"]
 
 
 @dataclass(frozen=True, slots=True)
-class Admission:
+class AccessList:
     """Which clients may take part in a run at all; everybody, by default."""
 
     allow: tuple[str, ...] | None = None

@@ -211,7 +211,7 @@ def _admitted(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list
         for name in names
         if name not in shares
     ]
-    admitted = {name: rows for name, rows in shares.items() if not recipe.admission.fault(name)}
+    admitted = {name: rows for name, rows in shares.items() if not recipe.access.fault(name)}
     if not admitted and not faults:
         faults.append(f"federation.exclude: it names all of {', '.join(shares)}")
     if faults:

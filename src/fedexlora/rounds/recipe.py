@@ -18,7 +18,7 @@ from fedexlora.exchange.untrusted import CLIENT_NAME
 from fedexlora.methods import METHODS, Method
 from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.arithmetic import Width
-from fedexlora.rounds.participation import Admission, Participation
+from fedexlora.rounds.participation import AccessList, Participation
 from fedexlora.rounds.recipe_faults import method_faults, table_faults
 from fedexlora.rounds.recipe_file import read_document
 from fedexlora.rounds.screening import Screening
@@ -212,9 +212,9 @@ class Recipe(_Table):
         )
 
     @property
-    def admission(self) -> Admission:
+    def access(self) -> AccessList:
         """Which clients may take part at all."""
-        return Admission(self.federation.allow, self.federation.exclude)
+        return AccessList(self.federation.allow, self.federation.exclude)
 
     @property
     def screening(self) -> Screening | None:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
+from fedexlora.exchange.files import writing
 from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import BytesRecord, RoundRecord
+from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
-from fedexlora.local.seeds import derive_seed
+from fedexlora.exchange.step_writer import StepSink
 from fedexlora.methods import Method
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.rounds.admission import Admission, Intake, require_enough
 from fedexlora.rounds.certificate import Certificate, Forward, certify, enforce
-from fedexlora.rounds.collect import Collected, Collector, Keep
+from fedexlora.rounds.common_update import CommonForm
 from fedexlora.rounds.observer import Observer
-from fedexlora.rounds.participation import Participation
-from fedexlora.rounds.screening import Screening
+from fedexlora.rounds.participation import AccessList, Participation
+from fedexlora.rounds.reduction import Counted, Reducer
+from fedexlora.rounds.screening import Screening, screen, strained
+from fedexlora.rounds.spool import Spool, SpooledUpdate
 from fedexlora.rounds.transport import Transport
 
 
@@ -39,9 +45,13 @@ class Federation:
     participation: Participation
     evaluate: Callable[[], Mapping[str, float]]
     """Scores of the server's copy."""
-    keep: Keep
-    """Told of every update that counts."""
+    spool: Path
+    """The folder of the updates of the round that is open."""
+    keep: Callable[[Sequence[SpooledUpdate]], None]
+    """Told of the updates that count."""
     observer: Observer
+    access: AccessList = field(default_factory=AccessList)
+    """Whom the recipe admits."""
     screening: Screening | None = None
     """The rule against bad updates, if there is one."""
     forwards: Mapping[Arithmetic, Forward] = field(default_factory=dict)
@@ -67,79 +77,87 @@ def run_round(
         NoUpdatesError: if fewer clients than are needed delivered a usable update.
         ExactnessError: if the method is exact and the model does not apply the ideal update.
     """
-    round_ = before.version + 1
-    clock = _Clock()
-    collector = Collector(
-        federation.transport,
-        federation.participation,
-        before,
-        holdings,
-        federation.model.spec,
-        federation.specs,
-        federation.model.base_fingerprint,
-        federation.screening,
+    round_, clock = before.version + 1, _Clock()
+    model, observer, rule = federation.model, federation.observer, federation.participation
+    form = CommonForm(before, model.spec, federation.specs)
+    spool = Spool(federation.spool, round_, form)
+    admission = Admission(
+        federation.transport, rule, form, holdings, model.base_fingerprint, spool, federation.access
     )
-    with clock.phase("ship"):
-        clients = federation.transport.clients
-        collector.ask(federation.participation.sample(clients, federation.seed, round_))
-    with clock.phase("train"):  # steps 1 to 3
-        collector.receive(
-            federation.keep,
-            partial(federation.observer.training, round_),
-            remember=federation.method.own_adapters,
-        )
+    with clock.phase("ship"), writing(spool.path):  # step 1: who takes part is asked
+        for fault in admission.draw(federation.seed):
+            observer.passed_over(fault)
+        admission.ask()
+    with clock.phase("train"), writing(spool.path):  # steps 2 and 3: admitted, and on disk
+        intake = admission.receive(partial(observer.training, round_))
     if federation.screening is not None:
-        federation.observer.phase(round_, "screen")
+        observer.phase(round_, "screen")
         with clock.phase("screen"):
-            collector.screen(federation.keep, remember=federation.method.own_adapters)
-    collector.require_enough()
-    got = collector.got
-    federation.observer.phase(round_, "aggregate")
-    with clock.phase("aggregate"):
-        seed = derive_seed(federation.seed, round_, "")
-        fresh = partial(federation.model.fresh, seed=seed)
-        # step 4: next adapter and remainder
-        aggregate = got.sums.aggregate(federation.method, fresh)
-    with clock.phase("apply"):
-        federation.model.apply(aggregate.state)
-    with clock.phase("certify"):
-        certificate = certify(
-            federation.model, got.sums, aggregate, federation.specs, federation.forwards
-        )
-        if federation.method.certified and not federation.model.lossy_fold:
-            enforce(certificate, got.sums, round_)
+            screen(federation.screening, intake, form)
+    require_enough(intake, rule, round_)
+    observer.phase(round_, "aggregate")
+    held = holdings.changes(before.version, intake.landed, intake.lost)
+    sink = _sink(federation, before, holdings, intake, held)
+    with clock.phase("aggregate"), closing(sink):  # steps 4 and 5, module by module
+        fresh = partial(model.fresh, seed=derive_seed(federation.seed, round_, ""))
+        reducer = Reducer(form, federation.method, fresh, federation.seed, intake.stay)
+        counted = [Counted(x, x.weight) for x in intake.updates]
+        reduction = reducer.reduce(counted, sink, held)
+        federation.keep(intake.updates)
+    with clock.phase("apply"):  # step 6
+        state = before.advance([reduction.step])
+        model.apply(state)
+    with clock.phase("certify"):  # step 7
+        certificate = certify(model, state, reduction, federation.specs, federation.forwards)
+        if federation.method.certified and not model.lossy_fold:
+            enforce(certificate, round_, partial(strained, intake, form))
     metrics: Mapping[str, float] = {}
     with clock.phase("evaluate"):
         if federation.scored is None or federation.scored(round_):
-            federation.observer.phase(round_, "evaluate")
-            metrics = federation.evaluate()  # step 7
-    after = holdings.after(aggregate.step, aggregate.state, got.landed, got.lost)
-    record = _record(federation, round_, got, certificate, metrics, clock.seconds)
-    return aggregate.state, after, record  # step 8, storing it, is the run's
+            observer.phase(round_, "evaluate")
+            metrics = federation.evaluate()
+    after = holdings.after(reduction.step, held)
+    record = _record(federation, round_, intake, certificate, metrics, clock.seconds)
+    return state, after, record  # step 8, making both durable, is the run's
+
+
+def _sink(
+    federation: Federation,
+    before: GlobalState,
+    holdings: Holdings,
+    intake: Intake,
+    held: Mapping[str, int | None],
+) -> StepSink:
+    """What takes in the round's step."""
+    owners = set(before.own) | set(federation.specs)
+    if federation.method.own_adapters:
+        owners.update(update.client for update in intake.updates)
+    return holdings.history.store.sink(before, federation.method.trained, owners, held)
 
 
 def _record(
     federation: Federation,
     round_: int,
-    got: Collected,
+    intake: Intake,
     certificate: Certificate,
     metrics: Mapping[str, float],
     seconds: Mapping[str, float],
 ) -> RoundRecord:
+    whole, place = intake.weight, intake.in_draw()
     clients = tuple(
-        record.model_copy(update={"weight": record.weight / got.sums.weight})
-        for record in got.accepted
+        update.record.model_copy(update={"weight": update.weight / whole})
+        for update in sorted(intake.updates, key=lambda x: place(x.client))
     )
-    up = sum(c.uploaded_bytes for c in clients) + sum(c.uploaded_bytes for c in got.left_out)
+    up = sum(c.uploaded_bytes for c in clients) + sum(c.uploaded_bytes for c in intake.left_out)
     # Not of the left out alone: a client that sends twice is listed twice, and downloads once.
-    down = sum(got.downloads.values())
+    down = sum(intake.downloads.values())
     return RoundRecord(
         round=round_,
         registered=len(federation.transport.clients),
         method=federation.method.name,
         clients=clients,
-        left_out=tuple(got.left_out),
-        stay=got.stay / got.sums.weight,
+        left_out=tuple(intake.left_out),
+        stay=intake.stay / whole,
         bytes=BytesRecord(up=up, down=down),
         deviation=certificate.deviation,
         certificate=certificate.overall,

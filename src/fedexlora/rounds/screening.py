@@ -1,12 +1,8 @@
-"""Bad updates: what a round's rule makes of the updates that arrived, before they are summed.
+"""Bad updates: what a round's rule makes of the updates that came, before they are added up.
 
-A client's update is its change of the global model in the round: by module
-``s_i (B_i A_i - B_i0 A_i0)``, where ``(A_i0, B_i0)`` is what it trained from and ``s_i`` its
-scaling, and for every head and bias the difference. All of it is one vector, of which only inner
-products are taken; no matrix is multiplied out.
-
-What no inner product shows is a gauge: ``(1e6 B, 1e-6 A)`` is the same change. In a mean of factors
-it is not, and a client that uses it could stop the run at the certificate. Its strain shows it.
+The rule sees the inner products of the changes that updates are (``rounds.survey``). What no inner
+product shows is a gauge: ``(1e6 B, 1e-6 A)`` is the same change. In a mean of factors it is not,
+and a client that uses it could stop the run at the certificate. Its strain shows it.
 """
 
 from __future__ import annotations
@@ -16,16 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fedexlora.algebra import robust
-from fedexlora.algebra.factors import Factors, sizes, squared_norm
-from fedexlora.algebra.lowrank import stack
 from fedexlora.algebra.robust import Reweighted
-from fedexlora.exchange.spec import AdapterSpec
-from fedexlora.exchange.state import GlobalState
-from fedexlora.exchange.update import ClientUpdate
+from fedexlora.errors import NoUpdatesError
+from fedexlora.rounds.admission import Intake
+from fedexlora.rounds.common_update import CommonForm
+from fedexlora.rounds.survey import gram_of, strains_of
 
 Rule = Literal["clip", "multi_krum", "trimmed_mean", "geometric_median"]
 
@@ -108,7 +102,7 @@ class Screening:
 
         Args:
             judged: from :meth:`judge`.
-            strains: from :func:`strains_of`, by what it lets count.
+            strains: from :func:`fedexlora.rounds.survey.strains_of`, by what it lets count.
         """
         reasons = tuple(
             why or (strain_reason(strain) if strain > MOST_STRAIN else "")
@@ -142,73 +136,46 @@ def strain_reason(strain: float) -> str:
     )
 
 
-def strains_of(
-    updates: Sequence[tuple[ClientUpdate, GlobalState]],
-    judged: Judgement,
-    before: GlobalState,
-    spec: AdapterSpec,
-    specs: Mapping[str, AdapterSpec],
-) -> list[float]:
-    """The largest strain of each update in any module, as the judgement weighs them.
+def screen(rule: Screening, intake: Intake, form: CommonForm) -> None:
+    """Have a round's rule weigh its updates; what it rejects is left out by name.
 
     Args:
-        updates: checked updates, each with what it was trained from.
-        judged: what they count.
-        before: the version of the round, which may count beside them.
-        spec: the common adapter.
-        specs: the adapters of the clients that have another one, by client.
+        rule: the run's.
+        intake: what came back; changed.
+        form: of the updates.
+
+    Raises:
+        NoUpdatesError: if there are too few updates for the rule to protect anything.
     """
-    stay, whole = judged.result.stay, sum(judged.result.weights) + judged.result.stay
-    counted = [i for i, weight in enumerate(judged.result.weights) if weight > 0.0]
-    weights = [judged.result.weights[i] / whole for i in counted]
-    most = [0.0] * len(updates)
-    for name in spec.modules if counted else ():
-        sent = []
-        for update, start in (updates[i] for i in counted):
-            scaling = specs.get(update.client, spec).modules[name].scaling
-            held = start.adapter_of(update.client)[name]
-            sent.append(update.factors(name, held).to(torch.float64).scaled(scaling))
-        stays = before.adapter[name].to(torch.float64).scaled(spec.modules[name].scaling)
-        parts = [pair.scaled(w) for pair, w in zip(sent, weights, strict=True)]
-        mean = math.sqrt(squared_norm(stack([*parts, stays.scaled(stay / whole)])))
-        found = robust.strain(weights, [sizes(pair) for pair in sent], mean)
-        for i, strain in zip(counted, found, strict=True):
-            most[i] = max(most[i], strain)
-    return most
+    given = intake.updates
+    if not given:
+        return
+    if short := rule.shortfall(len(given)):
+        raise NoUpdatesError(f"round {form.before.version + 1}: {short}", intake.reasons())
+    judged = rule.judge(gram_of(given, form.before, form.spec), [x.weight for x in given])
+    result = judged.result
+    strains = strains_of(given, result.weights, result.stay, form.before, form.spec)
+    judged = rule.relieved(judged, strains)
+    intake.updates, intake.stay = [], judged.result.stay
+    for i, update in enumerate(given):
+        if judged.reasons[i]:
+            record = update.record
+            size, since = record.uploaded_bytes, record.since
+            intake.leave_out(update.client, [judged.reasons[i]], since, size)
+            continue
+        said = {"weight": judged.result.weights[i], "counted": judged.result.kept[i]}
+        record = update.record.model_copy(update={**said, "norm": judged.norms[i]})
+        intake.updates.append(update.counted(record))
+    before = {x.client: x.weight for x in given}
+    if any(x.weight != before[x.client] for x in intake.updates):
+        # An update that counts little may be of any size: the running means of the moments must
+        # not begin with it.
+        intake.updates.sort(key=lambda x: -x.weight)
 
 
-def gram_of(
-    updates: Sequence[tuple[ClientUpdate, GlobalState]],
-    before: GlobalState,
-    spec: AdapterSpec,
-    specs: Mapping[str, AdapterSpec],
-) -> Tensor:
-    """Inner products of the changes that updates are, ``(k, k)`` float64.
-
-    Args:
-        updates: checked updates, each with what it was trained from.
-        before: the version of the round, for the names of heads and biases.
-        spec: the common adapter.
-        specs: the adapters of the clients that have another one, by client.
-    """
-    total = torch.zeros(len(updates), len(updates), dtype=torch.float64)
-    for name in spec.modules:
-        changes = [
-            _change(update, start, name).scaled(
-                specs.get(update.client, spec).modules[name].scaling
-            )
-            for update, start in updates
-        ]
-        total += robust.gram(changes)
-    for name in before.dense:
-        total += robust.flat_gram(
-            [(update.tensors[f"dense/{name}"], start.dense[name]) for update, start in updates]
-        )
-    return total
-
-
-def _change(update: ClientUpdate, start: GlobalState, module: str) -> Factors:
-    """``B A - B0 A0`` as ``(B - B0) A + B0 (A - A0)``, float64: small terms, not large ones."""
-    held = start.adapter_of(update.client)[module]
-    sent, old = update.factors(module, held).to(torch.float64), held.to(torch.float64)
-    return Factors(torch.cat([sent.A, sent.A - old.A]), torch.cat([sent.B - old.B, old.B], dim=1))
+def strained(intake: Intake, form: CommonForm) -> dict[str, float]:
+    """Clients for whose sake the mean of factors cancels beyond what float32 holds, and how."""
+    weights = [x.weight for x in intake.updates]
+    found = strains_of(intake.updates, weights, intake.stay, form.before, form.spec)
+    named = {x.client: strain for x, strain in zip(intake.updates, found, strict=True)}
+    return {client: strain for client, strain in named.items() if strain > MOST_STRAIN}

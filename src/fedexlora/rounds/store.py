@@ -1,34 +1,34 @@
-"""The versions of a run on disk: every step as it was sent, and a snapshot now and then.
+"""The versions of a run on disk: every step as it was made, and a snapshot now and then.
 
     versions/snapshot-0000.safetensors   version 0, and every tenth one: all of it, in float64
-    versions/step-0001.safetensors       what leads to version 1, the record of its round, and what
-                                         it changed of what clients hold
+    versions/step-0001.safetensors       what leads to version 1, and what its round changed of
+                                         what clients hold
+    versions/.step-0002.safetensors.tmp  a step that is being made
 
 Files are written beside, forced to disk and renamed, and never changed: what a round writes is
-about the size of its step. A version is read as the last snapshot before it and the steps from
-there, added up in order: a function of these files alone, so that a run which is continued has the
-same bits. Steps older than the history that clients are promised are removed once a snapshot
-stands for them.
+about the size of its step. A step's new name is what makes its round durable. A version is read as
+the last snapshot before it and the steps from there, added up in order: a function of these files
+alone, so that a run which is continued has the same bits. Steps older than the history that clients
+are promised are removed once a snapshot stands for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fedexlora.errors import VersionError
-from fedexlora.exchange.digest import group, known_digest
-from fedexlora.exchange.files import replace_bytes
-from fedexlora.exchange.history import History, Holdings
-from fedexlora.exchange.layout import own_from, own_tensors, unpack_finite
-from fedexlora.exchange.records import RoundRecord
-from fedexlora.exchange.state import GlobalState, own_adapter, state_from, state_tensors
-from fedexlora.exchange.step import Step, decode_steps, encode_steps
-from fedexlora.exchange.untrusted import number, short
-from fedexlora.exchange.wire import pack
+from fedexlora.exchange.digest import group, tensors_digest
+from fedexlora.exchange.files import beside, rename
+from fedexlora.exchange.history import History, Holdings, with_changes
+from fedexlora.exchange.layout import dense_tensors
+from fedexlora.exchange.snapshot_file import StoredSnapshot, read_snapshot, write_snapshot
+from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.step import Step, check_parts
+from fedexlora.exchange.step_file import StoredStep, open_step, read_step
+from fedexlora.exchange.step_writer import StepSink, StepWriter
 
 SNAPSHOT_ROUNDS = 10
 """A snapshot is kept of every version that is a multiple."""
@@ -41,25 +41,20 @@ class StoredVersion:
 
     state: GlobalState
     holdings: Holdings
-    record: RoundRecord | None
-    """The record of the round that led to it, if its step is there."""
     damaged: Mapping[Path, str]
     """Files that were passed over, and why."""
 
 
 @dataclass(frozen=True, slots=True)
-class _StoredStep:
+class _ReadStep:
     """A step that was read, and where it led."""
 
-    step: Step
+    stored: StoredStep
     state: GlobalState
-    record: RoundRecord
-    held: Mapping[str, int | None]
-    """By client whose holding the round changed, the version; None for nothing."""
 
 
 class VersionStore:
-    """The store of one run.
+    """The store of one run: the :class:`~fedexlora.exchange.history.Steps` of its history.
 
     Args:
         path: its folder.
@@ -76,30 +71,69 @@ class VersionStore:
         """What leads to a version."""
         return self.path / f"step-{version:04d}.safetensors"
 
+    def sink(
+        self,
+        before: GlobalState,
+        trained: Sequence[str],
+        owners: Collection[str] = (),
+        clients: Collection[str] = (),
+    ) -> StepSink:
+        """Begin the step that leads on from a version; see ``Steps.sink``."""
+        version = before.version + 1
+        return StepWriter(
+            beside(self.step_file(version)),
+            version,
+            before.id,
+            trained,
+            modules=before.adapter,
+            dense=before.dense,
+            owners=owners,
+            clients=clients,
+        )
+
+    def commit(self, version: int) -> None:
+        """Give the finished step to a version its name, and so make the version durable.
+
+        Raises:
+            OSError: if it cannot be renamed.
+        """
+        path = self.step_file(version)
+        rename(beside(path), path)
+
+    def discard(self) -> None:
+        """Remove steps that were begun, and not made durable."""
+        for path in self.path.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def step(self, version: int) -> Step:
+        """The step that leads to a version, by its header alone; see ``Steps.step``.
+
+        Whoever receives it holds its parts against its digests.
+        """
+        path = self.step_file(version)
+        try:
+            return open_step(path).step
+        except _UNREADABLE as error:
+            raise VersionError(f"{path} is damaged: {error}") from error
+
+    def start(self, version: int) -> GlobalState:
+        """A version without the remainder; see ``Steps.start``."""
+        damaged: dict[Path, str] = {}
+        snapshot = self._last_snapshot(damaged, version, total=False)
+        if snapshot is None:
+            raise VersionError(f"{self.path} has no version {version}", [*damaged.values()])
+        state = snapshot.state
+        for found in range(state.version + 1, version + 1):
+            state = self._started(state, found)
+        return state.start()
+
     def add_snapshot(self, state: GlobalState, holdings: Holdings) -> None:
         """Write a version whole, with what clients hold.
 
         Raises:
             OSError: if it cannot be written.
         """
-        header = {"version": state.version, "id": state.id, "held": dict(holdings.versions)}
-        replace_bytes(self.snapshot_file(state.version), pack(state_tensors(state), header))
-
-    def add_step(self, step: Step, holdings: Holdings, record: RoundRecord) -> None:
-        """Write a step with the record of its round.
-
-        Args:
-            step: the step.
-            holdings: what clients hold after the round.
-            record: that one.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
-        tensors, header = encode_steps([step])
-        header |= {"version": step.version, "id": step.id, "held": dict(holdings.changes)}
-        header["record"] = record.model_dump(mode="json")
-        replace_bytes(self.step_file(step.version), pack(tensors | own_tensors(step.own), header))
+        write_snapshot(self.snapshot_file(state.version), state, holdings.versions)
 
     def read(self, window: int) -> StoredVersion | None:
         """The last version, and the steps that clients are promised; None of an empty store.
@@ -121,17 +155,11 @@ class VersionStore:
             if damaged:
                 raise VersionError(f"{self.path}: no version can be read", [*damaged.values()])
             return None
-        state, held = snapshot
-        after = list(self._steps(state, damaged))
-        version = after[-1].state.version if after else state.version
-        first, before = self._before(state, version - window)
-        history = History(window, {}, {first.version: first.start()})
-        for found in (*before, *after):
-            history = history.after(found.step, found.state)
-        for found in after:
-            state, held = found.state, _changed(held, found.held)
-        record = next((found.record for found in reversed((*before, *after))), None)
-        return StoredVersion(state, Holdings(held, history), record, damaged)
+        state, held = snapshot.state, snapshot.held
+        for found in self._steps(state, damaged):
+            state, held = found.state, with_changes(held, found.stored.held)
+        history = History(window, self, self._promised(state, window))
+        return StoredVersion(state, Holdings(held, history), damaged)
 
     def state(self, version: int) -> GlobalState:
         """One version, from the last snapshot before it.
@@ -141,7 +169,7 @@ class VersionStore:
         """
         damaged: dict[Path, str] = {}
         snapshot = self._last_snapshot(damaged, version)
-        state = snapshot[0] if snapshot else None
+        state = snapshot.state if snapshot else None
         if state is not None:
             for found in self._steps(state, damaged, version):
                 state = found.state
@@ -155,6 +183,7 @@ class VersionStore:
         Raises:
             OSError: if a file cannot be written or removed.
         """
+        self.discard()
         for version in self._versions("step"):
             if version > state.version:
                 self.step_file(version).unlink()
@@ -186,42 +215,56 @@ class VersionStore:
                 self.step_file(found).unlink()
 
     def _last_snapshot(
-        self, damaged: dict[Path, str], version: int | None = None
-    ) -> tuple[GlobalState, dict[str, int]] | None:
-        """The newest whole snapshot, that of a version at most, and what clients held then."""
+        self, damaged: dict[Path, str], version: int | None = None, *, total: bool = True
+    ) -> StoredSnapshot | None:
+        """The newest whole snapshot, that of a version at most."""
         for found in reversed(self._versions("snapshot")):
             if version is not None and found > version:
                 continue
             path = self.snapshot_file(found)
             try:
-                return self._snapshot(found)
+                stored = read_snapshot(path, total=total)
+                if stored.state.version != found:
+                    raise ValueError(f"it is one of version {stored.state.version}")
+                return stored
             except _UNREADABLE as error:
                 damaged[path] = f"{path} is damaged: {error}"
         return None
 
-    def _snapshot(self, version: int) -> tuple[GlobalState, dict[str, int]]:
-        tensors, header = unpack_finite(self.snapshot_file(version).read_bytes())
-        if number(header, "version") != version:
-            raise ValueError(f"it is one of version {short(header['version'])}")
-        held = {client: number(_held(header), client) for client in _held(header)}
-        if any(v >= version for v in held.values()):
-            raise ValueError(f"its header is not one of version {version}")
-        return state_from(version, known_digest(header["id"]), tensors), held
+    def _promised(self, state: GlobalState, window: int) -> dict[int, str]:
+        """The ids of the versions from which steps lead to a version, as many as are promised.
 
-    def _before(self, state: GlobalState, oldest: int) -> tuple[GlobalState, list[_StoredStep]]:
-        """The steps that lead to a snapshot, as far back as they are promised, and from where."""
-        snapshots = [v for v in self._versions("snapshot") if v < state.version]
-        begun = max((v for v in snapshots if v <= oldest), default=min(snapshots, default=None))
-        with suppress(*_UNREADABLE):  # clients of those versions get a snapshot then
-            first = state if begun is None else self._snapshot(begun)[0]
-            found = list(self._steps(first, {}, state.version))
-            if found and found[-1].state.id == state.id:
-                return first, found
-        return state, []
+        As far back as all is whole: clients of older versions get a snapshot.
+        """
+        ids = {state.version: state.id}
+        with suppress(*_UNREADABLE):
+            for version in range(state.version, max(0, state.version - window), -1):
+                step = read_step(self.step_file(version)).step
+                if (step.version, step.id) != (version, ids[version]):
+                    break
+                self.start(version - 1)
+                ids[version - 1] = step.previous
+        return dict(sorted(ids.items()))
+
+    def _started(self, before: GlobalState, version: int) -> GlobalState:
+        """A version without the remainder, from the one before; of its step, no piece is read."""
+        path = self.step_file(version)
+        try:
+            step = open_step(path).step
+            check_parts(
+                step,
+                {
+                    "adapter": tensors_digest(step.factors),
+                    "heads": tensors_digest(dense_tensors(step.dense)),
+                },
+            )
+            return _reached(before, replace(step, pieces={}), version)
+        except _UNREADABLE as error:
+            raise VersionError(f"{path} is damaged: {error}") from error
 
     def _steps(
         self, state: GlobalState, damaged: dict[Path, str], last: int | None = None
-    ) -> Iterator[_StoredStep]:
+    ) -> Iterator[_ReadStep]:
         """Steps one after the other, from a version to the last that is whole."""
         versions = [v for v in self._versions("step") if v > state.version]
         for version in versions:
@@ -239,24 +282,9 @@ class VersionStore:
             state = found.state
             yield found
 
-    def _step(self, version: int, before: GlobalState) -> _StoredStep:
-        tensors, header = unpack_finite(self.step_file(version).read_bytes())
-        if number(header, "version") != version:
-            raise ValueError(f"it is one of version {short(header['version'])}")
-        own = {name: tensor for name, tensor in tensors.items() if name.startswith("own.")}
-        rest = {name: tensor for name, tensor in tensors.items() if name not in own}
-        (step,) = decode_steps(rest, header, version - 1)
-        adapters = {c: own_adapter(x, before.adapter) for c, x in own_from(own).items()}
-        if own_tensors(adapters).keys() != own.keys():
-            raise ValueError(f"unexpected tensors: {short(sorted(own))}")
-        state = before.advance([replace(step, own=adapters)])
-        if step.id != header["id"] or group(state.own_digests) != step.digests.own:
-            raise ValueError(f"it has not the id of version {version}")
-        record = RoundRecord.model_validate(header["record"])
-        held = {c: v if v is None else number(_held(header), c) for c, v in _held(header).items()}
-        if record.round != version or any(v is not None and v >= version for v in held.values()):
-            raise ValueError(f"its header is not one of version {version}")
-        return _StoredStep(replace(step, own=adapters), state, record, held)
+    def _step(self, version: int, before: GlobalState) -> _ReadStep:
+        stored = read_step(self.step_file(version))
+        return _ReadStep(stored, _reached(before, stored.step, version))
 
     def _versions(self, kind: str) -> list[int]:
         """The versions of which there is a file of a kind, in order."""
@@ -264,12 +292,16 @@ class VersionStore:
         return sorted(int(x.stem.partition("-")[2]) for x in files if x.stem[-4:].isdecimal())
 
 
-def _held(header: Mapping[str, Any]) -> dict[str, Any]:
-    if not isinstance(header["held"], dict):
-        raise ValueError(f"header 'held': expected an object, found {short(header['held'])}")
-    return header["held"]
+def _reached(before: GlobalState, step: Step, version: int) -> GlobalState:
+    """The version that a stored step leads to.
 
-
-def _changed(held: Mapping[str, int], changes: Mapping[str, int | None]) -> dict[str, int]:
-    kept = {client: version for client, version in held.items() if client not in changes}
-    return kept | {client: version for client, version in changes.items() if version is not None}
+    Raises:
+        ValueError: if it leads to another one.
+        VersionError: if it does not lead on from the version before.
+    """
+    if step.version != version:
+        raise ValueError(f"it is one of version {step.version}")
+    state = before.advance([step])
+    if group(state.own_digests) != step.digests.own:
+        raise ValueError(f"it has not the own adapters of version {version}")
+    return state

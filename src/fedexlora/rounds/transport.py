@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedexlora.exchange.delivery import Delivery
+from fedexlora.exchange.state import GlobalState
 
 ClientProgress = Callable[[str, int, int], None]
 """Called with the client, steps done and steps in all."""
@@ -63,6 +64,14 @@ class Transport(Protocol):
         Raises:
             RunError: if the client cannot be reached.
             OSError: if the client cannot be reached.
+        """
+
+    def restore(self, client: str, state: GlobalState) -> None:
+        """Told of a client that had come to a version before the server was interrupted.
+
+        Args:
+            client: the client, which is not asked again in this round.
+            state: the version of the round.
         """
 
     def replies(

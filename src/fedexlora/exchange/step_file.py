@@ -1,0 +1,163 @@
+"""A step whose tensors are in a file: each is read when it is asked for, and none is held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedexlora.algebra.factors import Factors
+from fedexlora.algebra.lowrank import LowRank
+from fedexlora.exchange.digest import group, known_digest
+from fedexlora.exchange.digest_file import DigestFile
+from fedexlora.exchange.layout import lowrank_from
+from fedexlora.exchange.step import PIECE, Step, StepDigests, check_parts
+from fedexlora.exchange.tensors import TensorFile
+from fedexlora.exchange.untrusted import number, short
+from fedexlora.exchange.version import Adapter
+
+Value = TypeVar("Value")
+PREFIX = "piece"
+"""How the names of a step's own pieces begin in its file."""
+
+
+Names = dict[str, None]
+"""Names in the order of the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredStep:
+    """A step that was read, and what its round changed of what clients hold."""
+
+    step: Step
+    held: Mapping[str, int | None]
+    """By client, the version; None for nothing."""
+
+
+def read_step(path: Path) -> StoredStep:
+    """A stored step, held against its digests in one pass over the file.
+
+    The own adapters of clients are held against theirs by whoever knows the version before.
+
+    Raises:
+        ValueError: if it is no step, or is damaged.
+        KeyError: if its header lacks a field.
+        OSError: if it cannot be read.
+        DigestError: if a part has another digest than its header says.
+    """
+    stored = open_step(path)
+    parts: dict[str, dict[str, str]] = {"adapter": {}, "heads": {}}
+    pieces: dict[str, dict[str, str]] = {}
+    for name, digest in DigestFile.open(path).digests().items():
+        kind, _, module = name.partition("/")
+        if kind in ("A", "B"):
+            parts["adapter"][name] = digest
+        elif kind == "dense":
+            parts["heads"][name] = digest
+        elif kind.startswith(PREFIX):
+            pieces.setdefault(module, {})[name] = digest
+    found = {part: group(digests) for part, digests in parts.items()}
+    found["remainder"] = group({module: group(digests) for module, digests in pieces.items()})
+    check_parts(stored.step, found)
+    return stored
+
+
+def open_step(path: Path) -> StoredStep:
+    """A stored step by its header alone, for receivers that hold it against its digests.
+
+    Raises:
+        ValueError: if it is no step, or its header is damaged.
+        KeyError: if its header lacks a field.
+        OSError: if it cannot be read.
+    """
+    whole = DigestFile.open(path)
+    file, header = whole.file, whole.header
+    factors, dense, pieces, own = _contents(file)
+    version = number(header, "version")
+    step = Step(
+        version,
+        known_digest(header["previous"]),
+        _Tensors(file.read, factors),
+        _Tensors(lambda name: file.read(f"dense/{name}"), dense),
+        _Tensors(partial(_piece, file, pieces), pieces),
+        StepDigests.from_json(header["digests"]),
+        _Tensors(partial(_own, file, own), own),
+    )
+    if step.id != header["id"]:
+        raise ValueError(f"it has not the id of version {version}")
+    return StoredStep(step, _held(header, version))
+
+
+class _Tensors(Mapping[str, Value]):
+    """What is read from a file whenever it is asked for."""
+
+    def __init__(self, read: Callable[[str], Value], names: Collection[str]) -> None:
+        self._read, self._names = read, names
+
+    def __getitem__(self, name: str) -> Value:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _contents(
+    file: TensorFile,
+) -> tuple[Names, Names, dict[str, list[str]], dict[str, Names]]:
+    """What a file has: factors, heads, tensors of pieces by module, modules of own by client.
+
+    Raises:
+        ValueError: if it has something else.
+    """
+    factors: Names = {}
+    dense: Names = {}
+    pieces: dict[str, list[str]] = {}
+    own: dict[str, Names] = {}
+    odd = []
+    for key, spec in file.tensors.items():
+        kind, _, name = key.partition("/")
+        if kind in ("A", "B"):
+            factors[key] = None
+        elif kind == "dense":
+            dense[name] = None
+        elif kind in (PREFIX, f"{PREFIX}.A", f"{PREFIX}.B") and spec.dtype == PIECE:
+            pieces.setdefault(name, []).append(key)
+        elif kind in ("own.A", "own.B"):
+            module, _, client = name.partition("/")
+            own.setdefault(client, {})[module] = None
+        else:
+            odd.append(key)
+    if odd:
+        raise ValueError(f"unexpected tensors: {short(sorted(odd))}")
+    return factors, dense, pieces, own
+
+
+def _piece(file: TensorFile, pieces: Mapping[str, list[str]], module: str) -> LowRank:
+    found = lowrank_from(PREFIX, {key: file.read(key) for key in pieces[module]})
+    return found[module]
+
+
+def _own(file: TensorFile, own: Mapping[str, Names], client: str) -> Adapter:
+    return {
+        module: Factors(
+            file.read(f"own.A/{module}/{client}"), file.read(f"own.B/{module}/{client}")
+        )
+        for module in own[client]
+    }
+
+
+def _held(header: Mapping[str, Any], version: int) -> dict[str, int | None]:
+    held = header["held"]
+    if not isinstance(held, dict):
+        raise ValueError(f"header 'held': expected an object, found {short(held)}")
+    found = {client: v if v is None else number(held, client) for client, v in held.items()}
+    if any(v is not None and v >= version for v in found.values()):
+        raise ValueError(f"its header is not one of version {version}")
+    return found

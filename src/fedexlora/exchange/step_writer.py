@@ -1,0 +1,222 @@
+"""A step as it is made, one module after the other: in memory, or as a file.
+
+    sink.add("layer.q", adapter, piece)     module by module
+    sink.finish(dense, own, digests, held)  the step; its id is the same from both sinks
+
+The file is the tensors of the step in the order in which they came, and a header with the version
+that the step leads to, its id, the id of the version before, the digests of the step's parts, and
+what the round changed of what clients hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from fedexlora.algebra.factors import Factors
+from fedexlora.algebra.lowrank import LowRank
+from fedexlora.exchange.digest import group, tensors_digest
+from fedexlora.exchange.digest_file import DigestWriter
+from fedexlora.exchange.files import writing
+from fedexlora.exchange.layout import (
+    adapter_tensors,
+    dense_tensors,
+    lowrank_tensors,
+    own_tensors,
+)
+from fedexlora.exchange.step import PIECE, Step, StepDigests, remainder_digest
+from fedexlora.exchange.step_file import PREFIX, open_step
+from fedexlora.exchange.version import Adapter, next_id
+
+_FIELDS, _HOLDER = 1024, 32
+"""Bytes of a file's header: of all fields but one, and of one client beside its name."""
+
+
+class StepSink(Protocol):
+    """What takes in a step while it is made."""
+
+    def add(self, module: str, adapter: Factors, piece: LowRank) -> None:
+        """Take in one module.
+
+        Args:
+            module: its name; each comes once.
+            adapter: its factors in the version that is reached.
+            piece: its remainder of the round, unscaled, ``(d_out, d_in)``; rounded to float32. Of
+                a zero matrix nothing is kept.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+
+    def finish(
+        self,
+        dense: Mapping[str, Tensor],
+        own: Mapping[str, Adapter],
+        own_digests: Mapping[str, str],
+        held: Mapping[str, int | None],
+    ) -> Step:
+        """The step of all modules that were added.
+
+        Args:
+            dense: heads and biases of the version that is reached, by name.
+            own: the adapters of clients of their own that change.
+            own_digests: of all clients' own adapters in the version that is reached.
+            held: by client whose holding the round changed, the version; None for nothing.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+
+    def close(self) -> None:
+        """Remove what is there of a step that was not finished."""
+
+
+class StepBuilder:
+    """Makes a step in memory.
+
+    Args:
+        version: the version that it leads to.
+        previous: the id of the version before.
+        trained: the factors that change from version to version, of ``("A", "B")``.
+    """
+
+    def __init__(self, version: int, previous: str, trained: Sequence[str]) -> None:
+        self._version, self._previous, self._trained = version, previous, trained
+        self._factors: dict[str, Tensor] = {}
+        self._pieces: dict[str, LowRank] = {}
+
+    def add(self, module: str, adapter: Factors, piece: LowRank) -> None:
+        """See :class:`StepSink`."""
+        self._factors |= adapter_tensors({module: adapter}, self._trained)
+        if not piece.is_zero:
+            self._pieces[module] = _rounded(piece)
+
+    def finish(
+        self,
+        dense: Mapping[str, Tensor],
+        own: Mapping[str, Adapter],
+        own_digests: Mapping[str, str],
+        held: Mapping[str, int | None],
+    ) -> Step:
+        """See :class:`StepSink`; what clients hold is no part of a step."""
+        del held
+        digests = StepDigests(
+            tensors_digest(self._factors),
+            tensors_digest(dense_tensors(dense)),
+            group(own_digests),
+            remainder_digest(self._pieces),
+        )
+        return Step(
+            self._version, self._previous, self._factors, dict(dense), self._pieces, digests, own
+        )
+
+    def close(self) -> None:
+        """Nothing has to be removed."""
+
+
+class StepWriter:
+    """Writes a step to a file; one module is held at a time.
+
+    Args:
+        path: the file; replaced if it exists, and removed if the step is not finished.
+        version: the version that the step leads to.
+        previous: the id of the version before.
+        trained: the factors that change from version to version, of ``("A", "B")``.
+        modules: the modules that may be added.
+        dense: names of the heads and biases.
+        owners: the clients whose own adapters may change.
+        clients: those of which the round may change what they hold.
+
+    Raises:
+        RunError: if the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        version: int,
+        previous: str,
+        trained: Sequence[str],
+        modules: Iterable[str],
+        dense: Iterable[str] = (),
+        owners: Iterable[str] = (),
+        clients: Iterable[str] = (),
+    ) -> None:
+        self._path, self._version = path, version
+        self._previous, self._trained = previous, trained
+        self._adapter: dict[str, str] = {}
+        self._remainder: dict[str, str] = {}
+        known, owning = list(modules), list(owners)
+        names = [f"{letter}/{name}" for name in known for letter in trained]
+        names += [f"{PREFIX}.{letter}/{name}" for name in known for letter in "AB"]
+        names += [f"dense/{name}" for name in dense]
+        names += [f"own.{x}/{name}/{client}" for name in known for client in owning for x in "AB"]
+        room = _FIELDS + sum(len(json.dumps(client)) + _HOLDER for client in clients)
+        with writing(path):
+            self._file: DigestWriter | None = DigestWriter(path, names, room)
+
+    def add(self, module: str, adapter: Factors, piece: LowRank) -> None:
+        """See :class:`StepSink`."""
+        with self._open() as file:
+            for name, tensor in adapter_tensors({module: adapter}, self._trained).items():
+                self._adapter[name] = file.add(name, tensor)
+            if not piece.is_zero:
+                tensors = lowrank_tensors(PREFIX, {module: _rounded(piece)})
+                digests = {name: file.add(name, tensor) for name, tensor in tensors.items()}
+                self._remainder[module] = group(digests)
+
+    def finish(
+        self,
+        dense: Mapping[str, Tensor],
+        own: Mapping[str, Adapter],
+        own_digests: Mapping[str, str],
+        held: Mapping[str, int | None],
+    ) -> Step:
+        """See :class:`StepSink`; the step reads what it is asked for from the file."""
+        with self._open() as file:
+            heads = {n: file.add(n, tensor) for n, tensor in dense_tensors(dense).items()}
+            for name, tensor in own_tensors(own).items():
+                file.add(name, tensor)
+            parts = group(self._adapter), group(heads), group(own_digests), group(self._remainder)
+            digests = StepDigests(*parts)
+            header = {
+                "version": self._version,
+                "id": next_id(self._previous, digests.whole),
+                "previous": self._previous,
+                "digests": digests.to_json(),
+                "held": dict(held),
+            }
+            file.finish(header)
+            self._file = None
+        return open_step(self._path).step
+
+    def close(self) -> None:
+        """See :class:`StepSink`."""
+        if self._file is not None:
+            self._file.abandon()
+            self._file = None
+
+    @contextmanager
+    def _open(self) -> Iterator[DigestWriter]:
+        """The file; it is removed if it cannot be written."""
+        if self._file is None:
+            raise ValueError(f"{self._path}: the step is finished")
+        try:
+            with writing(self._path):
+                yield self._file
+        except BaseException:
+            self.close()
+            raise
+
+
+def _rounded(piece: LowRank) -> LowRank:
+    """A piece in float32, laid out as it is read from a file: sums may depend on that."""
+    value = piece.to(PIECE).value
+    if isinstance(value, Factors):
+        return LowRank(Factors(value.A.contiguous(), value.B.contiguous()))
+    return LowRank(value.contiguous())

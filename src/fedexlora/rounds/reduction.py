@@ -1,0 +1,309 @@
+"""From the updates of a round to the step that leads to the next version, module by module.
+
+Updates come in the common form, which has one rank and one scaling. By module, and before that
+scaling, the ideal of a round is
+
+    total + sum_i p_i (B A - B_i0 A_i0)  +  sum_i p_i B_i A_i  [+  p_0 B A]
+
+where ``(A_i0, B_i0)`` is what client ``i`` started from. The middle term, what clients hold beside
+the weight for adapters of their own, is zero for all that start from the common adapter ``(A, B)``.
+``p_0`` is the share that stays with the version of the round when changes count in part.
+
+The method makes of one module's updates the next adapter and the piece of remainder that leads
+there. What it made is held against the ideal at once, by the naive float64 sum of what was received
+(or its image of random probes, where the module is large): one half of the certificate. It shares
+no arithmetic with the method. Nothing of a module stays in memory but these figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import hypot
+
+import torch
+from torch import Tensor
+
+from fedexlora.algebra import assignment
+from fedexlora.algebra.assignment import Holder
+from fedexlora.algebra.deviation import Deviation, deviation
+from fedexlora.algebra.factors import Factors
+from fedexlora.algebra.lowrank import LowRank
+from fedexlora.algebra.moments import Moments
+from fedexlora.algebra.probes import Norm, Probes
+from fedexlora.exchange.seeds import derive_seed
+from fedexlora.exchange.spec import AdapterSpec
+from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.step import PIECE, Step
+from fedexlora.exchange.step_writer import StepBuilder, StepSink
+from fedexlora.exchange.version import Adapter
+from fedexlora.methods import Method
+from fedexlora.rounds.common_update import CommonForm, CommonUpdate
+
+FreshFactors = Callable[[AdapterSpec], Adapter]
+"""Newly initialised factors of given ranks, by module."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """An update and what it counts."""
+
+    update: CommonUpdate
+    weight: float
+    """Only ratios matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFigures:
+    """What was measured of one module's reduction; norms are Frobenius, unscaled."""
+
+    error: Norm
+    """Of the step less the ideal."""
+    ideal: float
+    """Of the ideal update since the untouched base."""
+    deviation: Deviation
+    """What averaging the factors would have lost."""
+    truncated: float
+    """What a truncated remainder lacks on purpose; 0 if nothing was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reduction:
+    """What a method has made of one round's updates."""
+
+    step: Step
+    """What leads to the next version."""
+    modules: Mapping[str, ModuleFigures]
+    """By module, in the order of the spec."""
+    heads: Mapping[str, tuple[float, float]]
+    """By head and bias: the norm of its rounding, and that of the mean, which is float64."""
+    weight: float
+    """Of all that count."""
+
+    @property
+    def head_error(self) -> float:
+        """The rounding of all heads and biases."""
+        return hypot(*(error for error, _ in self.heads.values()))
+
+    @property
+    def head_ideal(self) -> float:
+        """Their mean."""
+        return hypot(*(ideal for _, ideal in self.heads.values()))
+
+
+@dataclass(slots=True)
+class Reducer:
+    """Reduces the updates of one round.
+
+    Args:
+        form: of the updates; its version is the one that the round starts from.
+        method: what is made of them.
+        fresh: draws new factors.
+        seed: of the probes.
+        stay: what the version itself counts beside the updates.
+    """
+
+    form: CommonForm
+    method: Method
+    fresh: FreshFactors
+    seed: int = 0
+    stay: float = 0.0
+    _drawn: dict[int, Adapter] = field(default_factory=dict)
+
+    def reduce(
+        self,
+        updates: Sequence[Counted],
+        sink: StepSink,
+        held: Mapping[str, int | None] | None = None,
+    ) -> Reduction:
+        """The step to the next version, and what was measured of it.
+
+        Args:
+            updates: at least one, in the order in which they are added up.
+            sink: takes in the step while it is made.
+            held: by client whose holding the round changed, the version; None for nothing.
+        """
+        before, spec = self.form.before, self.form.spec
+        weight = sum(x.weight for x in updates) + self.stay
+        figures: dict[str, ModuleFigures] = {}
+        drawn: dict[str, dict[str, Factors]] = {client: {} for client in self.form.specs}
+        for name in spec.modules:
+            made = self._module(name, updates, weight)
+            sink.add(name, made.adapter, made.piece)
+            figures[name] = made.figures
+            for client, pair in made.own.items():
+                drawn[client][name] = pair
+        means = {name: self._mean(name, updates, weight) for name in before.dense}
+        heads = {name: mean.to(before.dense[name].dtype) for name, mean in means.items()}
+        rounding = {n: (_off(heads[n], mean), _size(mean)) for n, mean in means.items()}
+        own: Mapping[str, Adapter] = drawn
+        if self.method.own_adapters:
+            own = {**before.own, **{x.update.client: self.form.sent(x.update) for x in updates}}
+        step = sink.finish(heads, *before.changed(own), held or {})
+        return Reduction(step, figures, rounding, weight)
+
+    def _module(self, name: str, updates: Sequence[Counted], weight: float) -> _Made:
+        """The next adapter of a module, what is beside it, and what was measured."""
+        moments = Moments.over(self._clients(name, updates))
+        wide = self.method.assignment(moments, self._holder(None, self.form.spec, name))
+        adapter = wide.to(self.form.spec.modules[name].dtype)
+        remainder = assignment.remainder(moments, wide)
+        kept, lacks = self.method.remainder(remainder)
+        piece = self._with_offsets(name, kept, updates, weight).to(PIECE)
+        own = {} if self.method.own_adapters else self._own(name, moments)
+        truncated = (remainder, kept) if self.method.truncates else None
+        error, ideal = self._held(name, updates, weight, (adapter, piece), truncated)
+        if truncated is None:
+            lacks = 0.0
+        error = Norm(error.value, error.bound + lacks)
+        return _Made(adapter, piece, own, ModuleFigures(error, ideal, deviation(moments), lacks))
+
+    def _clients(self, name: str, updates: Sequence[Counted]) -> Iterator[tuple[Factors, float]]:
+        """Factors and weights, one after the other; the version itself first, if it counts."""
+        if self.stay > 0.0:
+            yield self._common(name), self.stay
+        for counted in updates:
+            yield counted.update.factors(name), counted.weight
+
+    def _with_offsets(
+        self, name: str, piece: LowRank, updates: Sequence[Counted], weight: float
+    ) -> LowRank:
+        """A piece of remainder plus what clients hold beside the weight for their own adapters."""
+        offset = LowRank.zeros(*piece.shape, torch.float64)
+        for counted in updates:
+            start = counted.update.start(name)
+            if start is not None:
+                share = counted.weight / weight
+                common = self.form.before.adapter[name].to(torch.float64).scaled(share)
+                offset = offset.plus([common, start.to(torch.float64).scaled(-share)])
+        if offset.is_zero:
+            return piece
+        return piece.to(torch.float64).accumulate(offset)
+
+    def _held(
+        self,
+        name: str,
+        updates: Sequence[Counted],
+        weight: float,
+        sent: tuple[Factors, LowRank],
+        truncated: tuple[LowRank, LowRank] | None,
+    ) -> tuple[Norm, float]:
+        """The error of what is sent against the ideal, and the norm of the ideal.
+
+        The bound is that of everything but what is left out on purpose, whose norm is known and
+        which random probes could only estimate.
+
+        Args:
+            name: the module.
+            updates: of the round.
+            weight: of all that count.
+            sent: adapter and piece.
+            truncated: the remainder and what is kept of it, if less is.
+        """
+        adapter, piece = sent
+        shape, before = piece.shape, self.form.before
+        probes = Probes.of(shape, derive_seed(self.seed, before.version + 1, name))
+        mean = probes.zeros(shape)
+        for factors, counts in self._clients(name, updates):
+            probes.add(mean, factors, counts / weight)
+        for counted in updates:
+            start = counted.update.start(name)
+            if start is not None:
+                probes.add(mean, before.adapter[name], counted.weight / weight)
+                probes.add(mean, start, -counted.weight / weight)
+        error = probes.add(probes.zeros(shape), adapter)
+        found = probes.norm(probes.add(error, piece.value).sub_(mean))
+        if truncated is not None:
+            whole, kept = truncated
+            probes.add(probes.add(error, whole.value), kept.value, -1.0)
+            found = Norm(found.value, probes.norm(error).bound)
+        if name in before.total:
+            probes.add(mean, before.total[name].value)
+        return found, probes.norm(mean).value
+
+    def _mean(self, name: str, updates: Sequence[Counted], weight: float) -> Tensor:
+        """The mean of a head or bias, float64."""
+        now = self.form.before.dense[name].double()
+        total = now * self.stay
+        for counted in updates:
+            total.add_(counted.update.head(name).double(), alpha=counted.weight)
+        return total.div_(weight)
+
+    def _own(self, name: str, moments: Moments) -> dict[str, Factors]:
+        """What clients with an adapter of their own continue from."""
+        return {
+            client: self.method.assignment(moments, self._holder(client, spec, name))
+            .scaled(1.0 / self.form.scale(client, name))
+            .to(spec.modules[name].dtype)
+            for client, spec in self.form.specs.items()
+        }
+
+    def _holder(self, client: str | None, spec: AdapterSpec, name: str) -> Holder:
+        """Whom an adapter of ``spec`` is for: a client with its own, or all others."""
+        before = self.form.before
+        held = before.adapter if client is None else before.own[client]
+        scale = 1.0 if client is None else self.form.scale(client, name)
+        return Holder(
+            spec.modules[name].rank,
+            _rescaled(held[name], scale),
+            partial(self._fresh, spec, name, scale),
+        )
+
+    def _fresh(self, spec: AdapterSpec, name: str, scale: float) -> Factors:
+        """New factors of a module; those of all modules are drawn at once, for each spec."""
+        if id(spec) not in self._drawn:
+            self._drawn[id(spec)] = self.fresh(spec)
+        return _rescaled(self._drawn[id(spec)][name], scale)
+
+    def _common(self, name: str) -> Factors:
+        return self.form.before.adapter[name].padded(self.form.rank(name))
+
+
+def step_in_memory(before: GlobalState, method: Method) -> StepBuilder:
+    """What takes in a step that is small enough to be held."""
+    return StepBuilder(before.version + 1, before.id, method.trained)
+
+
+def drift(before: GlobalState, step: Step, after: GlobalState, module: str) -> Norm:
+    """How far the adapter and total of a version are from what it was and the step, unscaled.
+
+    Args:
+        before: the version that the step leads on from.
+        step: the step.
+        after: the version that it led to, as somebody holds it.
+        module: the module.
+    """
+    held, old = after.adapter[module], before.adapter[module]
+    led = Factors(step.factors.get(f"A/{module}", old.A), step.factors.get(f"B/{module}", old.B))
+    probes = Probes.of(held.shape, derive_seed(0, step.version, f"drift/{module}"))
+    image = probes.add(probes.zeros(held.shape), held)
+    probes.add(image, after.total[module].value)
+    probes.add(image, led, -1.0)
+    probes.add(image, before.total[module].value, -1.0)
+    if module in step.pieces:
+        probes.add(image, step.pieces[module].value, -1.0)
+    return probes.norm(image)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What was made of one module."""
+
+    adapter: Factors
+    piece: LowRank
+    own: Mapping[str, Factors]
+    figures: ModuleFigures
+
+
+def _rescaled(pair: Factors, scale: float) -> Factors:
+    """Factors in another scaling, without rounding what is not rescaled."""
+    return pair if scale == 1.0 else pair.to(torch.float64).scaled(scale)
+
+
+def _off(head: Tensor, mean: Tensor) -> float:
+    return float((head.double() - mean).norm())
+
+
+def _size(mean: Tensor) -> float:
+    return float(mean.norm())

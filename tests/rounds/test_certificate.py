@@ -1,0 +1,118 @@
+"""The two halves of the certificate, of modules that are measured whole and by random probes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedexlora.algebra import assignment, probes
+from fedexlora.algebra.lowrank import LowRank
+from fedexlora.errors import ExactnessError
+from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.rounds import certificate
+from tests.models import adapted
+from tests.rounds.scripted import federation, run_round
+
+CASES = ["llama-rslora", "gpt2-patterns", "embedding", "patches"]
+
+
+@pytest.fixture(params=["whole", "probes"])
+def measured(request, monkeypatch) -> str:
+    """How modules are measured; all of a test's are small."""
+    if request.param == "probes":
+        monkeypatch.setattr(probes, "LARGEST", 0)
+    return request.param
+
+
+def play(case: str, method: str = "fedex", rounds: int = 2, **changes):
+    model = AdaptedModel(adapted(case), **changes)
+    parts, state = federation(model, method)
+    for _ in range(rounds):
+        state, record = run_round(parts, state)
+    return model, state, record
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("placement", ["auto", "side"])
+@pytest.mark.parametrize("case", CASES)
+def test_an_exact_round_is_held_and_its_bound_stays_below_what_is_allowed(
+    case, placement, measured
+):
+    _, _, record = play(case, placement=placement)
+    assert record.certificate.held
+    for module in record.modules:
+        assert 0.0 < module.error <= module.bound <= module.allowed
+    if measured == "whole":
+        assert max(m.bound for m in record.modules) < 3e-7
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("case", CASES)
+def test_probes_find_what_a_method_loses(case, monkeypatch):
+    _, _, whole = play(case, "fedit", rounds=1)
+    monkeypatch.setattr(probes, "LARGEST", 0)
+    _, _, estimated = play(case, "fedit", rounds=1)
+    for exact, found in zip(whole.modules, estimated.modules, strict=True):
+        assert exact.error > 0.05
+        assert found.error == pytest.approx(exact.error, rel=0.6)
+        assert exact.error <= found.bound
+        assert found.deviation == exact.deviation, "from Gram matrices, whatever the size"
+
+
+def slightly_off(remainder):
+    """A remainder of which 2e-5 is missing."""
+
+    def rule(moments, adapter):
+        found = remainder(moments, adapter)
+        return LowRank(found.scaled(1 - 2e-5).value)
+
+    return rule
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_that_is_not_the_ideal_one_stops_the_run(case, measured, monkeypatch):
+    monkeypatch.setattr(assignment, "remainder", slightly_off(assignment.remainder))
+    with pytest.raises(ExactnessError, match="round 1: the applied update is not the ideal one"):
+        play(case)
+
+
+@pytest.mark.exactness
+@pytest.mark.parametrize("placement", ["auto", "side"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_that_does_not_hold_its_version_stops_the_run(
+    case, placement, measured, monkeypatch
+):
+    right = AdaptedModel.apply
+
+    def wrong(self, state):
+        right(self, state)
+        if state.version == 2:
+            name = min(self.modules)
+            with torch.no_grad():
+                self.modules[name].parameters()["B"].mul_(1 + 1e-4)
+
+    monkeypatch.setattr(AdaptedModel, "apply", wrong)
+    with pytest.raises(ExactnessError) as caught:
+        play(case, placement=placement)
+    assert len(caught.value.faults) >= 1
+    assert "round 2" in str(caught.value)
+
+
+@pytest.mark.exactness
+def test_the_halves_are_those_of_the_naive_dense_matrices(measured):
+    """The holder's half is a plain difference of dense matrices, in float64."""
+    model, state, _ = play("llama-rslora", rounds=1)
+    for name, module in model.modules.items():
+        with torch.no_grad():
+            module.parameters()["A"].add_(0.01)
+        scaling, pair = module.scaling, state.adapter[name]
+        wanted = scaling * (state.total[name].dense() + pair.B.double() @ pair.A.double())
+        # The remainder is folded: what the weight changed by, and PEFT's own update.
+        weight = module.layer.get_base_layer().weight
+        live = (weight.double() - model.untouched[name].double()).detach()
+        live += module.layer.get_delta_weight("default").double().detach()
+        off = float((live - wanted).norm())
+        found = certificate.held_error(model, name, state)
+        assert found.value == pytest.approx(off, rel=1e-6 if measured == "whole" else 0.6)
+        assert off <= found.bound * (1 + 1e-6)
