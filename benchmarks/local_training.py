@@ -2,7 +2,7 @@
 
 A recipe's clients are trained for one round by our ``LocalTrainer``, as in a run, and by
 transformers' ``Trainer`` alone, on a copy of the same model, with the same rows, seeds, arguments
-and so the same batches, which the equal losses show. The two take turns, client by client, in
+and so the same batches; their losses are held to be equal. The two take turns, client by client, in
 seconds of the processor of one thread: what else the machine does counts little and meets both.
 
     python benchmarks/local_training.py [--recipe recipes/quickstart.toml] [--turns 3] [--json FILE]
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ from transformers.trainer_callback import CallbackHandler
 
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.wire import unpack
 from fedexlora.local.arguments import arguments
 from fedexlora.local.trainer import LocalTrainer
+from fedexlora.rounds.loop import settled_heap
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare
 from fedexlora.rounds.recipe import load_recipe
@@ -108,9 +110,9 @@ class Pair:
         self.plain_model = copy.deepcopy(trainer.model.peft_model)
         self._start = [(p, p.detach().clone()) for p in self.plain_model.parameters()]
 
-    def ours(self, client: str) -> None:
+    def ours(self, client: str) -> bytes:
         """As a transport does it: enter the version, train, encode the update."""
-        self._trainer.update(client, self._state, 1, lambda *_: None)
+        return self._trainer.update(client, self._state, 1, lambda *_: None)
 
     def plain(self, client: str) -> float:
         """A ``Trainer`` with the same arguments; its loss."""
@@ -132,37 +134,47 @@ class Pair:
             parameter.copy_(value)
 
 
+def take_turns(pair: Pair, clients: Iterable[str], turns: int) -> dict[str, list[Parts]]:
+    """Train every client, by us and plainly; the first turn is not counted."""
+    counted: dict[str, list[Parts]] = {"ours": [], "plain": []}
+    for _ in range(turns + 1):
+        ours, plain = Parts(pair.plain_model), Parts(pair.plain_model)
+        for client in clients:
+            pair.rewind()
+            with ours.watched():
+                message = pair.ours(client)
+            with plain.watched():
+                loss = pair.plain(client)
+            assert abs(unpack(message)[1]["loss"] - loss) <= 1e-6 * loss, client
+        counted["ours"].append(ours)
+        counted["plain"].append(plain)
+    return {name: found[1:] for name, found in counted.items()}
+
+
 def measure(recipe: Any, turns: int) -> dict[str, Any]:
     """Rows a second of both, and milliseconds a step by part."""
     prepared, trainer = prepare(recipe, Observer())
     state = prepared.model.initial_state(prepared.specs, recipe.federation.seed)
-    pair = Pair(trainer, state, recipe)
-    parts = {"ours": Parts(pair.plain_model), "plain": Parts(pair.plain_model)}
-    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
-    clients, losses = trainer.num_examples, {}
-    size = arguments(recipe.training, seed=0, folder="").train_batch_size
-    for turn in range(turns + 1):  # the first is not counted
-        before = {name: found.seconds["all"] for name, found in parts.items()}
-        for client in clients:
-            pair.rewind()
-            with parts["ours"].watched():
-                pair.ours(client)
-            with parts["plain"].watched():
-                losses[client] = pair.plain(client)
-        for name, found in parts.items():
-            seconds[name].append(found.seconds["all"] - before[name])
-            if turn == 0:
-                found.seconds.clear()
+    pair, clients = Pair(trainer, state, recipe), trainer.num_examples
+    with settled_heap():  # as in a run: `Trainer` collects garbage whenever it ends
+        counted = take_turns(pair, clients, turns)
     rows = sum(clients.values())
-    steps = turns * sum(-(-n // size) for n in clients.values())
+    size = arguments(recipe.training, seed=0, folder="").train_batch_size
+    steps = sum(-(-n // size) for n in clients.values())
+    seconds = {name: [x.seconds["all"] for x in found] for name, found in counted.items()}
     return {
         "rows": rows,
         "batch": size,
         "turns": turns,
-        "rows_a_second": {n: rows / statistics.median(x[1:]) for n, x in seconds.items()},
-        "share": statistics.median(y / x for x, y in zip(*(seconds[n][1:] for n in parts))),
-        "ms_a_step": {name: found.by_step(steps) for name, found in parts.items()},
+        "rows_a_second": {name: rows / statistics.median(x) for name, x in seconds.items()},
+        "share": statistics.median(y / x for x, y in zip(seconds["ours"], seconds["plain"])),
+        "ms_a_step": {name: mean([x.by_step(steps) for x in f]) for name, f in counted.items()},
     }
+
+
+def mean(turns: list[dict[str, float]]) -> dict[str, float]:
+    """By part, of all turns."""
+    return {part: statistics.fmean(turn[part] for turn in turns) for part in turns[0]}
 
 
 def table(found: dict[str, Any]) -> Table:

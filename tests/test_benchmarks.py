@@ -55,3 +55,12 @@ def test_the_profile_of_local_training_adds_up(bert, tmp_path, monkeypatch):
         assert min(ms["forward"], ms["backward"], ms["optimizer"], ms["batches"]) > 0
         assert sum(ms.values()) == pytest.approx(2 * ms["all"])
     assert profile.table(found).row_count == len(found["ms_a_step"]["ours"])
+
+
+def test_the_page_on_scale_has_the_sizes_as_they_are_computed(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    importlib.import_module("scale").sizes()
+    rows = [row for row in capsys.readouterr().out.splitlines() if not row.startswith("| mod")]
+    page = (FOLDER.parent / "docs" / "scale.md").read_text(encoding="utf-8").splitlines()
+    assert len(rows) == 15
+    assert set(rows) <= set(page)
