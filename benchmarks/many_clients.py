@@ -162,7 +162,7 @@ def registered(task: dict) -> dict:
     from fedexlora.methods import METHODS
     from fedexlora.peft_bridge.load import attach_lora, load_base, resolve_source
     from fedexlora.peft_bridge.model import AdaptedModel
-    from fedexlora.rounds.folder import Progress, RunFolder
+    from fedexlora.rounds.folder import RunFolder
     from fedexlora.rounds.in_process import InProcessTransport
     from fedexlora.rounds.observer import Observer
     from fedexlora.rounds.participation import Participation
@@ -203,15 +203,14 @@ def registered(task: dict) -> dict:
     )
     folder = RunFolder(Path(task["folder"]) / "run")
     folder.store.path.mkdir(parents=True)
-    state, records = model.initial_state(), ()
+    state = model.initial_state()
     # Every client has taken part at some time: the most that the server ever knows of them.
     holdings = Holdings(dict.fromkeys(names, -9), History(4, folder.store))
     rounds = []
     for _ in range(task["rounds"]):
         wall, begun = time.perf_counter(), time.process_time()
         state, holdings, record = run_round(federation, state, holdings)
-        records = (*records, record)
-        folder.save(Progress(state, records, holdings))
+        folder.save(state, holdings, record)
         cpu = time.process_time() - begun
         rounds.append({"cpu": cpu, "seconds": time.perf_counter() - wall})
     stored = max(x.stat().st_size for x in folder.store.path.glob("step-*"))

@@ -181,7 +181,7 @@ def no_waiting_for_disks():
 def save(folder: RunFolder, before: GlobalState, made: Round, reached: Progress, held) -> None:
     """Make a round durable whose step was made in memory."""
     stored(folder.store.sink(before, ("A", "B"), {"b": "b"}, held), *made, held)
-    folder.save(reached)
+    folder.save(reached.state, reached.holdings, reached.records[-1])
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +194,7 @@ def targets(tmp_path_factory) -> dict[str, Target]:
     folder = RunFolder(tmp_path_factory.mktemp("run"))
     folder.store.path.mkdir()
     records = (record(1), record(2))
-    folder.save(Progress(begun, (), Holdings({}, history())))
+    folder.begin(begun, Holdings({}, history()))
     save(folder, begun, first, Progress(first[1], records[:1], Holdings({}, history(first))), {})
     landed = {"a": 1, "b": 0}
     held = Holdings(landed, history(first, second))

@@ -181,10 +181,10 @@ def play(model: AdaptedModel, out: Path, moments: Moments) -> None:
     folder.store.path.mkdir(parents=True, exist_ok=True)
     if (progress := folder.load(4)) is None:
         progress = Progress(state, (), Holdings({}, History(4, folder.store, {0: state.id})))
-        folder.save(progress)
+        folder.begin(state, progress.holdings)
     else:
         folder.settle(progress)
-    state, records, holdings = progress.state, progress.records, progress.holdings
+    state, holdings = progress.state, progress.holdings
     known = [v for v in set(holdings.versions.values()) if v in holdings.history.ids]
     versions = {v: folder.store.state(v) for v in known}
     transport.held = {c: versions[v] for c, v in holdings.versions.items() if v in versions}
@@ -193,8 +193,7 @@ def play(model: AdaptedModel, out: Path, moments: Moments) -> None:
         transport._round = state.version + 1
         state, holdings, record = run_round(parts, state, holdings)
         assert record.certificate.held
-        records = (*records, record)
-        folder.save(Progress(state, records, holdings))
+        folder.save(state, holdings, record)
 
 
 @pytest.mark.exactness

@@ -10,7 +10,7 @@ import torch
 from fedexlora.errors import BridgeError, ExactnessError, NoUpdatesError, RunError
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.peft_bridge.model import AdaptedModel
-from fedexlora.rounds.folder import Progress, RunFolder
+from fedexlora.rounds.folder import RunFolder
 from fedexlora.rounds.transport import Reply
 from tests.models import adapted, live_update, lora_layers
 from tests.rounds.scripted import (
@@ -264,14 +264,13 @@ def test_what_a_client_names_its_tensors_cannot_spoil_the_record(tmp_path):
     (tmp_path / "versions").mkdir()
     parts, begun = federation(model, "fedex", with_fault(model, fault))
     parts.transport.holdings = Holdings({}, History(4, folder.store, {0: begun.id}))
-    folder.save(Progress(begun, (), parts.transport.holdings))
+    folder.begin(begun, parts.transport.holdings)
     state, record = run_round(parts, begun)
     assert set(record.left_out[0].reasons) == {
         f"{name}: unexpected" for name in ("a\\u2028b", "\\x85", "\\x00\\n", '"', "\\x1b[31m")
     }
-    folder.save(Progress(state, (record,), parts.transport.holdings))
-    assert folder.load().records == (record,)
-    assert folder.read_records(1) == (record,)
+    folder.save(state, parts.transport.holdings, record)
+    assert list(folder.load().records) == list(folder.read_records(1)) == [record]
 
 
 def test_without_any_update_the_round_stops_and_names_everyone():

@@ -36,11 +36,15 @@ def grown(folder: RunFolder, begun: GlobalState, rounds: list[Round], window: in
     folder.store.path.mkdir(parents=True)
     holdings = Holdings({}, History(window, folder.store, {0: begun.id}))
     reached = Progress(begun, (), holdings)
-    folder.save(reached)
+    folder.begin(begun, holdings)
     for made in rounds:
         reached = written(folder, reached, made)
-        folder.save(reached)
+        save(folder, reached)
     return reached
+
+
+def save(folder: RunFolder, reached: Progress) -> None:
+    folder.save(reached.state, reached.holdings, reached.records[-1])
 
 
 def written(folder: RunFolder, before: Progress, made: Round) -> Progress:
@@ -228,7 +232,7 @@ def test_a_record_before_whose_step_has_its_name_is_one_of_no_round(long, tmp_pa
     after = written(folder, before, made[0])
     monkeypatch.setattr(folder.store, "commit", lambda version: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        folder.save(after)
+        save(folder, after)
     monkeypatch.undo()
     assert len(folder.read_records(99)) == 25
     again = RunFolder(folder.path)
@@ -236,7 +240,7 @@ def test_a_record_before_whose_step_has_its_name_is_one_of_no_round(long, tmp_pa
     again.settle(again.load(WINDOW))
     assert not list(folder.store.path.glob(".*")), "the step that was begun is gone"
     assert len(folder.read_records(99)) == 24
-    again.save(written(again, again.load(WINDOW), made[0]))
+    save(again, written(again, again.load(WINDOW), made[0]))
     check_same(again.load(WINDOW), after)
 
 
@@ -296,7 +300,7 @@ def test_what_is_held_does_not_grow_with_rounds(tmp_path):
         before = reached.state
         step, after = wide_steps(1, replace(before, total=begun.total))[0]
         reached = replace(written(folder, reached, (step, after)), records=())
-        folder.save(replace(reached, records=(record(step.version),)))
+        save(folder, replace(reached, records=(record(step.version),)))
         del before, step, after
         if i % 60 == 19:
             held.append((live(), len(reached.holdings.history.ids), len(files(folder))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fedexlora import __version__
 from fedexlora.adapters.card_code import usage
@@ -139,7 +139,7 @@ def _exactness(run: FinishedRun, record: ExportRecord) -> str:
     return f"## What exact means\n\n{ideal} {_verdict(run.records)}\n\n{listed}"
 
 
-def _verdict(records: tuple[RoundRecord, ...]) -> str:
+def _verdict(records: Sequence[RoundRecord]) -> str:
     worst = max(module.error for record in records for module in record.modules)
     left_out = max(record.certificate.truncated for record in records)
     if not all(record.certificate.held for record in records):

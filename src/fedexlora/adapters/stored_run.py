@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class FinishedRun:
     recipe: Recipe
     header: dict[str, Any]
     """The content of ``run.json``."""
-    records: tuple[RoundRecord, ...]
+    records: Sequence[RoundRecord]
 
 
 def read_finished(path: Path) -> FinishedRun:

@@ -75,12 +75,12 @@ class Terminal(Observer):
         )
         self.console.print(_threads(), soft_wrap=True)
         if info.finished:
-            self.console.print(f"resumed after round {len(info.finished)}")
+            self.console.print(f"resumed after round {info.finished}")
         else:
             score = score_text(info.initial_metrics, info.headline) or "not computed"
             self.console.print(f"before round 1    {info.headline} {score}")
         self._progress.update(
-            self._rounds, description="rounds", total=info.rounds, completed=len(info.finished)
+            self._rounds, description="rounds", total=info.rounds, completed=info.finished
         )
 
     def training(self, round_: int, client: str, step: int, steps: int) -> None:

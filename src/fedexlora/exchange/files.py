@@ -70,6 +70,19 @@ def append_bytes(path: Path, content: bytes) -> None:
         _sync_folder(path.parent)
 
 
+def cut_off(path: Path, size: int) -> None:
+    """Leave the first bytes of a file, and force it to the disk; a file that is absent is made.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    if not path.exists():
+        append_bytes(path, b"")
+    elif path.stat().st_size > size:
+        os.truncate(path, size)
+        _sync(path)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of ``path`` once the block ends without an error."""

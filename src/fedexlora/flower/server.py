@@ -76,7 +76,7 @@ class LogLines(Observer):
         """Where the run stands."""
         scores = _scores(info.initial_metrics)
         _log.info(
-            "%d of %d rounds are done; before round 1: %s", len(info.finished), info.rounds, scores
+            "%d of %d rounds are done; before round 1: %s", info.finished, info.rounds, scores
         )
 
     def finished_round(self, record: RoundRecord) -> None:

@@ -166,6 +166,7 @@ class Admission:
         """
         for reply in self._transport.replies(self._round, self._rule.deadline, progress):
             self._hear(reply)
+            del reply  # its message, before the next one is pulled
         heard = self._delivered | {c.client for c in self.intake.left_out}
         for client in self.intake.downloads:
             if client not in heard:

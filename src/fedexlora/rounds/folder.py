@@ -5,6 +5,7 @@ rounds.jsonl    one record a round         versions/     the steps of the global
 adapter/        the final global model     updates/      with --keep-updates, what clients sent
 spool/          what clients have sent in the round that is open
 clients.jsonl   over Flower, the key that each client's name belongs to
+run-id          over Flower, what tells the run from others of the same recipe
 adapter.json    its worst module, read back from its files
 """
 
@@ -22,12 +23,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedexlora.errors import ResumeError, VersionError
-from fedexlora.exchange.files import append_bytes, replace_bytes, writing
+from fedexlora.exchange.files import append_bytes, cut_off, replace_bytes, writing
 from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.untrusted import json_object
 from fedexlora.rounds.recipe import Recipe
+from fedexlora.rounds.record_lines import RecordLines
 from fedexlora.rounds.store import VersionStore
 
 LOCK = ".lock"
@@ -40,7 +42,7 @@ class Progress:
     """Where a run stands."""
 
     state: GlobalState
-    records: tuple[RoundRecord, ...]
+    records: Sequence[RoundRecord]
     """One for every finished round."""
     holdings: Holdings
     """What clients hold."""
@@ -194,7 +196,18 @@ class RunFolder:
                 self.store.discard()
             lock.release()
 
-    def save(self, progress: Progress) -> None:
+    def begin(self, state: GlobalState, holdings: Holdings) -> None:
+        """Make version 0 durable.
+
+        Raises:
+            RunError: if a file cannot be written, as on a full disk.
+        """
+        with writing(self.store.snapshot_file(0)):
+            self.store.add_snapshot(state, holdings)
+        with writing(self._records):
+            append_bytes(self._records, b"")
+
+    def save(self, state: GlobalState, holdings: Holdings, record: RoundRecord) -> None:
         """Make a version durable, with the record of its round.
 
         The record comes first: it is one of no version, and dropped, until the step that was
@@ -203,15 +216,8 @@ class RunFolder:
         Raises:
             RunError: if a file cannot be written, as on a full disk; what was durable before is.
         """
-        state, holdings = progress.state, progress.holdings
-        if state.version == 0:
-            with writing(self.store.snapshot_file(0)):
-                self.store.add_snapshot(state, holdings)
-            with writing(self._records):
-                append_bytes(self._records, b"")
-            return
         with writing(self._records):
-            append_bytes(self._records, _lines([progress.records[-1]]))
+            append_bytes(self._records, f"{record.model_dump_json()}\n".encode())
         with writing(self.store.step_file(state.version)):
             self.store.commit(state.version)
         with writing(self.store.path):
@@ -225,10 +231,9 @@ class RunFolder:
         """
         with writing(self.store.path):
             self.store.settle(progress.state, progress.holdings, progress.damaged)
-        lines = _lines(progress.records)
-        if lines != (self._records.read_bytes() if self._records.exists() else b""):
-            with writing(self._records):
-                replace_bytes(self._records, lines)
+        lines = self.read_records(progress.state.version)
+        with writing(self._records):
+            cut_off(self._records, lines.size)
 
     def load(self, window: int = 0) -> Progress | None:
         """The last version that was made durable, or None if there is none; writes nothing.
@@ -261,7 +266,7 @@ class RunFolder:
     def _records(self) -> Path:
         return self.path / "rounds.jsonl"
 
-    def read_records(self, count: int) -> tuple[RoundRecord, ...]:
+    def read_records(self, count: int) -> RecordLines:
         """The records of the first ``count`` rounds; fewer if there are fewer.
 
         A last line that was cut off is none.
@@ -269,19 +274,10 @@ class RunFolder:
         Raises:
             ResumeError: if one is damaged.
         """
-        path = self._records
-        if count <= 0 or not path.exists():
-            return ()
         try:
-            # Not splitlines: JSON may hold other characters that end a line.
-            lines = path.read_bytes().split(b"\n")[:-1][:count]
-            return tuple(RoundRecord.model_validate_json(line) for line in lines)
+            return RecordLines(self._records, count)
         except (ValueError, OSError) as error:
-            raise ResumeError(f"{path} is damaged: {error}") from error
-
-
-def _lines(records: Sequence[RoundRecord]) -> bytes:
-    return "".join(f"{record.model_dump_json()}\n" for record in records).encode()
+            raise ResumeError(f"{self._records} is damaged: {error}") from error
 
 
 def _counts(path: Path) -> bool:

@@ -47,7 +47,8 @@ class RunResult:
     initial_metrics: Mapping[str, float]
     precision: str
     """How the adapted frozen weights are stored."""
-    records: tuple[RoundRecord, ...]
+    records: Sequence[RoundRecord]
+    """Read from the folder one at a time."""
 
 
 def conduct(
@@ -113,19 +114,19 @@ def _rounds(
     connect: Connect,
     keep_updates: bool,
     observer: Observer,
-) -> tuple[RoundRecord, ...]:
+) -> Sequence[RoundRecord]:
     """Run what is left of the rounds and write the adapter."""
     recipe, model = prepared.recipe, prepared.model
     if progress is None:
         initial = model.initial_state(prepared.specs, recipe.federation.seed)
         history = History(recipe.federation.history, folder.store, {0: initial.id})
         progress = Progress(initial, (), Holdings({}, history))
-        folder.save(progress)
+        folder.begin(initial, progress.holdings)
     else:
         folder.settle(progress)
-    state, records, holdings = progress.state, progress.records, progress.holdings
+    state, holdings = progress.state, progress.holdings
     model.apply(state)
-    observer.started(_info(prepared, header, records))
+    observer.started(_info(prepared, header, len(progress.records)))
     keep = partial(_keep, folder, prepared) if keep_updates else _forget
     federation = Federation(
         method=recipe.method,
@@ -147,8 +148,7 @@ def _rounds(
         shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
         state, holdings, record = run_round(federation, state, holdings)
         check_finite(state, record)
-        records = (*records, record)
-        folder.save(Progress(state, records, holdings))
+        folder.save(state, holdings, record)
         observer.finished_round(record)
     folder.clear_spool()
     with writing(folder.adapter), new_folder(folder.adapter) as path:
@@ -156,7 +156,7 @@ def _rounds(
     worst = {"worst_module": written.module, "worst_error": written.error}
     with writing(folder.path / "adapter.json"):
         replace_bytes(folder.path / "adapter.json", json.dumps(worst, indent=2).encode())
-    return records
+    return folder.read_records(recipe.federation.rounds)
 
 
 @contextmanager
@@ -260,9 +260,7 @@ def _header(
     }
 
 
-def _info(
-    prepared: Prepared, header: Mapping[str, Any], records: tuple[RoundRecord, ...]
-) -> RunInfo:
+def _info(prepared: Prepared, header: Mapping[str, Any], finished: int) -> RunInfo:
     parameters = prepared.model.peft_model.parameters()
     return RunInfo(
         method=prepared.recipe.federation.method,
@@ -274,5 +272,5 @@ def _info(
         trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         headline=header["headline"],
         initial_metrics=header["initial_metrics"],
-        finished=records,
+        finished=finished,
     )

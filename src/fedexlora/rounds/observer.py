@@ -26,7 +26,7 @@ class RunInfo:
     """The metric that the run is judged by."""
     initial_metrics: Mapping[str, float]
     """Scores of the model before round 1."""
-    finished: tuple[RoundRecord, ...]
+    finished: int
     """Rounds that were finished before, when a run is resumed."""
 
 
