@@ -86,7 +86,8 @@ def rounds_seconds(rounds: int) -> list[tuple[float, float]]:
     factors = [[drawn(shape, 4, 3 * t + i) for i in range(3)] for t in range(rounds)]
     marks = [time.process_time()]
     for sent in factors:
-        state, _ = our_step(sent, rows_of(3), state)
+        before, step, _ = our_step(sent, rows_of(3), state)
+        state = before.advance([step])
         marks.append(time.process_time())
     return [(t + 5.0, (marks[t + 10] - marks[t]) / 10) for t in range(0, rounds, 10)]
 
@@ -204,10 +205,7 @@ def tree() -> None:
     weights = rows_of(len(clients))
 
     def line(some: Sequence[int]) -> Moments:
-        moments = Moments.of(clients[some[0]], weights[some[0]])
-        for i in some[1:]:
-            moments = moments.add(clients[i], weights[i])
-        return moments
+        return Moments.over((clients[i], weights[i]) for i in some)
 
     leaves = [line(range(i, i + 16)) for i in range(0, 128, 16)]
 
