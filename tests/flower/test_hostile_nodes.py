@@ -136,7 +136,7 @@ def test_a_request_that_nobody_answers_is_lost_and_the_others_are_handed_on(monk
     monkeypatch.setattr(module, "_TTL_SECONDS", 0.02)
     for client in ("north", "south"):
         made.ask(1, client, DELIVERY)
-    lost, good = made.replies(1, None, lambda *_: None)
+    good, lost = made.replies(1, None, lambda *_: None)
     assert (lost.client, lost.failure) == ("north", "lost: no answer within 0.02 s")
     assert (good.client, good.message) == ("south", b"x")
     assert made.waiting == {}

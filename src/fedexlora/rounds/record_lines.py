@@ -49,6 +49,7 @@ class RecordLines(Sequence[RoundRecord]):
     def __getitem__(self, place: int | slice) -> RoundRecord | tuple[RoundRecord, ...]:
         if isinstance(place, slice):
             return tuple(self[i] for i in range(*place.indices(len(self))))
+        start = self._places[place]
         with self._path.open("rb") as file:
-            file.seek(self._places[place])
+            file.seek(start)
             return RoundRecord.model_validate_json(file.readline())
