@@ -71,7 +71,8 @@ class Moments:
     ) -> Moments:
         """The moments of clients that are read one after the other; none is kept.
 
-        The co-moment of each is kept beside the others' until the dense matrix is smaller.
+        The co-moment of each is kept beside the others' until the dense matrix is smaller; that
+        one is float64.
 
         Args:
             clients: factors and weight of each, at least one.
@@ -91,7 +92,8 @@ class Moments:
             comoment = moments.comoment
             held = comoment.value.rank if isinstance(comoment.value, Factors) else 0
             if held + sum(x.rank for x in waiting) >= break_even(*comoment.shape):
-                comoment = comoment.plus(waiting)
+                # In float32 every client would round the whole sum once more.
+                comoment = comoment.to(torch.float64).plus(waiting)
                 waiting = []
             moments = Moments(total, mean, comoment)
         if moments is None:
