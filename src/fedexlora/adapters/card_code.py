@@ -15,7 +15,8 @@ from fedexlora.data.config import (
     TaskConfig,
 )
 from fedexlora.data.template import fill, placeholders
-from fedexlora.rounds.recipe import ModelTable, Recipe
+from fedexlora.rounds.recipe import Recipe
+from fedexlora.rounds.recipe_tables import ModelTable
 
 _LOADERS: Mapping[str, str] = {
     "classification": "AutoModelForSequenceClassification",

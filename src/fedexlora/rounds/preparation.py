@@ -31,7 +31,8 @@ from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes, resolve_source
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.observer import Observer
-from fedexlora.rounds.recipe import ClientTable, Recipe
+from fedexlora.rounds.recipe import Recipe
+from fedexlora.rounds.recipe_tables import ClientTable
 from fedexlora.rounds.rows import RowSummary, check_rows
 from fedexlora.rounds.scoring import Scoring, load_sets, prepare_scoring, scoring_arithmetic
 

@@ -6,132 +6,32 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fedexlora.data.config import DataConfig, TaskConfig
 from fedexlora.data.partition_config import PartitionConfig
 from fedexlora.errors import RecipeError
-from fedexlora.exchange.untrusted import CLIENT_NAME
 from fedexlora.methods import METHODS, Method
 from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.arithmetic import Width
 from fedexlora.rounds.participation import AccessList, Participation
 from fedexlora.rounds.recipe_faults import method_faults, table_faults
 from fedexlora.rounds.recipe_file import read_document
+from fedexlora.rounds.recipe_tables import (
+    ClientTable,
+    EvaluationTable,
+    FederationTable,
+    ModelTable,
+    Table,
+)
 from fedexlora.rounds.screening import Screening
 from fedexlora.rounds.set_mean import MEAN, mean_faults
 
-ClientName = Annotated[str, Field(pattern=CLIENT_NAME)]
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
-
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ModelTable(_Table):
-    """The pre-trained model that all clients share."""
-
-    source: str = Field(min_length=1)
-    """A hub name, a folder, or ``package:NAME/PATH``: a folder inside an installed package."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub; the default branch if not given."""
-    dtype: Width = "float32"
-    """Of the frozen weights, and of the arithmetic where they are quantised."""
-    quantization: Literal["int8", "nf4", "fp4"] | None = None
-    """Store the frozen linear layers in bitsandbytes' 8 or 4 bits."""
-
-
-class FederationTable(_Table):
-    """How the clients work together."""
-
-    method: str = "fedex"
-    """How adapters are aggregated; ``fedexlora methods`` lists them."""
-    next_adapter: Literal["mean", "svd", "svd_aligned", "reinit", "keep"] = "mean"
-    """What clients continue from; the rest of the mean update goes to the frozen weight."""
-    remainder_rank: int | None = Field(default=None, ge=1)
-    """Keep this many directions of every round's remainder, with the error stated; all if not
-    given."""
-    remainder_energy: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Keep this share of every round's remainder, by its squared norm, with the error stated."""
-    placement: Literal["auto", "fold", "side"] = "auto"
-    """Where the remainder lives: in the frozen weight, or beside it. ``auto`` is exact, in the
-    arithmetic of training and scoring too."""
-    clients_per_round: int | None = Field(default=None, ge=1)
-    """How many clients take part in a round, drawn by seed and round; all if not given."""
-    fraction: float | None = Field(default=None, gt=0.0, le=1.0)
-    """The same as a share of all clients, rounded up."""
-    min_updates: int = Field(default=1, ge=1)
-    """A round with fewer usable updates stops the run, which can be resumed."""
-    deadline: float | None = Field(default=None, gt=0.0)
-    """Seconds after which a client's update is left out of its round; none if not given."""
-    stale: Literal["refuse", "accept"] = "refuse"
-    """Whether an update that comes in a later round counts there, by the square root of its age
-    less."""
-    weighting: Literal["examples", "uniform", "capped"] = "examples"
-    """A client's weight: its number of training rows, 1, or that number up to ``weight_cap``."""
-    weight_cap: int | None = Field(default=None, ge=1)
-    """The most training rows that count, for ``capped``."""
-    robust: Literal["clip", "multi_krum", "trimmed_mean", "geometric_median"] | None = None
-    """What is done against bad updates before they are summed; nothing if not given."""
-    clip_norm: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    """The longest change of the global model, for ``clip``; the round's median if not given."""
-    bad_share: float | None = Field(default=None, gt=0.0, lt=0.5)
-    """The share of a round's updates that may be bad, rounded up, for ``multi_krum`` and
-    ``trimmed_mean``."""
-    history: int = Field(default=4, ge=0)
-    """How many rounds a client may have missed and still get no more than their pieces."""
-    allow: tuple[ClientName, ...] | None = Field(default=None, min_length=1)
-    """The clients that may take part, by name; all if not given. A resumed run may change it."""
-    exclude: tuple[ClientName, ...] = ()
-    """Clients that may not, by name: one whose updates strain the certificate, say. A resumed run
-    may change it."""
-    rounds: int = Field(default=10, ge=1)
-    """Number of federated rounds."""
-    seed: int = Field(default=0, ge=0)
-    """Where all randomness comes from."""
-
-
-class EvaluationSet(_Table):
-    """Other rows that the model is scored on, as far as they differ from the validation rows."""
-
-    data: dict[str, Any] = Field(default_factory=dict)
-    """Values of ``[data]``: ``source``, ``validation``, ..."""
-    task: dict[str, Any] = Field(default_factory=dict)
-    """Values of ``[task]``: its columns, templates and metrics."""
-
-
-class EvaluationTable(_Table):
-    """How the global model is scored, before the first round and after others."""
-
-    every: int = Field(default=1, ge=1)
-    """After every this many rounds, and after the last one."""
-    batch_size: int = Field(default=64, ge=1)
-    """Rows at a time; changes speed and memory, not results beyond rounding."""
-    dtype: Width | None = None
-    """In which products are computed; that of the model's weights if not given."""
-    sets: dict[SetName, EvaluationSet] = Field(default_factory=dict)
-    """By name: what the model is scored on beside the validation rows."""
-    mean: tuple[str, ...] | None = Field(default=None, min_length=2)
-    """Scores, those of sets as ``NAME.METRIC``, whose mean is the run's headline; none if not
-    given."""
-
-
-class ClientTable(_Table):
-    """What one client has otherwise than the others."""
-
-    lora: dict[str, Any]
-    """Rank and scaling of its adapter: fields of PEFT's ``LoraConfig``."""
-
-
-_NAMED: Mapping[type[BaseModel], int] = {ClientTable: 2, EvaluationSet: 3}
-"""Tables that stand under names, and how many keys such a name ends."""
-
-
-class Recipe(_Table):
+class Recipe(Table):
     """Everything that defines a run."""
 
     model: ModelTable
@@ -337,7 +237,7 @@ def _resolve(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel
         holder = table
         field = table.model_fields.get(part)
         members = _tables(field.annotation) if field else []
-        if table in _NAMED and part not in table.model_fields and len(keys) == _NAMED[table]:
+        if table in NAMED and part not in table.model_fields and len(keys) == NAMED[table]:
             continue  # the name of a client or a set
         tags = {str(m.model_fields["kind"].default): m for m in members if len(members) > 1}
         table = members[0] if len(members) == 1 else (table if tags else None)

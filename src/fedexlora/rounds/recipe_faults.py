@@ -8,7 +8,8 @@ from fedexlora.methods import METHODS
 from fedexlora.methods.options import option_faults
 
 if TYPE_CHECKING:
-    from fedexlora.rounds.recipe import ClientTable, FederationTable, Recipe
+    from fedexlora.rounds.recipe import Recipe
+    from fedexlora.rounds.recipe_tables import ClientTable, FederationTable
 
 _CHOICES = ("next_adapter", "remainder_rank", "remainder_energy")
 _OF_ONE_CLIENT = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
