@@ -21,6 +21,7 @@ from fedexlora.rounds.participation import AccessList, Participation
 from fedexlora.rounds.recipe_faults import method_faults, table_faults
 from fedexlora.rounds.recipe_file import read_document
 from fedexlora.rounds.recipe_tables import (
+    NAMED,
     ClientTable,
     EvaluationTable,
     FederationTable,
