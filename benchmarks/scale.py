@@ -22,7 +22,7 @@ from server import drawn, our_step, rows_of, text
 
 from fedexlora.algebra.deviation import deviation
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.lowrank import break_even, difference_norm
+from fedexlora.algebra.lowrank import break_even
 from fedexlora.algebra.moments import Moments
 from fedexlora.algebra.product import truncate
 
@@ -216,7 +216,7 @@ def tree() -> None:
         return whole
 
     one, whole = line(range(128)), root()
-    apart = difference_norm(whole.residual(), one.residual())
+    apart = float((whole.residual().dense() - one.residual().dense()).norm())
     print(f"residual of the tree against the line's: {apart / one.residual().dense().norm():.1e}")
     print(f"mean: {float((whole.mean.A - one.mean.A).norm() / one.mean.A.norm()):.1e}")
     alone, leaf, top = least(lambda: line(range(128))), least(lambda: line(range(16))), least(root)

@@ -29,6 +29,7 @@ from tests.exchange.versions import (
     same,
     state,
     step,
+    step_from,
     steps,
     taken,
     wide_state,
@@ -240,7 +241,7 @@ def test_an_adapter_of_ones_own_is_one_of_many():
     own = {
         f"client-{i}": {"layer.q": Factors(torch.randn(3, 5), torch.randn(7, 3))} for i in range(9)
     }
-    made = held.step(held.adapter, ("A", "B"), {}, held.dense, own)
+    made = step_from(held, held.adapter, ("A", "B"), {}, held.dense, own)
     server = held.advance([made])
     assert made.digests.own == group(server.own_digests)
     delivery = deliver(history((made, server)), server, 2)
@@ -253,7 +254,7 @@ def test_an_adapter_of_ones_own_is_one_of_many():
 def test_an_own_adapter_that_did_not_change_is_no_part_of_the_step_but_of_its_digest():
     _, first = step(state())
     fresh = {"layer.q": Factors(torch.randn(3, 5), torch.randn(7, 3))}
-    made = first.step(first.adapter, ("A", "B"), {}, first.dense, {**first.own, "a": fresh})
+    made = step_from(first, first.adapter, ("A", "B"), {}, first.dense, {**first.own, "a": fresh})
     assert made.own.keys() == {"a"}
     reached = first.advance([made])
     assert reached.own.keys() == {"a", "b"}

@@ -12,7 +12,7 @@ from fedexlora.algebra.lowrank import LowRank, stack
 from fedexlora.exchange.delivery import deliver
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.state import GlobalState
-from tests.exchange.versions import FIRST, taken
+from tests.exchange.versions import FIRST, step_from, taken
 
 ROUNDS, SHAPE = 20, {"up": (72, 40), "down": (40, 72)}
 
@@ -38,7 +38,7 @@ def played(state: GlobalState, generator: torch.Generator):
             for rank in (4, 8)
         ]
         adapter[name], pieces[name] = parts[0], LowRank(parts[1])
-    step = state.step(adapter, ("A", "B"), pieces, {"head": torch.randn(3, 4)}, {})
+    step = step_from(state, adapter, ("A", "B"), pieces, {"head": torch.randn(3, 4)}, {})
     return step, state.advance([step])
 
 

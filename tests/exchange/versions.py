@@ -12,7 +12,8 @@ from fedexlora.exchange.delivery import Delivery, receive
 from fedexlora.exchange.history import History
 from fedexlora.exchange.state import GlobalState, state_tensors
 from fedexlora.exchange.step import Step
-from fedexlora.exchange.step_writer import StepSink
+from fedexlora.exchange.step_writer import StepBuilder, StepSink
+from fedexlora.exchange.version import Adapter
 
 FIRST = "f" * 64
 """The id of versions that tests begin with."""
@@ -37,13 +38,28 @@ def same(x: GlobalState, y: GlobalState) -> bool:
     return (x.version, x.id) == (y.version, y.id) and equal
 
 
+def step_from(
+    held: GlobalState,
+    adapter: Adapter,
+    trained: Sequence[str],
+    pieces: Mapping[str, LowRank],
+    dense: Mapping[str, torch.Tensor],
+    own: Mapping[str, Adapter],
+) -> Step:
+    """The step from a version to one of this adapter, heads and own adapters."""
+    sink = StepBuilder(held.version + 1, held.id, trained)
+    for name, pair in adapter.items():
+        sink.add(name, pair, pieces.get(name, LowRank.zeros(*pair.shape, pair.dtype)))
+    return sink.finish(dense, *held.changed(own), {})
+
+
 def step(held: GlobalState, trained: tuple[str, ...] = ("A", "B")) -> Round:
     """One round, in which client ``b`` gets an adapter of its own."""
     pieces = {"layer.q": LowRank(Factors(torch.randn(1, 5), torch.randn(7, 1)))}
     a = torch.randn(2, 5) if "A" in trained else held.adapter["layer.q"].A
     adapter = {"layer.q": Factors(a, torch.randn(7, 2))}
     own = {"b": {"layer.q": Factors(torch.randn(3, 5), torch.randn(7, 3))}}
-    made = held.step(adapter, trained, pieces, held.dense, own)
+    made = step_from(held, adapter, trained, pieces, held.dense, own)
     return made, held.advance([made])
 
 
@@ -94,7 +110,7 @@ def wide_steps(count: int, held: GlobalState) -> list[Round]:
     for _ in range(count):
         pieces = {"layer.q": LowRank(Factors(torch.randn(2, 64), torch.randn(48, 2)))}
         adapter = {"layer.q": Factors(torch.randn(2, 64), torch.randn(48, 2))}
-        made = held.step(adapter, ("A", "B"), pieces, {}, {})
+        made = step_from(held, adapter, ("A", "B"), pieces, {}, {})
         held = held.advance([made])
         found.append((made, held))
     return found

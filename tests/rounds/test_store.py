@@ -21,7 +21,16 @@ from fedexlora.rounds.store import SNAPSHOT_ROUNDS
 from tests.exchange.hostile import parts
 from tests.exchange.test_hostile import record
 from tests.exchange.test_step_file import live
-from tests.exchange.versions import Round, same, state, step, stored, wide_state, wide_steps
+from tests.exchange.versions import (
+    Round,
+    same,
+    state,
+    step,
+    step_from,
+    stored,
+    wide_state,
+    wide_steps,
+)
 
 WINDOW = 4
 
@@ -316,7 +325,7 @@ def test_own_adapters_are_stored_when_they_change_and_read_as_they_were(tmp_path
     for i in range(13):
         fresh = {"layer.q": Factors(torch.randn(3, 5), torch.randn(7, 3))}
         own = {**held.own, f"client-{i % 3}": fresh}
-        found = held.step(held.adapter, ("A", "B"), {}, held.dense, own)
+        found = step_from(held, held.adapter, ("A", "B"), {}, held.dense, own)
         held = held.advance([found])
         made.append((found, held))
     reached = grown(folder, begun, made)
@@ -336,7 +345,7 @@ def test_an_adapter_that_clients_share_is_held_and_stored_once(tmp_path):
         own = dict.fromkeys(("a", "c", "d"), one) | {"b": other}
         if i == 12:
             own = {**held.own, "c": one}
-        found = held.step(held.adapter, ("A", "B"), {}, held.dense, own)
+        found = step_from(held, held.adapter, ("A", "B"), {}, held.dense, own)
         held = held.advance([found])
         made.append((found, held))
         assert held.own["a"] is held.own["d"]

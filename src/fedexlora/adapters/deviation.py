@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -95,17 +95,17 @@ def split_name(module: str) -> tuple[str, str]:
 
 
 def _module(sources: Sources, name: str) -> Deviation:
+    return module_deviation(Moments.over(_factors(sources, name), torch.float64))
+
+
+def _factors(sources: Sources, name: str) -> Iterator[tuple[Factors, float]]:
+    """A layer's factors in every adapter, float64, at one rank; zeros where an adapter lacks it."""
     rank = max(adapter.modules[name].rank for adapter, _ in sources.having(name))
     zero = Factors.empty(*sources.modules[name].shape, torch.float64).padded(rank)
-    moments: Moments | None = None
     for adapter, share in zip(sources.adapters, sources.shares, strict=True):
-        factors = zero
-        if module := adapter.modules.get(name):
+        module = adapter.modules.get(name)
+        if module is None:
+            yield zero, share
+        else:
             raw = adapter.factors(name).to(torch.float64)
-            factors = raw.scaled(module.scaling).padded(rank)
-        moments = (
-            moments.add(factors, share) if moments else Moments.of(factors, share, torch.float64)
-        )
-    if moments is None:
-        raise AssertionError(f"{name} is adapted by none of the adapters")
-    return module_deviation(moments)
+            yield raw.scaled(module.scaling).padded(rank), share

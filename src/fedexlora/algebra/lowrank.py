@@ -135,21 +135,6 @@ def break_even(d_out: int, d_in: int) -> int:
     return -(-d_out * d_in // (d_out + d_in))
 
 
-def difference_norm(x: LowRank, y: LowRank) -> float:
-    """``|x - y|`` in float64, from factors where that is the smaller way.
-
-    >>> x = LowRank(Factors(torch.ones(1, 4), torch.ones(4, 1)))
-    >>> difference_norm(x, LowRank(torch.zeros(4, 4)))
-    4.0
-    """
-    if isinstance(x.value, Factors) and isinstance(y.value, Factors):
-        x64, y64 = x.value.to(torch.float64), y.value.to(torch.float64)
-        both = stack([x64, y64.scaled(-1.0)])
-        if both.rank < break_even(*x.shape):
-            return product.norm(both)
-    return float((x.dense() - y.dense()).norm())
-
-
 def stack(parts: Sequence[Factors]) -> Factors:
     """The sum of products as one pair: rows of ``A`` and columns of ``B`` side by side.
 

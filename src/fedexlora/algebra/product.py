@@ -49,15 +49,6 @@ def svd(x: Factors) -> tuple[Tensor, Tensor, Tensor]:
     return q_b @ u, s, vh @ q_a.T
 
 
-def norm(x: Factors) -> float:
-    """Frobenius norm of ``x.B @ x.A`` in float64, accurate even if its columns nearly cancel.
-
-    >>> round(norm(Factors(torch.diag(torch.tensor([3.0, 4.0])), torch.eye(2))), 6)
-    5.0
-    """
-    return float((triangle(x.B) @ triangle(x.A.T).T).norm())
-
-
 def truncate(x: Factors, rank: int) -> Truncated:
     """The best approximation of rank ``rank`` (Eckart-Young).
 

@@ -24,7 +24,6 @@ from fedexlora.exchange.layout import (
     refuse_others,
 )
 from fedexlora.exchange.step import Step, joined
-from fedexlora.exchange.step_writer import StepBuilder
 from fedexlora.exchange.untrusted import short
 from fedexlora.exchange.version import Adapter, digests_of
 
@@ -50,29 +49,6 @@ class GlobalState:
     own: Mapping[str, Adapter] = field(default_factory=dict)
     """By client and module: the adapters of clients that do not continue from the common one. Those
     of equal ranks and scalings may share one, which is one object then, held and stored once."""
-
-    def step(
-        self,
-        adapter: Adapter,
-        trained: Sequence[str],
-        pieces: Mapping[str, LowRank],
-        dense: Mapping[str, Tensor],
-        own: Mapping[str, Adapter],
-    ) -> Step:
-        """The step from here to a version of this adapter, heads and own adapters.
-
-        Args:
-            adapter: the factors by module.
-            trained: which of them change from version to version.
-            pieces: the remainder of the round by module, unscaled.
-            dense: heads and biases.
-            own: the adapters of all clients that have their own.
-        """
-        sink = StepBuilder(self.version + 1, self.id, trained)
-        for name, pair in adapter.items():
-            piece = pieces.get(name, LowRank.zeros(*pair.shape, pair.dtype))
-            sink.add(name, pair, piece)
-        return sink.finish(dense, *self.changed(own), {})
 
     def changed(self, own: Mapping[str, Adapter]) -> tuple[dict[str, Adapter], dict[str, str]]:
         """What a step to a version of these own adapters says of them.
