@@ -7,10 +7,14 @@ import torch
 
 from fedexlora.algebra import assignment, probes
 from fedexlora.algebra.lowrank import LowRank
-from fedexlora.errors import ExactnessError
+from fedexlora.errors import ExactnessError, RecipeError
+from fedexlora.methods import METHODS
+from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds import certificate
-from tests.models import adapted
+from fedexlora.rounds.recipe import parse_recipe
+from fedexlora.rounds.run import run
+from tests.models import adapted, live_update
 from tests.rounds.scripted import federation, run_round
 
 CASES = ["llama-rslora", "gpt2-patterns", "embedding", "patches"]
@@ -116,3 +120,32 @@ def test_the_halves_are_those_of_the_naive_dense_matrices(measured):
         found = certificate.held_error(model, name, state)
         assert found.value == pytest.approx(off, rel=1e-6 if measured == "whole" else 0.6)
         assert off <= found.bound * (1 + 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.exactness
+@pytest.mark.parametrize("next_adapter", ["mean", "svd_aligned", "reinit"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_reduction_on_a_gpu_is_held_against_the_processor_and_equals_its(case, next_adapter):
+    method = with_options(METHODS["fedex"], next_adapter, None, None)
+    states = {}
+    for device in ("cpu", "cuda"):
+        model = AdaptedModel(adapted(case))
+        parts, state = federation(model, method, device=torch.device(device))
+        for _ in range(2):
+            state, record = run_round(parts, state)
+            assert record.certificate.held
+        states[device] = model
+    for name in states["cpu"].modules:
+        one, other = (live_update(states[device], name) for device in ("cpu", "cuda"))
+        assert float((one - other).norm()) <= 1e-6 * float(one.norm())
+
+
+def test_a_device_that_is_not_there_is_refused_by_its_key(document, tmp_path):
+    document["federation"]["reduce_on"] = "cuda:7"
+    with pytest.raises(RecipeError, match="federation.reduce_on: cuda:7 is asked for, there are"):
+        run(parse_recipe(document, "test"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    document["federation"]["reduce_on"] = "tpu"
+    with pytest.raises(RecipeError, match="federation.reduce_on"):
+        parse_recipe(document, "test")

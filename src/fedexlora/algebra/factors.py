@@ -64,6 +64,10 @@ class Factors:
         """The same factors in ``dtype``."""
         return Factors(self.A.to(dtype), self.B.to(dtype))
 
+    def on(self, device: torch.device) -> Factors:
+        """The same factors on a device."""
+        return Factors(self.A.to(device), self.B.to(device))
+
     def scaled(self, factor: float) -> Factors:
         """The factors of ``factor * B @ A``."""
         return self if factor == 1.0 else Factors(self.A, factor * self.B)

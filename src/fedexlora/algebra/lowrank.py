@@ -62,6 +62,11 @@ class LowRank:
         """The same matrix with what is held in ``dtype``."""
         return LowRank(self.value.to(dtype))
 
+    def on(self, device: torch.device) -> LowRank:
+        """The same matrix on a device."""
+        value = self.value
+        return LowRank(value.on(device) if isinstance(value, Factors) else value.to(device))
+
     def scaled(self, factor: float) -> LowRank:
         """The matrix times ``factor``."""
         if isinstance(self.value, Factors):

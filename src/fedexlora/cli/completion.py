@@ -13,9 +13,9 @@ _TABLES = {
     "chat_template max_length metrics generation choices",
     "data": "source config revision train validation max_train_rows max_validation_rows",
     "partition": "kind clients alpha column min_rows",
-    "federation": "method next_adapter remainder_rank remainder_energy placement clients_per_round "
-    "fraction min_updates deadline stale weighting weight_cap robust clip_norm bad_share history "
-    "allow exclude rounds seed",
+    "federation": "method next_adapter remainder_rank remainder_energy placement reduce_on "
+    "clients_per_round fraction min_updates deadline stale weighting weight_cap robust clip_norm "
+    "bad_share history allow exclude rounds seed",
     "evaluation": "every batch_size dtype sets mean",
 }
 KEYS = tuple(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys.split())

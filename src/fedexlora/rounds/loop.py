@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedexlora.errors import BridgeError, RecipeError, ResumeError
 from fedexlora.exchange.files import new_folder, replace_bytes, writing
 from fedexlora.exchange.history import History, Holdings
@@ -140,6 +142,7 @@ def _rounds(
         keep=keep,
         observer=observer,
         access=recipe.access,
+        device=torch.device(recipe.federation.reduce_on),
         screening=recipe.screening,
         forwards=prepared.forwards,
         scored=recipe.scored,

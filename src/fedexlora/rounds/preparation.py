@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers.modeling_utils import PreTrainedModel
 
@@ -225,11 +226,26 @@ def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
     return split_clients(rows, recipe.partition, default_column=column, seed=seed)
 
 
+def _check_reduction_device(recipe: Recipe) -> None:
+    """Refuse a device that this machine has not.
+
+    Raises:
+        RecipeError: if it has not.
+    """
+    found, wanted = torch.cuda.device_count(), torch.device(recipe.federation.reduce_on)
+    if wanted.type == "cuda" and (wanted.index or 0) >= found:
+        raise RecipeError(
+            "this machine cannot reduce updates there",
+            [f"federation.reduce_on: {wanted} is asked for, there are {found} CUDA device(s)"],
+        )
+
+
 def _load_model(
     recipe: Recipe, task: Task, own: Mapping[str, ClientTable], observer: Observer
 ) -> tuple[Task, Any, AdaptedModel, dict[str, AdapterSpec], str | None]:
     """What a base makes of a task: its labels' order, tokenizer, model, own specs, and a note."""
     check_training_device(recipe.training)
+    _check_reduction_device(recipe)
     seed = recipe.federation.seed
     task, tokenizer, base, new, note = load_task_base(recipe, task, observer)
     shapes = _client_shapes(recipe, own, base, task.peft_task_type)

@@ -48,6 +48,9 @@ class FederationTable(Table):
     placement: Literal["auto", "fold", "side"] = "auto"
     """Where the remainder lives: in the frozen weight, or beside it. ``auto`` is exact, in the
     arithmetic of training and scoring too."""
+    reduce_on: str = Field(default="cpu", pattern=r"^(cpu|cuda(:[0-9]+)?)$")
+    """Where the server reduces updates, one module after the other: ``cpu``, ``cuda`` or
+    ``cuda:N``."""
     clients_per_round: int | None = Field(default=None, ge=1)
     """How many clients take part in a round, drawn by seed and round; all if not given."""
     fraction: float | None = Field(default=None, gt=0.0, le=1.0)

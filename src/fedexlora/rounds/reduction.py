@@ -42,6 +42,7 @@ from fedexlora.exchange.version import Adapter
 from fedexlora.methods import Method
 from fedexlora.rounds.common_update import CommonForm, CommonUpdate
 
+_PROCESSOR = torch.device("cpu")
 FreshFactors = Callable[[AdapterSpec], Adapter]
 """Newly initialised factors of given ranks, by module."""
 
@@ -103,6 +104,7 @@ class Reducer:
         fresh: draws new factors.
         seed: of the probes.
         stay: what the version itself counts beside the updates.
+        device: where a module's updates are reduced; it is held against the ideal on the processor.
     """
 
     form: CommonForm
@@ -110,6 +112,7 @@ class Reducer:
     fresh: FreshFactors
     seed: int = 0
     stay: float = 0.0
+    device: torch.device = _PROCESSOR
     _drawn: dict[int, Adapter] = field(default_factory=dict)
 
     def reduce(
@@ -147,19 +150,21 @@ class Reducer:
 
     def _module(self, name: str, updates: Sequence[Counted], weight: float) -> _Made:
         """The next adapter of a module, what is beside it, and what was measured."""
-        moments = Moments.over(self._clients(name, updates))
-        wide = self.method.assignment(moments, self._holder(None, self.form.spec, name))
-        adapter = wide.to(self.form.spec.modules[name].dtype)
-        remainder = assignment.remainder(moments, wide)
-        kept, lacks = self.method.remainder(remainder)
-        piece = self._with_offsets(name, kept, updates, weight).to(PIECE)
-        own = {} if self.method.own_adapters else self._own(name, moments)
+        with torch.device(self.device):
+            moments = Moments.over(self._on_device(name, updates))
+            wide = self.method.assignment(moments, self._holder(None, self.form.spec, name))
+            remainder = assignment.remainder(moments, wide)
+            kept, lacks = self.method.remainder(remainder)
+            own = {} if self.method.own_adapters else self._own(name, moments)
+            lost = deviation(moments)
+        adapter = wide.to(self.form.spec.modules[name].dtype).on(_PROCESSOR)
+        piece = self._with_offsets(name, kept.on(_PROCESSOR), updates, weight).to(PIECE)
         truncated = (remainder, kept) if self.method.truncates else None
         error, ideal = self._held(name, updates, weight, (adapter, piece), truncated)
         if truncated is None:
             lacks = 0.0
         error = Norm(error.value, error.bound + lacks)
-        return _Made(adapter, piece, own, ModuleFigures(error, ideal, deviation(moments), lacks))
+        return _Made(adapter, piece, own, ModuleFigures(error, ideal, lost, lacks))
 
     def _clients(self, name: str, updates: Sequence[Counted]) -> Iterator[tuple[Factors, float]]:
         """Factors and weights, one after the other; the version itself first, if it counts."""
@@ -167,6 +172,9 @@ class Reducer:
             yield self._common(name), self.stay
         for counted in updates:
             yield counted.update.factors(name), counted.weight
+
+    def _on_device(self, name: str, updates: Sequence[Counted]) -> Iterator[tuple[Factors, float]]:
+        return ((pair.on(self.device), weight) for pair, weight in self._clients(name, updates))
 
     def _with_offsets(
         self, name: str, piece: LowRank, updates: Sequence[Counted], weight: float
@@ -238,6 +246,7 @@ class Reducer:
             client: self.method.assignment(moments, self._holder(client, spec, name))
             .scaled(1.0 / self.form.scale(client, name))
             .to(spec.modules[name].dtype)
+            .on(_PROCESSOR)
             for client, spec in each_once(self.form.specs)[0].items()
         }
 
@@ -248,15 +257,16 @@ class Reducer:
         scale = 1.0 if client is None else self.form.scale(client, name)
         return Holder(
             spec.modules[name].rank,
-            _rescaled(held[name], scale),
+            _rescaled(held[name], scale).on(self.device),
             partial(self._fresh, spec, name, scale),
         )
 
     def _fresh(self, spec: AdapterSpec, name: str, scale: float) -> Factors:
         """New factors of a module; those of all modules are drawn at once, for each spec."""
         if id(spec) not in self._drawn:
-            self._drawn[id(spec)] = self.fresh(spec)
-        return _rescaled(self._drawn[id(spec)][name], scale)
+            with torch.device(_PROCESSOR):
+                self._drawn[id(spec)] = self.fresh(spec)
+        return _rescaled(self._drawn[id(spec)][name], scale).on(self.device)
 
     def _common(self, name: str) -> Factors:
         return self.form.before.adapter[name].padded(self.form.rank(name))

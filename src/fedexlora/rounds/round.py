@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from fedexlora.exchange.files import writing
 from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.layout import each_once
@@ -53,6 +55,8 @@ class Federation:
     observer: Observer
     access: AccessList = field(default_factory=AccessList)
     """Whom the recipe admits."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where updates are reduced."""
     screening: Screening | None = None
     """The rule against bad updates, if there is one."""
     forwards: Mapping[Arithmetic, Forward] = field(default_factory=dict)
@@ -101,7 +105,9 @@ def run_round(
     sink = _sink(federation, before, holdings, intake, held)
     with clock.phase("aggregate"), closing(sink):  # steps 4 and 5, module by module
         fresh = partial(model.fresh, seed=derive_seed(federation.seed, round_, ""))
-        reducer = Reducer(form, federation.method, fresh, federation.seed, intake.stay)
+        reducer = Reducer(
+            form, federation.method, fresh, federation.seed, intake.stay, federation.device
+        )
         counted = [Counted(x, x.weight) for x in intake.updates]
         reduction = reducer.reduce(counted, sink, held)
         federation.keep(intake.updates)
