@@ -52,7 +52,7 @@ def deployed(tmp_path_factory) -> Iterator[Deployment]:
     deployment("keys")
     try:
         deployment("start")
-        playing = deployment.begin("run", "--run-config", "in-order=true", attempts=3)
+        playing = deployment.begin("run", attempts=3)
         assert playing.wait() == 0, deployment.logs()
         yield deployment
     finally:
@@ -182,13 +182,13 @@ def test_a_killed_superlink_is_started_again_and_the_run_goes_on(tmp_path):
     deployment("keys")
     try:
         deployment("start")
-        playing = deployment.begin("run", "--run-config", "in-order=true")
+        playing = deployment.begin("run")
         deployment.until(lambda: len(deployment.records()) == 1)
         os.kill(deployment.pid("superlink"), signal.SIGKILL)
         playing.wait()
         assert len(deployment.records()) == 1
         deployment("superlink")
-        deployment("run", "--run-config", "in-order=true")
+        deployment("run")
     finally:
         deployment("stop", check=False)
     deployment.check_equal_to_one_process(tmp_path / "local")
