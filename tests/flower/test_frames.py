@@ -84,7 +84,11 @@ def same(arrays: dict[str, Array]) -> dict[str, Array]:
         (lambda a: a | {"update/1": to_array(b"123")}, {}, "'update/1': 3 bytes, expected 4"),
         (lambda a: a | {"own/0": to_array(b"12345")}, {}, "'own/0': 5 bytes, expected 0"),
         (lambda a: a | {"update/1": to_array(b"x" * 5000)}, {}, "'update/1': 5128 bytes"),
-        (lambda a: a | {"whole/1": Array(np.zeros(4))}, {}, "'whole/1': expected uint8"),
+        (
+            lambda a: a | {"whole/1": Array(np.zeros(4))},
+            {},
+            "'whole/1': expected an array",
+        ),
     ],
 )
 def test_pieces_that_are_not_those_of_a_part_are_refused(change, sizes, fault):

@@ -220,7 +220,7 @@ FAULTS = {
     ),
     "Flower's own keys": (plain, "found 16: 'base_model.model.model.layers.0"),
     "what it was sent": (lambda msg: content(msg.content["arrays"], BAD), f"found 1: '{GLOBAL}'"),
-    "an array of numbers": (of_numbers, "expected uint8 [bytes], found float32 [2, 3]"),
+    "an array of numbers": (of_numbers, "expected an array of bytes"),
     "damaged": (damaged, "checksum"),
     "NaN": (forged(**NAN), "values are not finite"),
     "a bf16 tensor": (forged(**NARROW), "found bfloat16"),

@@ -110,7 +110,7 @@ class Moments:
         files._write, files._append = halves, half_lines
         self.watch_stores(self.pass_by)
         for owner, name in (
-            *((files, name) for name in ("_sync", "_sync_folder")),
+            *((files, name) for name in ("_sync", "sync_folder")),
             *((Path, name) for name in ("replace", "unlink", "mkdir")),
             (shutil, "rmtree"),
             (round_module, "certify"),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
 
 from fedexlora.algebra import assignment, probes
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import ExactnessError, RecipeError
+from fedexlora.exchange.tensors import TensorFile
 from fedexlora.methods import METHODS
 from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.model import AdaptedModel
@@ -15,7 +21,7 @@ from fedexlora.rounds import certificate
 from fedexlora.rounds.recipe import parse_recipe
 from fedexlora.rounds.run import run
 from tests.models import adapted, live_update
-from tests.rounds.scripted import federation, run_round
+from tests.rounds.scripted import federation, random_update, replies, run_round
 
 CASES = ["llama-rslora", "gpt2-patterns", "embedding", "patches"]
 
@@ -149,3 +155,50 @@ def test_a_device_that_is_not_there_is_refused_by_its_key(document, tmp_path):
     document["federation"]["reduce_on"] = "tpu"
     with pytest.raises(RecipeError, match="federation.reduce_on"):
         parse_recipe(document, "test")
+
+
+@pytest.mark.exactness
+def test_a_large_module_that_is_folded_is_held_by_its_whole_rounding(
+    monkeypatch,
+):
+    """The rounding of a fold is what is allowed of it: it is measured whole, not estimated."""
+    torch.manual_seed(0)
+    layer = nn.Module()
+    layer.proj = nn.Linear(1100, 1060, bias=False)
+    nn.init.normal_(layer.proj.weight, std=0.02)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["proj"])
+    model = AdaptedModel(get_peft_model(layer, config))
+    (name,) = model.modules
+    parts, state = federation(model, "fedex", small_updates(model))
+    for _ in range(2):
+        state, record = run_round(parts, state)
+    assert model.placement(name) == "fold"
+    assert not probes.Probes.of((1060, 1100), 0).exact
+    assert record.certificate.held
+    (module,) = record.modules
+    assert 2e-6 < module.error < module.bound < module.allowed
+    right = AdaptedModel.fold_error
+    monkeypatch.setattr(AdaptedModel, "fold_error", lambda *x: 3 * right(*x))
+    with pytest.raises(ExactnessError):
+        run_round(parts, state)
+
+
+def small_updates(model):
+    """Updates that are small beside the weight, so that its rounding counts."""
+
+    def script(round_, client, held):
+        update = random_update(model, round_, client)
+        tensors = {
+            key: value * (0.002 if key.startswith("B") else 0.1)
+            for key, value in update.tensors.items()
+        }
+        return replies(replace(update, tensors=tensors))
+
+    return script
+
+
+def test_a_file_is_read_to_the_processor_whatever_the_default_device_is(tmp_path):
+    save_file({"x": torch.arange(6.0).reshape(2, 3)}, tmp_path / "x.safetensors")
+    with torch.device("meta"):
+        found = TensorFile.open(tmp_path / "x.safetensors").read("x")
+    assert torch.equal(found, torch.arange(6.0).reshape(2, 3))

@@ -206,3 +206,43 @@ def test_files_of_one_layout_share_their_places_and_none_is_open(tmp_path):
 
 def update_factors(update, state):
     return {name: update.factors(name, pair) for name, pair in state.adapter.items()}
+
+
+def silent(round_, client, held):
+    return []
+
+
+FOUR = ("site-a", "site-b", "site-c", "site-d")
+
+
+def stopped(model, folder, rule):
+    """A round of two of four clients, of whom one does not answer; the two that were drawn."""
+    parts, state = federation(model, "fedex", silent, participation=rule, spool=folder, seed=3)
+    parts.transport.clients = FOUR
+    with pytest.raises(NoUpdatesError):
+        run_round(parts, state)
+    return asked_of(parts)
+
+
+def test_another_client_takes_the_place_of_one_that_is_shut_out(tmp_path):
+    model, rule = AdaptedModel(adapted(CASE)), Participation(clients_per_round=2, min_updates=2)
+    drawn = stopped(model, tmp_path / "spool", rule)
+    shut_out = AccessList(exclude=(drawn[0],))
+    changes = {"participation": rule, "spool": tmp_path / "spool", "access": shut_out, "seed": 3}
+    parts, state = federation(model, "fedex", **changes)
+    parts.transport.clients = tuple(c for c in FOUR if c != drawn[0])
+    _, record = run_round(parts, state)
+    taken = [c.client for c in record.clients]
+    assert len(taken) == 2
+    assert drawn[1] in taken
+    assert drawn[0] not in taken
+
+
+def test_another_client_takes_the_place_of_one_that_is_gone_where_the_round_needs_it(tmp_path):
+    model, rule = AdaptedModel(adapted(CASE)), Participation(clients_per_round=2, min_updates=2)
+    drawn = stopped(model, tmp_path / "spool", rule)
+    parts, state = federation(model, "fedex", participation=rule, spool=tmp_path / "spool", seed=3)
+    parts.transport.clients = tuple(c for c in FOUR if c != drawn[1])
+    _, record = run_round(parts, state)
+    assert len(record.clients) == 2
+    assert drawn[1] not in [c.client for c in record.clients]

@@ -16,6 +16,7 @@ from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.step_file import read_step
 from fedexlora.exchange.tensors import TensorFile
+from fedexlora.rounds import store as store_module
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.store import SNAPSHOT_ROUNDS
 from tests.exchange.hostile import parts
@@ -371,3 +372,29 @@ def test_the_folder_of_an_older_version_is_refused(tmp_path, document):
     with pytest.raises(ResumeError, match="a run of an older fedexlora") as caught:
         RunFolder(tmp_path).check_same(recipe)
     assert "start a new run in another folder" in caught.value.faults[0]
+
+
+def test_a_disk_that_cannot_be_read_is_no_damage(long, tmp_path, monkeypatch):
+    folder = copied(long[0], tmp_path / "run")
+    before = files(folder)
+
+    def failing(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(store_module, "read_step", failing)
+    with pytest.raises(ResumeError, match="versions cannot be read: .*Input/output error"):
+        folder.load(WINDOW)
+    monkeypatch.undo()
+    assert files(folder) == before
+    assert folder.load(WINDOW).state.version == 24
+
+
+def test_copies_that_others_make_are_passed_over(long, tmp_path):
+    folder = copied(long[0], tmp_path / "run")
+    version = folder.load(WINDOW).state.version
+    for name in ("step-0001-conflict-2024", "step-00012", "snapshot-0000 (1)", "step-x"):
+        (folder.store.path / f"{name}.safetensors").write_bytes(b"x")
+    found = folder.load(WINDOW)
+    assert found.state.version == version
+    folder.settle(found)
+    assert not found.damaged

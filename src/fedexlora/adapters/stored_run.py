@@ -94,6 +94,8 @@ def last_version(run: FinishedRun) -> LastVersion:
         raise InputError(
             error.summary, [*error.faults, "an export is measured against the last version"]
         ) from error
+    except OSError as error:
+        raise InputError(f"{run.folder.store.path} cannot be read: {error}") from error
     config = {**_DEFAULTS, **run.recipe.lora}
     scalings = {name: rank_and_scaling(config, name)[1] for name in state.adapter}
 

@@ -33,7 +33,7 @@ def replace_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
         temporary.unlink(missing_ok=True)
         raise
     if sync:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def beside(path: Path) -> Path:
@@ -48,7 +48,7 @@ def rename(finished: Path, path: Path) -> None:
         OSError: if it cannot.
     """
     finished.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def append_bytes(path: Path, content: bytes) -> None:
@@ -67,7 +67,7 @@ def append_bytes(path: Path, content: bytes) -> None:
             os.truncate(path, before)
         raise
     if before is None:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def cut_off(path: Path, size: int) -> None:
@@ -96,7 +96,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -137,13 +137,13 @@ def _append(path: Path, content: bytes) -> None:
 
 def _sync(path: Path) -> None:
     if path.is_dir():
-        _sync_folder(path)
+        sync_folder(path)
         return
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Force a folder's entries to the disk; a rename is not durable before that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

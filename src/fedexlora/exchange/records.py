@@ -109,6 +109,8 @@ class OwnRecord(Record):
     """|applied - ideal| / |ideal| over all modules, as the client applies it."""
     bound: float
     """What that is at most."""
+    held: bool
+    """Whether every module is within what is allowed of it."""
 
 
 class CertificateRecord(Record):
@@ -135,7 +137,7 @@ class CertificateRecord(Record):
     kept_error: float | None
     """The standard error of ``kept``."""
     dense_error: float
-    """The same for heads and biases; 0 where there are none."""
+    """The same of the worst head or bias; 0 where there are none."""
     own: tuple[OwnRecord, ...]
     """Clients with adapters of their own; none if all continue from the same one."""
     held: bool

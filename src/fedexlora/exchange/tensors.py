@@ -95,9 +95,10 @@ class TensorFile:
         """Numbers that lie together, in memory that torch has aligned.
 
         Raises:
-            OSError: if the file has become shorter.
+            ValueError: if the file has become shorter.
+            OSError: if it cannot be read.
         """
-        found = torch.empty(shape, dtype=dtype)
+        found = torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device is
         if not found.numel():
             return found
         into = found.reshape(-1).view(torch.uint8).numpy().data
@@ -107,7 +108,7 @@ class TensorFile:
             while read < len(into):
                 more = file.readinto(into[read:])
                 if not more:
-                    raise OSError(f"{self.path} has become shorter")
+                    raise ValueError(f"{self.path} has become shorter")
                 read += more
         return found
 

@@ -91,10 +91,11 @@ def _content(name: str, array: Array, most: int | None) -> memoryview:
         if array.stype != _NUMPY or np.lib.format.read_magic(before) != (1, 0):
             raise ValueError("another format than numpy's first")
         shape, _, dtype = np.lib.format.read_array_header_1_0(before)
-    except Exception as error:  # somebody else's bytes, and numpy reads them in many ways
-        raise ValueError(f"{name!r} cannot be read: {error}") from error
+    # Somebody else's bytes, which numpy reads in many ways, and quotes in what it says.
+    except Exception as error:
+        raise ValueError(f"{name!r} cannot be read: it is no array of numpy's") from error
     if dtype != _DTYPE or len(shape) != 1:
-        raise ValueError(f"{name!r}: expected uint8 [bytes], found {dtype} {list(shape)}")
+        raise ValueError(f"{name!r}: expected an array of bytes, found another one")
     content = memoryview(array.data)[before.tell() :]
     if shape[0] != len(content):
         raise ValueError(f"{name!r} cannot be read: {len(content)} bytes, not {shape[0]}")

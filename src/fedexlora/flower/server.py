@@ -19,7 +19,7 @@ from fedexlora.flower.node import recipe_for_nodes
 from fedexlora.flower.run_id import run_id
 from fedexlora.flower.transport import FlowerTransport
 from fedexlora.rounds.folder import Progress, RunFolder
-from fedexlora.rounds.loop import RunResult, conduct
+from fedexlora.rounds.loop import RunResult, run_federation
 from fedexlora.rounds.observer import Observer, RunInfo
 from fedexlora.rounds.preparation import check_clients, prepare, prepare_server
 from fedexlora.rounds.recipe import Recipe
@@ -141,7 +141,7 @@ def serve(
         transport.run = run_id(folder.path)
         return transport
 
-    return conduct(
+    return run_federation(
         prepared,
         folder,
         transport.rows,

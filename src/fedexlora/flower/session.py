@@ -120,7 +120,7 @@ class Session:
 
     def _land(self, frame: Frame) -> GlobalState:
         """Come to the version of the round, and make it durable."""
-        held, self._held = self._held, None
+        held = self._held
         passage = open_message(frame.parts["message"], announced(frame))
         state = passage.lead(held)
         if held is None or held.id != state.id:

@@ -61,14 +61,17 @@ class _Asked:
     """Training rows that the client had declared by then."""
     round: int
     at: float
-    frame: Frame
+    frame: Frame | None
+    """To be pushed again; None where its round is over."""
+    size: int
+    """Bytes of its parts."""
     times: int = 1
     """How often it was pushed."""
 
     @property
     def resent(self) -> int:
         """Bytes of it that were pushed in vain."""
-        return (self.times - 1) * sum(map(len, self.frame.parts.values()))
+        return (self.times - 1) * self.size
 
 
 class FlowerTransport:
@@ -153,6 +156,8 @@ class FlowerTransport:
             parts["own"] = delivery.own
         more = {"run": self.run, "round": round_, **announcing(delivery)}
         frame = self._frame("train", more, parts)
+        if round_ != self._round:  # a request of an earlier round is not pushed again
+            self._asked = {k: replace(asked, frame=None) for k, asked in self._asked.items()}
         self._round = round_
         node = self._members.nodes.get(client)
         pushed = None
@@ -163,7 +168,9 @@ class FlowerTransport:
             self._answers.append(Reply(client, round_, failure=failure, landed=False))
         else:
             rows = self._members.rows[client]
-            self._asked[pushed] = _Asked(client, node, rows, round_, time.monotonic(), frame)
+            size = sum(map(len, parts.values()))
+            asked = _Asked(client, node, rows, round_, time.monotonic(), frame, size)
+            self._asked[pushed] = asked
 
     def restore(self, client: str, state: GlobalState) -> None:
         """Nothing: what nodes hold is on their own disks."""
@@ -254,7 +261,7 @@ class FlowerTransport:
         """
         if not message.has_error() or message.error.code != _PROCESS_LOST:
             return False
-        if asked.times == _TIMES or asked.round != self._round:
+        if asked.times == _TIMES or asked.frame is None:
             return False
         pushed = self._push(asked.node, MessageType.TRAIN, asked.frame, str(asked.round))
         if pushed is None:

@@ -217,6 +217,16 @@ class AdaptedModel:
         Returns:
             Scaled, ``(M, q)``, float64, on the processor.
         """
+        image = self.adapter_image(name, probes)
+        if name in self.untouched:
+            module = self.modules[name]
+            now, before = module.matrix(read_weight(module.base)), self._untouched_matrix(name)
+            probes.add_rows(image, len(now), lambda part: _wide(now[part]) - _wide(before[part]))
+        return image
+
+    @torch.no_grad()
+    def adapter_image(self, name: str, probes: Probes) -> Tensor:
+        """The same without the change of the frozen weight: what rides beside it."""
         module = self.modules[name]
         live = module.factors()
         image = probes.add(probes.zeros(live.shape), live, module.scaling)
@@ -224,10 +234,25 @@ class AdaptedModel:
             side = module.side(slot)
             if side is not None:
                 probes.add(image, side.value, module.side_scaling(slot))
-        if name in self.untouched:
-            now, before = module.matrix(read_weight(module.base)), self._untouched_matrix(name)
-            probes.add_rows(image, len(now), lambda part: _wide(now[part]) - _wide(before[part]))
         return image
+
+    @torch.no_grad()
+    def fold_error(self, name: str, total: LowRank) -> float:
+        """``|W - W0 - scaling * total|`` of a folded module, whole, in groups of rows.
+
+        Args:
+            name: the module.
+            total: the remainder that is folded, unscaled, ``(M, N)``.
+        """
+        module, value = self.modules[name], total.to(torch.float64).value
+        now, before = module.matrix(read_weight(module.base)), self._untouched_matrix(name)
+        scaling, found = self.spec.modules[name].scaling, []
+        for start in range(0, len(now), _ROWS):
+            part = slice(start, start + _ROWS)
+            rows = value[part] if isinstance(value, Tensor) else value.B[part] @ value.A
+            off = _wide(now[part]) - _wide(before[part]) - scaling * rows
+            found.append(float(off.norm()))
+        return hypot(*found)
 
     def fold_rounding(self, name: str) -> float:
         """The largest Frobenius norm that rounding ``name``'s folded weight once can cost.

@@ -7,6 +7,7 @@ in the round's record, with every fault, and the round goes on.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -15,6 +16,7 @@ from fedexlora.errors import NoUpdatesError, RunError, UpdateError
 from fedexlora.exchange.delivery import Delivery, deliver
 from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.records import ClientRecord, LeftOutRecord
+from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate, check_update, decode_update
 from fedexlora.rounds.common_update import CommonForm
@@ -133,13 +135,32 @@ class Admission:
             self.intake.draw = tuple(self._rule.sample(clients, seed, self._round))
             self._spool.begin(self.intake.draw)
             return list(found.faults)
-        self.intake.draw = tuple(c for c in found.draw if not self._access.fault(c))
         for client, update in found.updates.items():
             if self._access.fault(client):
                 self._spool.discard(client)
             else:
                 self._take_up(update)
+        self.intake.draw = self._filled_up(found.draw, seed)
+        if self.intake.draw != found.draw:
+            self._spool.draw(self.intake.draw)
         return list(found.faults)
+
+    def _filled_up(self, draw: tuple[str, ...], seed: int) -> tuple[str, ...]:
+        """An earlier draw, in which others take the place of clients that cannot deliver any more.
+
+        Those that are shut out always go; those that are not connected only where the round has too
+        few updates without others.
+        """
+        clients = self._transport.clients
+        admitted = [client for client in draw if not self._access.fault(client)]
+        present = [c for c in admitted if c in self._delivered or c in clients]
+        kept = admitted if len(present) >= self._rule.min_updates else present
+        if len(kept) == len(draw):
+            return draw
+        others = [client for client in clients if client not in draw]
+        generator = random.Random(derive_seed(seed, self._round, "\0replacements"))
+        more = generator.sample(others, min(len(draw) - len(kept), len(others)))
+        return (*kept, *sorted(more))
 
     def ask(self) -> None:
         """Bring clients to the version of the round, by what they lack, and have them train.
@@ -252,7 +273,7 @@ class Admission:
         if reply.round >= self._round and client not in self._asked:
             self._refuse(client, "it was not brought to the round's version")
         if reply.message is None:
-            self._refuse(client, reply.failure)
+            self._refuse(client, reply.failure or reply.missed)
         start = self._before if reply.round >= self._round else self._stale_start(reply)
         spec = self._form.spec_of(client)
         update = decode_update(reply.message or b"", spec, self._round, client)

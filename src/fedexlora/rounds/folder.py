@@ -251,6 +251,8 @@ class RunFolder:
             stored = self.store.read(window)
         except VersionError as error:
             raise ResumeError(error.summary, error.faults) from error
+        except OSError as error:  # of the disk, not of what is on it: nothing is taken for damaged
+            raise ResumeError(f"{self.store.path} cannot be read: {error}") from error
         if stored is None:
             return None
         version = stored.state.version

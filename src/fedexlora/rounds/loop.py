@@ -53,7 +53,7 @@ class RunResult:
     """Read from the folder one at a time."""
 
 
-def conduct(
+def run_federation(
     prepared: Prepared,
     folder: RunFolder,
     rows: Mapping[str, int],

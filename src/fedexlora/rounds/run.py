@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.in_process import InProcessTransport
-from fedexlora.rounds.loop import RunResult, conduct, settled_heap
+from fedexlora.rounds.loop import RunResult, run_federation, settled_heap
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare
 from fedexlora.rounds.recipe import Recipe
@@ -49,7 +49,7 @@ def run(
             keep_late=table.stale == "accept",
         )
 
-    return conduct(
+    return run_federation(
         prepared,
         folder,
         trainer.num_examples,

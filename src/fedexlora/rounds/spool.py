@@ -12,7 +12,6 @@ descriptors nor memory grow with the clients but for the names of tensors, which
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.exchange.digest import text_digest
-from fedexlora.exchange.files import replace_bytes
+from fedexlora.exchange.files import replace_bytes, sync_folder
 from fedexlora.exchange.records import ClientRecord
 from fedexlora.exchange.tensors import TensorFile
 from fedexlora.exchange.untrusted import json_object, number, short
@@ -105,8 +104,19 @@ class Spool:
         Raises:
             OSError: if it cannot be written.
         """
-        self.remove()
-        self.path.mkdir(parents=True)
+        if self.path.exists():
+            for file in self.path.iterdir():
+                file.unlink()
+        self.path.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.path.parent)
+        self.draw(clients)
+
+    def draw(self, clients: Sequence[str]) -> None:
+        """Make a draw durable; the updates that are there stay.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         said = {"round": self._round, "version": self._form.before.id, "clients": list(clients)}
         replace_bytes(self.path / _DRAW, json.dumps(said).encode())
 
@@ -164,10 +174,6 @@ class Spool:
             OSError: if it cannot be removed.
         """
         self._file(client).unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Remove the spool."""
-        shutil.rmtree(self.path, ignore_errors=True)
 
     def _file(self, client: str) -> Path:
         return self.path / f"{client}.safetensors"

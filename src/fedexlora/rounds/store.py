@@ -14,6 +14,7 @@ are promised are removed once a snapshot stands for them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from fedexlora.exchange.step_writer import StepSink, StepWriter
 
 SNAPSHOT_ROUNDS = 10
 """A snapshot is kept of every version that is a multiple."""
-_UNREADABLE = (ValueError, KeyError, OSError, VersionError)
+_UNREADABLE = (ValueError, KeyError, VersionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class VersionStore:
         path = self.step_file(version)
         try:
             return open_step(path).step
-        except _UNREADABLE as error:
+        except (*_UNREADABLE, OSError) as error:
             raise VersionError(f"{path} is damaged: {error}") from error
 
     def start(self, version: int) -> GlobalState:
@@ -259,7 +260,7 @@ class VersionStore:
                 },
             )
             return _reached(before, replace(step, pieces={}), version)
-        except _UNREADABLE as error:
+        except (*_UNREADABLE, OSError) as error:
             raise VersionError(f"{path} is damaged: {error}") from error
 
     def _steps(
@@ -288,8 +289,9 @@ class VersionStore:
 
     def _versions(self, kind: str) -> list[int]:
         """The versions of which there is a file of a kind, in order."""
-        files = self.path.glob(f"{kind}-*.safetensors")
-        return sorted(int(x.stem.partition("-")[2]) for x in files if x.stem[-4:].isdecimal())
+        pattern = re.compile(rf"{kind}-(\d{{4}}|[1-9]\d{{4,8}})")  # others' copies are not ours
+        names = (pattern.fullmatch(file.stem) for file in self.path.glob("*.safetensors"))
+        return sorted(int(name[1]) for name in names if name)
 
 
 def _reached(before: GlobalState, step: Step, version: int) -> GlobalState:
