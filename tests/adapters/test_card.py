@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedexlora.adapters.card import model_card
 from fedexlora.adapters.card_source import Source
 from fedexlora.adapters.export import ExportOptions, export_run
+from fedexlora.adapters.finished_run import read_finished
 from fedexlora.adapters.markdown import code_span, literal
-from fedexlora.adapters.stored_run import read_finished
 from fedexlora.exchange.adapter_records import ExportRecord
 
 HEADS = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}

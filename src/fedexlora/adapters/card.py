@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from fedexlora import __version__
 from fedexlora.adapters.card_code import usage
 from fedexlora.adapters.card_source import Source, data_name
+from fedexlora.adapters.finished_run import FinishedRun
 from fedexlora.adapters.markdown import code_span
-from fedexlora.adapters.stored_run import FinishedRun
 from fedexlora.exchange.adapter_records import ExportRecord
 from fedexlora.exchange.records import CertificateRecord, RoundRecord, score_text
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from fedexlora.adapters.finished_run import FinishedRun, read_finished
 from fedexlora.adapters.rescore import rescore
-from fedexlora.adapters.stored_run import FinishedRun, read_finished
 from fedexlora.errors import InputError
 from fedexlora.exchange.adapter_records import EvaluationRecord
 from fedexlora.peft_bridge.adapter_config import CONFIG

@@ -10,10 +10,10 @@ from typing import Literal
 
 from fedexlora.adapters.aggregate import RECORD, compress_adapter
 from fedexlora.adapters.card import model_card
+from fedexlora.adapters.finished_run import FinishedRun, last_version, read_finished
 from fedexlora.adapters.merge import RECORD as MERGE_RECORD
 from fedexlora.adapters.merge import merge_adapter
 from fedexlora.adapters.output import check_new, output
-from fedexlora.adapters.stored_run import FinishedRun, last_version, read_finished
 from fedexlora.errors import RunError
 from fedexlora.exchange.adapter_records import ExportRecord
 from fedexlora.peft_bridge.adapter_file import open_adapter

@@ -72,10 +72,12 @@ class AnswerFile:
     def _key(self, request: Frame) -> str:
         """What tells a request from others.
 
-        That is its header, with recipe, run, round and the id of the version; the parts lead to
-        that version, but a server that was resumed may pack them in other bytes.
+        That is its header, with recipe, run, round and the id of the version. How the client comes
+        to that version is another matter: a server that was resumed may send steps where it sent a
+        snapshot, or pack them in other bytes.
         """
-        said = f"{Frame(request.header).digest()} {self._node}"
+        header = {key: value for key, value in request.header.items() if key != "snapshot"}
+        said = f"{Frame(header).digest()} {self._node}"
         return hashlib.sha256(said.encode()).hexdigest()
 
 

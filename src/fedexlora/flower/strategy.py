@@ -26,7 +26,8 @@ from fedexlora.flower.replies import (
     with_like_metrics,
 )
 from fedexlora.methods.fedex import FEDEX
-from fedexlora.rounds.certificate import TOLERANCE, deviation_of
+from fedexlora.peft_bridge.export_check import TOLERANCE
+from fedexlora.rounds.certificate import deviation_of
 from fedexlora.rounds.common_update import CommonForm, HeldUpdate
 from fedexlora.rounds.reduction import Counted, Reducer, Reduction, drift, step_in_memory
 from fedexlora.rounds.screening import MOST_STRAIN, strain_reason

@@ -17,7 +17,8 @@ from fedexlora.peft_bridge.adapter_file import AdapterFile, open_adapter
 from fedexlora.peft_bridge.names import bias_owner
 
 TOLERANCE = 1e-6
-"""Largest accepted error of a module, relative to its update, beside a stated truncation."""
+"""Largest accepted error of a module, relative to its update, in a live model and in files; beside
+it the rounding of a folded weight and a stated truncation."""
 Terms = Iterable[tuple[Factors | Tensor, float]]
 """Matrices ``(M, N)`` and what each is multiplied by in a sum."""
 

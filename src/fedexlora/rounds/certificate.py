@@ -32,6 +32,7 @@ from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.export_check import TOLERANCE
 from fedexlora.peft_bridge.forward import Kept, measure_kept, multiplied_image
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.reduction import ModuleFigures, Reduction
@@ -39,8 +40,6 @@ from fedexlora.rounds.screening import strain_reason
 
 Forward = Callable[[], None]
 """Runs the model on some real inputs."""
-TOLERANCE = 1e-6
-"""Largest accepted error of an update, relative to it, beside the rounding of a folded weight."""
 
 
 @dataclass(frozen=True, slots=True)
