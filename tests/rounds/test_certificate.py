@@ -129,7 +129,7 @@ def test_the_halves_are_those_of_the_naive_dense_matrices(measured):
 
 
 @pytest.mark.gpu
-@pytest.mark.exactness
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it needs a GPU")
 @pytest.mark.parametrize("next_adapter", ["mean", "svd_aligned", "reinit"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_reduction_on_a_gpu_is_held_against_the_processor_and_equals_its(case, next_adapter):
