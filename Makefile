@@ -30,7 +30,7 @@ results: $(VENV)/.java-metrics  ## The tables of docs/results.md, from nothing: 
 results-smoke: $(VENV)/.java-metrics  ## One row of each of those tables, in minutes
 	$(BIN)/python -m benchmarks.results --smoke
 
-bench-server: $(VENV)/.dev  ## A server's work on a round beside the official recipe: ten minutes
+bench-server: $(VENV)/.dev  ## A server's work on a round beside the official recipe: two minutes
 	mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/server.py --json runs/bench-server.json
 
