@@ -33,7 +33,7 @@ from fedexlora.exchange.update import ClientUpdate, decode_update
 from fedexlora.exchange.version import first_id
 from fedexlora.methods import METHODS, Method
 from fedexlora.rounds.common_update import CommonForm, HeldUpdate
-from fedexlora.rounds.reduction import Counted, Reducer
+from fedexlora.rounds.reduction import Reducer, WeightedUpdate
 
 CLIENTS, ROUNDS, RANK = 3, 5, 4
 PAPER = {
@@ -112,7 +112,7 @@ def our_numbers(sizes: Shapes, method: Method) -> tuple[list[int], list[int]]:
             sent = {name: torch.randn(tensor.shape) for name, tensor in spec.tensors().items()}
             message = ClientUpdate(str(client), round_, state.id, 1, 0.0, "", sent).encode()
             update = decode_update(message, spec, round_, str(client))
-            counted.append(Counted(HeldUpdate.of(update, form), 1.0))
+            counted.append(WeightedUpdate(HeldUpdate.of(update, form), 1.0))
         up.append(numel(update.tensors))
         sink = history.store.sink(state, method.trained)
         step = Reducer(form, method, lambda _, now=state: now.adapter).reduce(counted, sink).step

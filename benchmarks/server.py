@@ -44,7 +44,7 @@ from fedexlora.exchange.step_writer import StepBuilder
 from fedexlora.methods import METHODS
 from fedexlora.rounds import reduction
 from fedexlora.rounds.common_update import CommonForm
-from fedexlora.rounds.reduction import Counted, Reducer, step_in_memory
+from fedexlora.rounds.reduction import Reducer, WeightedUpdate, step_in_memory
 
 SCALING = 2.0
 STEPS = [(3, 32), (10, 32), (50, 8)]
@@ -101,7 +101,7 @@ def our_step(
         zero = LowRank.zeros(*first.shape, torch.float64)
         before = GlobalState(0, "0" * 64, {"m": first.scaled(0.0)}, {"m": zero}, {})
     form = CommonForm(before, AdapterSpec({"m": module}, {}, ("A", "B")), {})
-    counted = [Counted(FileUpdate(factors, i), weight) for i, weight in enumerate(weights)]
+    counted = [WeightedUpdate(FileUpdate(factors, i), weight) for i, weight in enumerate(weights)]
     method = METHODS["fedex"]
     made = Reducer(form, method, lambda _: {}).reduce(counted, step_in_memory(before, method))
     figures = made.modules["m"]

@@ -14,7 +14,7 @@ from fedexlora.exchange.state import GlobalState, state_tensors
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import METHODS
 from fedexlora.rounds.common_update import CommonForm, HeldUpdate
-from fedexlora.rounds.reduction import Counted, Reducer, step_in_memory
+from fedexlora.rounds.reduction import Reducer, WeightedUpdate, step_in_memory
 from fedexlora.rounds.survey import gram_of, strains_of
 
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 5.0}
@@ -67,7 +67,7 @@ def test_sums_write_nothing_that_they_are_given(method, form):
     ]
     weights = list(WEIGHTS.values())
     reducer = Reducer(form, chosen, lambda spec: now.adapter, stay=0.5)
-    counted = [Counted(u, w) for u, w in zip(common, weights, strict=True)]
+    counted = [WeightedUpdate(u, w) for u, w in zip(common, weights, strict=True)]
     reducer.reduce(counted, step_in_memory(now, chosen))
     gram_of(common, now, spec)
     strains_of(common, weights, 0.5, now, spec)
@@ -85,8 +85,8 @@ def test_a_late_head_counts_by_its_change_since_the_version_that_it_started_from
     update = ClientUpdate("a", 3, 1, 4, 1.0, "", tensors)
     form = CommonForm(now, spec, {})
     counted = [
-        Counted(HeldUpdate.of(update, form, then), 2.0),
-        Counted(HeldUpdate.of(replace(update, client="b"), form), 6.0),
+        WeightedUpdate(HeldUpdate.of(update, form, then), 2.0),
+        WeightedUpdate(HeldUpdate.of(replace(update, client="b"), form), 6.0),
     ]
     made = Reducer(form, METHODS["fedex"], lambda spec: now.adapter).reduce(
         counted, step_in_memory(now, METHODS["fedex"])

@@ -58,8 +58,7 @@ def test_who_has_delivered_is_not_asked_again_and_the_round_ends_as_if_nothing_h
     others, first = federation(undisturbed, "fedex")
     wanted, whole = run_round(others, first)
     assert after.id == wanted.id
-    same = {"seconds", "certificate", "modules"}
-    assert record.model_dump(exclude=same) == whole.model_dump(exclude=same)
+    assert record.model_dump(exclude={"seconds"}) == whole.model_dump(exclude={"seconds"})
     for name in model.modules:
         assert torch.equal(live_update(model, name), live_update(undisturbed, name))
     assert parts.transport.holdings.versions == dict.fromkeys(("site-a", "site-b", "site-c"), 0)
@@ -246,3 +245,19 @@ def test_another_client_takes_the_place_of_one_that_is_gone_where_the_round_need
     _, record = run_round(parts, state)
     assert len(record.clients) == 2
     assert drawn[1] not in [c.client for c in record.clients]
+
+
+def test_an_update_that_lacks_a_factor_is_no_update_of_the_common_adapter(tmp_path):
+    """Only factors that are frozen are those of the version."""
+    model = AdaptedModel(adapted(CASE))
+    state = interrupted(model, tmp_path / "spool")
+    form = CommonForm(state, model.spec, {})
+    spool = Spool(tmp_path / "spool", 1, form)
+    whole = spool.find().updates["site-a"]
+    name = min(model.modules)
+    rest = {x: whole.file.read(x) for x in whole.file.tensors if x != f"B/{name}"}
+    damaged = spool.add(rest, whole.record, landed=True)
+    with pytest.raises(KeyError):
+        damaged.factors(name)
+    (fault,) = spool.find().faults
+    assert f"it lacks ['B/{name}']" in fault

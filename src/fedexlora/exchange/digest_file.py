@@ -21,10 +21,11 @@ from fedexlora.exchange.digest import tensor_digest
 from fedexlora.exchange.layout import not_finite
 from fedexlora.exchange.tensors import TensorFile, TensorWriter
 from fedexlora.exchange.untrusted import json_object
+from fedexlora.exchange.wire import CHECKSUM, HEADER
 from fedexlora.texts import few
 
-KEY, CHECKSUM = "fedexlora", "sha256"
-"""The entries of a file's metadata: the JSON object, and the checksum of its text."""
+_FIELDS, _HOLDER = 1024, 32
+"""Bytes of a file's header: of all fields but one, and of one client beside its name."""
 
 
 class DigestWriter:
@@ -53,7 +54,7 @@ class DigestWriter:
     def finish(self, header: Mapping[str, Any]) -> None:
         """Write the header, and force the file to the disk."""
         text = json.dumps(header, sort_keys=True)
-        self._writer.finish({KEY: text, CHECKSUM: _checksum(text)})
+        self._writer.finish({HEADER: text, CHECKSUM: _checksum(text)})
 
     def abandon(self) -> None:
         """Close and remove the file."""
@@ -78,9 +79,9 @@ class DigestFile:
             OSError: if it cannot be read.
         """
         file = TensorFile.open(path)
-        text = file.metadata.get(KEY)
+        text = file.metadata.get(HEADER)
         if text is None:
-            raise ValueError(f"the file has no {KEY!r} header")
+            raise ValueError(f"the file has no {HEADER!r} header")
         if file.metadata.get(CHECKSUM) != _checksum(text):
             raise ValueError("its header does not have the checksum that it was written with")
         return DigestFile(file, json_object(text))
@@ -117,6 +118,15 @@ class DigestFile:
             ValueError: as :meth:`tensors` does.
         """
         return {name: digest for name, _, digest in self.tensors()}
+
+
+def header_room(texts: Iterable[str]) -> int:
+    """Bytes of a header that says something of every client.
+
+    Args:
+        texts: their names, one or two of each.
+    """
+    return _FIELDS + sum(len(json.dumps(text)) + _HOLDER for text in texts)
 
 
 def _checksum(text: str) -> str:

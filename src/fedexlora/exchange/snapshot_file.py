@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,15 +11,13 @@ from torch import Tensor
 
 from fedexlora.errors import SnapshotError
 from fedexlora.exchange.digest import group, known_digest
-from fedexlora.exchange.digest_file import DigestFile, DigestWriter
+from fedexlora.exchange.digest_file import DigestFile, DigestWriter, header_room
 from fedexlora.exchange.files import beside, rename
 from fedexlora.exchange.state import GlobalState, state_from, state_tensors
 from fedexlora.exchange.step_file import shared_in
 from fedexlora.exchange.untrusted import number, short
 
 _PARTS = ("adapter", "heads", "own", "total")
-_FIELDS, _HOLDER = 1024, 32
-"""Bytes of the header: of all fields but one, and of one client beside its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +41,7 @@ def write_snapshot(path: Path, state: GlobalState, held: Mapping[str, int]) -> N
     """
     tensors, shared = state_tensors(state), state.shared
     texts = [*held, *(f"{client}{name}" for client, name in shared.items())]
-    room = _FIELDS + sum(len(json.dumps(text)) + _HOLDER for text in texts)
-    file = DigestWriter(beside(path), tensors, room)
+    file = DigestWriter(beside(path), tensors, header_room(texts))
     try:
         found = {name: file.add(name, tensor) for name, tensor in tensors.items()}
         said = {"version": state.version, "id": state.id, "held": dict(held)}

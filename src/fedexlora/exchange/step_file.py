@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
@@ -14,11 +14,10 @@ from fedexlora.exchange.digest import group, known_digest
 from fedexlora.exchange.digest_file import DigestFile
 from fedexlora.exchange.layout import lowrank_from
 from fedexlora.exchange.step import PIECE, Step, StepDigests, check_parts
-from fedexlora.exchange.tensors import TensorFile
+from fedexlora.exchange.tensors import LazyMapping, TensorFile
 from fedexlora.exchange.untrusted import number, short
 from fedexlora.exchange.version import Adapter
 
-Value = TypeVar("Value")
 PREFIX = "piece"
 """How the names of a step's own pieces begin in its file."""
 
@@ -47,10 +46,11 @@ def read_step(path: Path) -> StoredStep:
         OSError: if it cannot be read.
         DigestError: if a part has another digest than its header says.
     """
-    stored = open_step(path)
+    whole = DigestFile.open(path)
+    stored = _stored(whole)
     parts: dict[str, dict[str, str]] = {"adapter": {}, "heads": {}}
     pieces: dict[str, dict[str, str]] = {}
-    for name, digest in DigestFile.open(path).digests().items():
+    for name, digest in whole.digests().items():
         kind, _, module = name.partition("/")
         if kind in ("A", "B"):
             parts["adapter"][name] = digest
@@ -72,41 +72,26 @@ def open_step(path: Path) -> StoredStep:
         KeyError: if its header lacks a field.
         OSError: if it cannot be read.
     """
-    whole = DigestFile.open(path)
+    return _stored(DigestFile.open(path))
+
+
+def _stored(whole: DigestFile) -> StoredStep:
     file, header = whole.file, whole.header
     factors, dense, pieces, own = _contents(file)
     version = number(header, "version")
     step = Step(
         version,
         known_digest(header["previous"]),
-        _Tensors(file.read, factors),
-        _Tensors(lambda name: file.read(f"dense/{name}"), dense),
-        _Tensors(partial(_piece, file, pieces), pieces),
+        LazyMapping(file.read, factors),
+        LazyMapping(lambda name: file.read(f"dense/{name}"), dense),
+        LazyMapping(partial(_piece, file, pieces), pieces),
         StepDigests.from_json(header["digests"]),
-        _Tensors(partial(_own, file, own), own),
+        LazyMapping(partial(_own, file, own), own),
         shared_in(header, own),
     )
     if step.id != header["id"]:
         raise ValueError(f"it has not the id of version {version}")
     return StoredStep(step, _held(header, version))
-
-
-class _Tensors(Mapping[str, Value]):
-    """What is read from a file whenever it is asked for."""
-
-    def __init__(self, read: Callable[[str], Value], names: Collection[str]) -> None:
-        self._read, self._names = read, names
-
-    def __getitem__(self, name: str) -> Value:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def _contents(

@@ -10,7 +10,6 @@ what the round changed of what clients hold.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.exchange.digest import group, tensors_digest
-from fedexlora.exchange.digest_file import DigestWriter
+from fedexlora.exchange.digest_file import DigestWriter, header_room
 from fedexlora.exchange.files import writing
 from fedexlora.exchange.layout import (
     adapter_tensors,
@@ -33,9 +32,6 @@ from fedexlora.exchange.layout import (
 from fedexlora.exchange.step import PIECE, Step, StepDigests, remainder_digest
 from fedexlora.exchange.step_file import PREFIX, open_step
 from fedexlora.exchange.version import Adapter, next_id
-
-_FIELDS, _HOLDER = 1024, 32
-"""Bytes of a file's header: of all fields but one, and of one client beside its name."""
 
 
 class StepSink(Protocol):
@@ -168,9 +164,8 @@ class StepWriter:
         owning = set(first.values())
         names += [f"own.{x}/{name}/{client}" for name in known for client in owning for x in "AB"]
         said = [*clients, *(f"{client}{name}" for client, name in first.items())]
-        room = _FIELDS + sum(len(json.dumps(text)) + _HOLDER for text in said)
         with writing(path):
-            self._file: DigestWriter | None = DigestWriter(path, names, room)
+            self._file: DigestWriter | None = DigestWriter(path, names, header_room(said))
 
     def add(self, module: str, adapter: Factors, piece: LowRank) -> None:
         """See :class:`StepSink`."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +38,32 @@ _DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PIECE = 1 << 20
 """Numbers of a tensor that are held at a time."""
+
+
+Value = TypeVar("Value")
+
+
+class LazyMapping(Mapping[str, Value]):
+    """What is read whenever it is asked for, and not held.
+
+    Args:
+        read: reads one value by its name.
+        names: in order.
+    """
+
+    def __init__(self, read: Callable[[str], Value], names: Collection[str]) -> None:
+        self._read, self._names = read, names
+
+    def __getitem__(self, name: str) -> Value:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True, slots=True)

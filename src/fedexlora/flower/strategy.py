@@ -29,7 +29,7 @@ from fedexlora.methods.fedex import FEDEX
 from fedexlora.peft_bridge.export_check import TOLERANCE
 from fedexlora.rounds.certificate import deviation_of
 from fedexlora.rounds.common_update import CommonForm, HeldUpdate
-from fedexlora.rounds.reduction import Counted, Reducer, Reduction, drift, step_in_memory
+from fedexlora.rounds.reduction import Reducer, Reduction, WeightedUpdate, drift, step_in_memory
 from fedexlora.rounds.screening import MOST_STRAIN, strain_reason
 from fedexlora.rounds.survey import strains_of
 from fedexlora.texts import few
@@ -133,14 +133,14 @@ class FedExLoRA(FedAvg):
         opened, self._open = self._open, None
         sent = opened.sent
         form, counted = CommonForm(sent.state, sent.spec, {}), []
-        updates: list[Counted] = []
+        updates: list[WeightedUpdate] = []
         for reply in usable_replies(replies, self.weighted_by_key, opened.asked, step):
             try:
                 update = self._update(reply, server_round, sent)
             except UpdateError as error:
                 leave_out(step, reply.node, error.faults)
             else:
-                updates.append(Counted(HeldUpdate.of(update, form), reply.weight))
+                updates.append(WeightedUpdate(HeldUpdate.of(update, form), reply.weight))
                 counted.append(reply)
         logger.info("%s: %d of %d nodes count", step, len(counted), len(opened.asked))
         if not counted:
@@ -194,7 +194,7 @@ class FedExLoRA(FedAvg):
 
 
 def _certify(
-    reduction: Reduction, state: GlobalState, form: CommonForm, updates: Sequence[Counted]
+    reduction: Reduction, state: GlobalState, form: CommonForm, updates: Sequence[WeightedUpdate]
 ) -> None:
     """Hold the next version against the naive float64 sum of what was received, and log it.
 

@@ -4,7 +4,7 @@ It comes in two halves whose bounds add. The step against the ideal, the naive f
 updates that were received, is measured where the step is made (``rounds.reduction``) and needs no
 model. Here a live model is held against the adapter and the total of its version: the change of
 the frozen weight, and the factors of every active adapter with PEFT's own scalings, are read back.
-The halves share no arithmetic with each other, nor with what they measure.
+The halves share nothing but what norms are measured by (``algebra.probes``).
 
 Beside that error stand what the layers make of it in the arithmetic that is used: ``forward``, the
 error once every operand is rounded as its layer rounds it, and ``kept``, the share of the remainder
@@ -169,8 +169,14 @@ def held_error(model: AdaptedModel, name: str, state: GlobalState) -> Norm:
         state: the version.
     """
     probes = _probes(name, state)
+    return _held(model, name, state, probes, _wanted(model, name, state, probes))
+
+
+def _held(
+    model: AdaptedModel, name: str, state: GlobalState, probes: Probes, wanted: Tensor
+) -> Norm:
+    """The same, of what the module should add as :func:`_wanted` says; that is not written."""
     if probes.exact or name not in model.untouched:
-        wanted = _wanted(model, name, state, probes)
         return probes.norm(model.image(name, probes).sub_(wanted))
     # The rounding of a fold is what is allowed: of that an estimate's bound would be too wide.
     folded = model.fold_error(name, state.total[name])
@@ -194,7 +200,7 @@ def _measure(
     scaling = model.spec.modules[name].scaling
     probes, start = _probes(name, state), model.start.get(name)
     wanted = _wanted(model, name, state, probes)
-    held = held_error(model, name, state)
+    held = _held(model, name, state, probes, wanted)
     ideal = update = scaling * figures.ideal
     if start is not None:
         update = probes.norm(probes.add(wanted, start, -scaling)).value

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
+from fedexlora.exchange.layout import each_once
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
@@ -38,7 +40,7 @@ class CommonUpdate(Protocol):
         """A head or bias."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: ranks are kept
 class CommonForm:
     """The rank and the scaling to which a round's updates are brought."""
 
@@ -49,10 +51,20 @@ class CommonForm:
     specs: Mapping[str, AdapterSpec]
     """The adapters of the clients that have another one, by client."""
 
-    def rank(self, module: str) -> int:
-        """The largest rank that any client has."""
-        every = (self.spec, *self.specs.values())
-        return max(spec.modules[module].rank for spec in every)
+    @cached_property
+    def ranks(self) -> Mapping[str, int]:
+        """By module, the largest rank that any client has."""
+        every = [self.spec, *each_once(self.specs)[0].values()]
+        return {name: max(spec.modules[name].rank for spec in every) for name in self.spec.modules}
+
+    def required(self) -> set[str]:
+        """The tensors that an update of any client has."""
+        factors = {f"{x}/{name}" for x in self.spec.trained for name in self.spec.modules}
+        return factors | {f"dense/{name}" for name in self.before.dense}
+
+    def common(self, module: str) -> Factors:
+        """The common adapter of the version, at the common rank."""
+        return self.before.adapter[module].padded(self.ranks[module])
 
     def spec_of(self, client: str) -> AdapterSpec:
         """The adapter that a client trains."""
@@ -111,17 +123,26 @@ class CommonForm:
     def factors_from(
         self, tensors: Mapping[str, Tensor], module: str, letters: tuple[str, str] = ("A", "B")
     ) -> Factors:
-        """A module's factors among tensors of the common form."""
-        held = self.before.adapter[module].padded(self.rank(module))
-        down, up = (tensors.get(f"{letter}/{module}") for letter in letters)
-        return Factors(held.A if down is None else down, held.B if up is None else up)
+        """A module's factors among tensors of the common form.
+
+        Raises:
+            KeyError: if one that is trained is missing.
+        """
+        names = [f"{letter}/{module}" for letter in letters]
+        if all(name in tensors for name in names):
+            return Factors(*(tensors[name] for name in names))
+        common, trained = self.common(module), self.spec.trained
+        down, up = (
+            tensors[name] if name in tensors or name[0] in trained else None for name in names
+        )
+        return Factors(common.A if down is None else down, common.B if up is None else up)
 
     def _brought(self, client: str, module: str, pair: Factors) -> Factors:
         """Factors of a client's own rank and scaling; what is not rescaled is not rounded."""
         scale = self.scale(client, module)
         if scale != 1.0:
             pair = pair.to(torch.float64).scaled(scale)
-        return pair.padded(self.rank(module))
+        return pair.padded(self.ranks[module])
 
 
 @dataclass(frozen=True, slots=True)

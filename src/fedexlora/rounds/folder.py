@@ -257,7 +257,7 @@ class RunFolder:
             return None
         version = stored.state.version
         records = self.read_records(version)
-        if (found := [record.round for record in records]) != list(range(1, version + 1)):
+        if (found := records.rounds) != list(range(1, version + 1)):
             raise ResumeError(
                 f"{self._records}: expected rounds 1 to {version}, found {found}",
                 [f"the last version in {self.store.path} is {version}"],

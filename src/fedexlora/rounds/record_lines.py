@@ -24,6 +24,8 @@ class RecordLines(Sequence[RoundRecord]):
     def __init__(self, path: Path, count: int) -> None:
         self._path = path
         self._places: list[int] = []
+        self.rounds: list[int] = []
+        """What rounds the lines are of."""
         self.size = 0
         """Bytes of these lines."""
         if not path.exists():
@@ -33,7 +35,7 @@ class RecordLines(Sequence[RoundRecord]):
             for line in file:
                 if len(self._places) >= count or not line.endswith(b"\n"):
                     break
-                RoundRecord.model_validate_json(line)
+                self.rounds.append(RoundRecord.model_validate_json(line).round)
                 self._places.append(self.size)
                 self.size += len(line)
 

@@ -12,7 +12,8 @@ the weight for adapters of their own, is zero for all that start from the common
 The method makes of one module's updates the next adapter and the piece of remainder that leads
 there. What it made is held against the ideal at once, by the naive float64 sum of what was received
 (or its image of random probes, where the module is large): one half of the certificate. It shares
-no arithmetic with the method. Nothing of a module stays in memory but these figures.
+no arithmetic with the method. Nothing of a module stays in memory but these figures, and the
+factors of clients that have an adapter of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import hypot
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ FreshFactors = Callable[[AdapterSpec], Adapter]
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class WeightedUpdate:
     """An update and what it counts."""
 
     update: CommonUpdate
@@ -80,18 +80,6 @@ class Reduction:
     """By module, in the order of the spec."""
     heads: Mapping[str, tuple[float, float]]
     """By head and bias: the norm of its rounding, and that of the mean, which is float64."""
-    weight: float
-    """Of all that count."""
-
-    @property
-    def head_error(self) -> float:
-        """The rounding of all heads and biases."""
-        return hypot(*(error for error, _ in self.heads.values()))
-
-    @property
-    def head_ideal(self) -> float:
-        """Their mean."""
-        return hypot(*(ideal for _, ideal in self.heads.values()))
 
 
 @dataclass(slots=True)
@@ -117,7 +105,7 @@ class Reducer:
 
     def reduce(
         self,
-        updates: Sequence[Counted],
+        updates: Sequence[WeightedUpdate],
         sink: StepSink,
         held: Mapping[str, int | None] | None = None,
     ) -> Reduction:
@@ -134,28 +122,37 @@ class Reducer:
         kept, shared = each_once(self.form.specs)
         drawn: dict[str, dict[str, Factors]] = {client: {} for client in kept}
         for name in spec.modules:
-            made = self._module(name, updates, weight)
+            made = self._module(name, updates, weight, kept)
             sink.add(name, made.adapter, made.piece)
             figures[name] = made.figures
             for client, pair in made.own.items():
                 drawn[client][name] = pair
-        means = {name: self._mean(name, updates, weight) for name in before.dense}
-        heads = {name: mean.to(before.dense[name].dtype) for name, mean in means.items()}
-        rounding = {n: (_off(heads[n], mean), _size(mean)) for n, mean in means.items()}
+        heads: dict[str, Tensor] = {}
+        rounding: dict[str, tuple[float, float]] = {}
+        for name, now in before.dense.items():
+            mean = self._mean(name, updates, weight)
+            heads[name] = mean.to(now.dtype)
+            rounding[name] = float((heads[name].double() - mean).norm()), float(mean.norm())
         own: Mapping[str, Adapter] = drawn | {client: drawn[x] for client, x in shared.items()}
         if self.method.own_adapters:
             own = {**before.own, **{x.update.client: self.form.sent(x.update) for x in updates}}
         step = sink.finish(heads, *before.changed(own), held or {})
-        return Reduction(step, figures, rounding, weight)
+        return Reduction(step, figures, rounding)
 
-    def _module(self, name: str, updates: Sequence[Counted], weight: float) -> _Made:
+    def _module(
+        self,
+        name: str,
+        updates: Sequence[WeightedUpdate],
+        weight: float,
+        owners: Mapping[str, AdapterSpec],
+    ) -> _ModuleResult:
         """The next adapter of a module, what is beside it, and what was measured."""
         with torch.device(self.device):
             moments = Moments.over(self._on_device(name, updates))
             wide = self.method.assignment(moments, self._holder(None, self.form.spec, name))
             remainder = assignment.remainder(moments, wide)
             kept, lacks = self.method.remainder(remainder)
-            own = {} if self.method.own_adapters else self._own(name, moments)
+            own = {} if self.method.own_adapters else self._own(name, moments, owners)
             lost = deviation(moments)
         adapter = wide.to(self.form.spec.modules[name].dtype).on(_PROCESSOR)
         piece = self._with_offsets(name, kept.on(_PROCESSOR), updates, weight).to(PIECE)
@@ -164,20 +161,24 @@ class Reducer:
         if truncated is None:
             lacks = 0.0
         error = Norm(error.value, error.bound + lacks)
-        return _Made(adapter, piece, own, ModuleFigures(error, ideal, lost, lacks))
+        return _ModuleResult(adapter, piece, own, ModuleFigures(error, ideal, lost, lacks))
 
-    def _clients(self, name: str, updates: Sequence[Counted]) -> Iterator[tuple[Factors, float]]:
+    def _clients(
+        self, name: str, updates: Sequence[WeightedUpdate]
+    ) -> Iterator[tuple[Factors, float]]:
         """Factors and weights, one after the other; the version itself first, if it counts."""
         if self.stay > 0.0:
-            yield self._common(name), self.stay
+            yield self.form.common(name), self.stay
         for counted in updates:
             yield counted.update.factors(name), counted.weight
 
-    def _on_device(self, name: str, updates: Sequence[Counted]) -> Iterator[tuple[Factors, float]]:
+    def _on_device(
+        self, name: str, updates: Sequence[WeightedUpdate]
+    ) -> Iterator[tuple[Factors, float]]:
         return ((pair.on(self.device), weight) for pair, weight in self._clients(name, updates))
 
     def _with_offsets(
-        self, name: str, piece: LowRank, updates: Sequence[Counted], weight: float
+        self, name: str, piece: LowRank, updates: Sequence[WeightedUpdate], weight: float
     ) -> LowRank:
         """A piece of remainder plus what clients hold beside the weight for their own adapters."""
         offset = LowRank.zeros(*piece.shape, torch.float64)
@@ -194,7 +195,7 @@ class Reducer:
     def _held(
         self,
         name: str,
-        updates: Sequence[Counted],
+        updates: Sequence[WeightedUpdate],
         weight: float,
         sent: tuple[Factors, LowRank],
         truncated: tuple[LowRank, LowRank] | None,
@@ -232,7 +233,7 @@ class Reducer:
             probes.add(mean, before.total[name].value)
         return found, probes.norm(mean).value
 
-    def _mean(self, name: str, updates: Sequence[Counted], weight: float) -> Tensor:
+    def _mean(self, name: str, updates: Sequence[WeightedUpdate], weight: float) -> Tensor:
         """The mean of a head or bias, float64."""
         now = self.form.before.dense[name].double()
         total = now * self.stay
@@ -240,14 +241,16 @@ class Reducer:
             total.add_(counted.update.head(name).double(), alpha=counted.weight)
         return total.div_(weight)
 
-    def _own(self, name: str, moments: Moments) -> dict[str, Factors]:
-        """What clients with an adapter of their own continue from; one for all of equal spec."""
+    def _own(
+        self, name: str, moments: Moments, owners: Mapping[str, AdapterSpec]
+    ) -> dict[str, Factors]:
+        """What clients with an adapter of their own continue from."""
         return {
             client: self.method.assignment(moments, self._holder(client, spec, name))
             .scaled(1.0 / self.form.scale(client, name))
             .to(spec.modules[name].dtype)
             .on(_PROCESSOR)
-            for client, spec in each_once(self.form.specs)[0].items()
+            for client, spec in owners.items()
         }
 
     def _holder(self, client: str | None, spec: AdapterSpec, name: str) -> Holder:
@@ -267,9 +270,6 @@ class Reducer:
             with torch.device(_PROCESSOR):
                 self._drawn[id(spec)] = self.fresh(spec)
         return _rescaled(self._drawn[id(spec)][name], scale).on(self.device)
-
-    def _common(self, name: str) -> Factors:
-        return self.form.before.adapter[name].padded(self.form.rank(name))
 
 
 def step_in_memory(before: GlobalState, method: Method) -> StepBuilder:
@@ -299,7 +299,7 @@ def drift(before: GlobalState, step: Step, after: GlobalState, module: str) -> N
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _ModuleResult:
     """What was made of one module."""
 
     adapter: Factors
@@ -311,11 +311,3 @@ class _Made:
 def _rescaled(pair: Factors, scale: float) -> Factors:
     """Factors in another scaling, without rounding what is not rescaled."""
     return pair if scale == 1.0 else pair.to(torch.float64).scaled(scale)
-
-
-def _off(head: Tensor, mean: Tensor) -> float:
-    return float((head.double() - mean).norm())
-
-
-def _size(mean: Tensor) -> float:
-    return float(mean.norm())

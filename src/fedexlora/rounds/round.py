@@ -27,7 +27,7 @@ from fedexlora.rounds.certificate import Certificate, Forward, certify, enforce
 from fedexlora.rounds.common_update import CommonForm
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.participation import AccessList, Participation
-from fedexlora.rounds.reduction import Counted, Reducer
+from fedexlora.rounds.reduction import Reducer, WeightedUpdate
 from fedexlora.rounds.screening import Screening, screen, strained
 from fedexlora.rounds.spool import Spool, SpooledUpdate
 from fedexlora.rounds.transport import Transport
@@ -108,7 +108,7 @@ def run_round(
         reducer = Reducer(
             form, federation.method, fresh, federation.seed, intake.stay, federation.device
         )
-        counted = [Counted(x, x.weight) for x in intake.updates]
+        counted = [WeightedUpdate(x, x.weight) for x in intake.updates]
         reduction = reducer.reduce(counted, sink, held)
         federation.keep(intake.updates)
     with clock.phase("apply"):  # step 6

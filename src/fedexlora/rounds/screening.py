@@ -165,7 +165,7 @@ def screen(rule: Screening, intake: Intake, form: CommonForm) -> None:
             continue
         said = {"weight": judged.result.weights[i], "counted": judged.result.kept[i]}
         record = update.record.model_copy(update={**said, "norm": judged.norms[i]})
-        intake.updates.append(update.counted(record))
+        intake.updates.append(update.weighed(record))
     before = {x.client: x.weight for x in given}
     if any(x.weight != before[x.client] for x in intake.updates):
         # An update that counts little may be of any size: the running means of the moments must

@@ -3,16 +3,16 @@
     spool/draw.json              who takes part, before anyone is asked
     spool/CLIENT.safetensors     what the client sent, in the common form, and its record
 
-Files are written beside and renamed. A server that is killed in the middle of a
-round goes on with what is here: the draw stands, and only those are asked again of whom there is
-no file. Files are opened for every read, and their places are read once, so that neither
-descriptors nor memory grow with the clients but for the names of tensors, which they share.
+Files are written beside and renamed. A server that is killed in the middle of a round goes on with
+what is here: the draw stands, and only those are asked again of whom there is no file. Files are
+opened for every read, and their places are read once, so that neither descriptors nor memory grow
+with the clients but for the names of tensors, which they share.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.exchange.digest import text_digest
 from fedexlora.exchange.files import replace_bytes, sync_folder
 from fedexlora.exchange.records import ClientRecord
-from fedexlora.exchange.tensors import TensorFile
+from fedexlora.exchange.tensors import LazyMapping, TensorFile
 from fedexlora.exchange.untrusted import json_object, number, short
 from fedexlora.exchange.wire import CHECKSUM, HEADER, digest, pack
 from fedexlora.rounds.common_update import CommonForm
@@ -48,32 +48,36 @@ class SpooledUpdate:
         return self.record.client
 
     @property
+    def _tensors(self) -> Mapping[str, Tensor]:
+        return LazyMapping(self.file.read, self.file.tensors)
+
+    @property
     def weight(self) -> float:
         """What it counts."""
         return self.record.weight
 
     def factors(self, module: str) -> Factors:
         """As of :class:`~fedexlora.rounds.common_update.CommonUpdate`."""
-        return self.form.factors_from(_Tensors(self.file), module)
+        return self.form.factors_from(self._tensors, module)
 
     def start(self, module: str) -> Factors | None:
         """As of :class:`~fedexlora.rounds.common_update.CommonUpdate`."""
         if f"A0/{module}" not in self.file.tensors:
             return None
-        return self.form.factors_from(_Tensors(self.file), module, ("A0", "B0"))
+        return self.form.factors_from(self._tensors, module, ("A0", "B0"))
 
     def head(self, name: str) -> Tensor:
         """A head or bias."""
         return self.file.read(f"dense/{name}")
 
-    def counted(self, record: ClientRecord) -> SpooledUpdate:
+    def weighed(self, record: ClientRecord) -> SpooledUpdate:
         """The same update, which counts as a rule says."""
         return replace(self, record=record)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What an interrupted round has left."""
+class InterruptedRound:
+    """What it has left."""
 
     draw: tuple[str, ...] | None
     """Who takes part; None if nobody was asked."""
@@ -123,7 +127,7 @@ class Spool:
     def add(
         self, tensors: Mapping[str, Tensor], record: ClientRecord, *, landed: bool
     ) -> SpooledUpdate:
-        """Make an update durable.
+        """Put an update on disk: it survives this process, and not always a power failure.
 
         Args:
             tensors: in the common form.
@@ -145,18 +149,18 @@ class Spool:
         replace_bytes(path, pack(tensors, header), sync=False)
         return SpooledUpdate(self._opened(path), self._form, record, landed)
 
-    def find(self) -> Found:
+    def find(self) -> InterruptedRound:
         """What there is of this round; what is of another one, as after a rollback, is not."""
         path = self.path / _DRAW
         if not path.exists():
-            return Found(None)
+            return InterruptedRound(None)
         try:
             said = json_object(path.read_bytes())
             clients = tuple(map(str, said["clients"]))
             if (number(said, "round"), said["version"]) != (self._round, self._form.before.id):
-                return Found(None)  # a round that is over, or was rolled back
+                return InterruptedRound(None)  # a round that is over, or was rolled back
         except _UNREADABLE as error:
-            return Found(None, faults=(f"{path} is damaged: {error}",))
+            return InterruptedRound(None, faults=(f"{path} is damaged: {error}",))
         updates, faults = {}, []
         for file in sorted(self.path.glob("*.safetensors")):
             try:
@@ -165,7 +169,7 @@ class Spool:
                 faults.append(f"{file} is passed over: {error}")
                 continue
             updates[update.client] = update
-        return Found(clients, updates, tuple(faults))
+        return InterruptedRound(clients, updates, tuple(faults))
 
     def discard(self, client: str) -> None:
         """Remove a client's update.
@@ -190,6 +194,8 @@ class Spool:
         record = ClientRecord.model_validate(header["record"])
         if path.stem != record.client:
             raise ValueError(f"it is an update of {short(record.client)}")
+        if missing := self._form.required() - file.tensors.keys():
+            raise ValueError(f"it lacks {short(sorted(missing))}")
         return SpooledUpdate(file, self._form, record, header["landed"] is True)
 
     def _opened(self, path: Path) -> TensorFile:
@@ -198,19 +204,3 @@ class Spool:
         key = repr([(name, str(spec), found.places[name]) for name, spec in found.tensors.items()])
         first = self._layouts.setdefault(text_digest(key), found)
         return replace(found, tensors=first.tensors, places=first.places)
-
-
-class _Tensors(Mapping[str, Tensor]):
-    """The tensors of a file, read when they are asked for."""
-
-    def __init__(self, file: TensorFile) -> None:
-        self._file = file
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._file.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file.tensors)
-
-    def __len__(self) -> int:
-        return len(self._file.tensors)
