@@ -1,6 +1,6 @@
 """Local training beside a plain ``Trainer``, and where the time of a step goes.
 
-A recipe's clients are trained for one round by our ``LocalTrainer``, as in a run, and by
+A recipe's clients are trained for one round by our ``LocalClients``, as in a run, and by
 transformers' ``Trainer`` alone, on a copy of the same model, with the same rows, seeds, arguments
 and so the same batches; their losses are held to be equal. The two take turns, client by client, in
 seconds of the processor of one thread: what else the machine does counts little and meets both.
@@ -35,7 +35,7 @@ from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.wire import unpack
 from fedexlora.local.arguments import arguments
-from fedexlora.local.trainer import LocalTrainer
+from fedexlora.local.clients import LocalClients
 from fedexlora.rounds.loop import settled_heap
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare
@@ -105,7 +105,7 @@ class Parts:
 class Pair:
     """One client at a time, trained by us and by a plain ``Trainer``."""
 
-    def __init__(self, trainer: LocalTrainer, state: GlobalState, recipe: Any) -> None:
+    def __init__(self, trainer: LocalClients, state: GlobalState, recipe: Any) -> None:
         self._trainer, self._state, self._recipe = trainer, state, recipe
         self.plain_model = copy.deepcopy(trainer.model.peft_model)
         self._start = [(p, p.detach().clone()) for p in self.plain_model.parameters()]

@@ -85,7 +85,7 @@ def alone(task: dict) -> dict:
 
 def trained(task: dict) -> dict:
     """A real run: peak memory, and where the time of its rounds went."""
-    from fedexlora.local import trainer as training
+    from fedexlora.local import clients as training
     from fedexlora.rounds.observer import Observer
     from fedexlora.rounds.recipe import parse_recipe
     from fedexlora.rounds.run import run

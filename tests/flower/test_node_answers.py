@@ -29,7 +29,7 @@ from fedexlora.flower.announcement import announcing
 from fedexlora.flower.fault_frames import LogFormatter
 from fedexlora.flower.frames import PROTOCOL, Frame, from_records, to_records
 from fedexlora.flower.worker import Desk, ask_worker
-from fedexlora.local.trainer import LocalTrainer
+from fedexlora.local.clients import LocalClients
 
 CANARIES = random.Random(16)
 
@@ -315,13 +315,13 @@ def alone(ward, tmp_path) -> Ward:
 def trained(monkeypatch) -> list[int]:
     """The rounds in which a node of this process has trained."""
     rounds = []
-    update = LocalTrainer.update
+    update = LocalClients.update
 
     def counted(trainer, client, state, round_, progress):
         rounds.append(round_)
         return update(trainer, client, state, round_, progress)
 
-    monkeypatch.setattr(LocalTrainer, "update", counted)
+    monkeypatch.setattr(LocalClients, "update", counted)
     return rounds
 
 

@@ -99,7 +99,7 @@ def play(recipe: Recipe) -> Document:
 def stand_in() -> Iterator[None]:
     """New factors and what clients train are fractions of 512."""
     with (
-        patch("fedexlora.local.trainer.train_locally", _step),
+        patch("fedexlora.local.clients.train_locally", _step),
         patch("torch.nn.init.kaiming_uniform_", _start),
     ):
         yield

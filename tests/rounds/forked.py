@@ -18,8 +18,8 @@ import torch
 
 from fedexlora.exchange import files
 from fedexlora.exchange.digest_file import DigestWriter
-from fedexlora.local import trainer
-from fedexlora.local.trainer import LocalTrainer
+from fedexlora.local import clients
+from fedexlora.local.clients import LocalClients
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds import loop
 from fedexlora.rounds import round as round_module
@@ -152,7 +152,7 @@ class FullDisk(Moments):
         self.watch_stores(stop)
 
 
-def quick(made: tuple[Prepared, LocalTrainer] | None, failing: float = 0.0) -> None:
+def quick(made: tuple[Prepared, LocalClients] | None, failing: float = 0.0) -> None:
     """Make runs of this process cheap and repeatable to the last bit, times included.
 
     Local training adds seeded noise, or fails, in a share of cases: with an error, a NaN, or a
@@ -178,7 +178,7 @@ def quick(made: tuple[Prepared, LocalTrainer] | None, failing: float = 0.0) -> N
         parameters = self.model.peft_model.parameters()
         return {"accuracy": float(sum(p.detach().double().sum() for p in parameters))}
 
-    trainer.train_locally = train
+    clients.train_locally = train
     Prepared.evaluate = score
     run_module.prepare = lambda recipe, observer: made
     time.perf_counter = lambda: 0.0

@@ -18,7 +18,7 @@ from fedexlora.errors import DivergenceError, InputError, RunError
 from fedexlora.exchange.delivery import Delivery
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.state import GlobalState
-from fedexlora.local.trainer import LocalTrainer
+from fedexlora.local.clients import LocalClients
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.observer import Observer
@@ -38,7 +38,7 @@ from tests.rounds.scripted import OTHER, Scripted, federation, random_update
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="it forks")
 
 
-Made = tuple[Prepared, LocalTrainer]
+Made = tuple[Prepared, LocalClients]
 
 
 def parsed(bert: str, data_folder: Path, **changes: object) -> Recipe:

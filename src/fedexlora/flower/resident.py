@@ -20,7 +20,7 @@ from fedexlora.exchange.untrusted import number
 from fedexlora.flower.announcement import announced
 from fedexlora.flower.frames import Frame
 from fedexlora.flower.permission import local_recipe
-from fedexlora.local.trainer import LocalTrainer
+from fedexlora.local.clients import LocalClients
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare
 from fedexlora.rounds.recipe import Recipe, load_recipe
@@ -33,7 +33,7 @@ class _Resident:
     """What one of the simulation's processes keeps: a model for all clients."""
 
     recipe: Mapping[str, Any]
-    trainer: LocalTrainer
+    trainer: LocalClients
     held: tuple[bytes, Passage] | None = field(default=None)
 
 

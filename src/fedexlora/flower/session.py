@@ -27,7 +27,7 @@ from fedexlora.flower.fault_frames import fault_frame
 from fedexlora.flower.frames import PROTOCOL, Frame
 from fedexlora.flower.node import Node
 from fedexlora.flower.permission import local_recipe
-from fedexlora.local.trainer import LocalTrainer
+from fedexlora.local.clients import LocalClients
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare_client
 
@@ -47,7 +47,7 @@ class Session:
         self._stored = stored
         self._last_answer = AnswerFile(node)
         self._recipe: Mapping[str, Any] | None = None
-        self._trainer: LocalTrainer | None = None
+        self._trainer: LocalClients | None = None
         self._held = _read(stored)
 
     def answer(self, frame: Frame) -> Frame:
@@ -99,7 +99,7 @@ class Session:
         _log.info("round %d: trained in %.1f s", round_, seconds)
         return Frame({"seconds": seconds}, {"update": update})
 
-    def _ready(self, header: Mapping[str, Any]) -> LocalTrainer:
+    def _ready(self, header: Mapping[str, Any]) -> LocalClients:
         """The model and rows of the server's recipe, loaded once."""
         sent = header.get("recipe")
         if self._trainer is None or sent != self._recipe:

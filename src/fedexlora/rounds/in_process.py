@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fedexlora.errors import RunError
 from fedexlora.exchange.delivery import Delivery, Passage, open_message, with_own
 from fedexlora.exchange.state import GlobalState
-from fedexlora.local.trainer import LocalTrainer
+from fedexlora.local.clients import LocalClients
 from fedexlora.rounds.participation import late
 from fedexlora.rounds.transport import ClientProgress, Reply
 
@@ -35,7 +35,7 @@ class InProcessTransport:
 
     def __init__(
         self,
-        trainer: LocalTrainer,
+        trainer: LocalClients,
         *,
         held: Mapping[str, tuple[int, str]] | None = None,
         keep_late: bool = False,

@@ -25,7 +25,7 @@ from fedexlora.local.arguments import (
     training_arithmetic,
     training_device,
 )
-from fedexlora.local.trainer import LocalTrainer
+from fedexlora.local.clients import LocalClients
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.export import file_names
 from fedexlora.peft_bridge.inspect import check_new_weights
@@ -79,7 +79,7 @@ class Prepared:
         return {how: partial(read, model, how, _ROWS_READ) for how in self.model.arithmetics}
 
 
-def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]:
+def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]:
     """Load and check everything that a recipe names: the server's side, and all clients.
 
     Raises:
@@ -110,7 +110,7 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalTrainer]
     data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
     prepared = Prepared(recipe, scoring, model, specs, data, summary)
     collator = task.collator(tokenizer)
-    return prepared, LocalTrainer(model, rows, shares, collator, recipe.training, seed, specs)
+    return prepared, LocalClients(model, rows, shares, collator, recipe.training, seed, specs)
 
 
 def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
@@ -138,7 +138,7 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
 
 def prepare_client(
     recipe: Recipe, client: str, share: str | None, observer: Observer
-) -> LocalTrainer:
+) -> LocalClients:
     """Load and check one client's side: the model and its own training rows.
 
     Args:
@@ -171,7 +171,7 @@ def prepare_client(
     check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
     everything = {client: range(len(rows))}
     collator = task.collator(tokenizer)
-    return LocalTrainer(model, rows, everything, collator, recipe.training, seed, specs)
+    return LocalClients(model, rows, everything, collator, recipe.training, seed, specs)
 
 
 def client_rows(recipe: Recipe) -> dict[str, int]:
