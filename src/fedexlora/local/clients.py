@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import RecipeError
+from fedexlora.exchange.layout import adapter_tensors, dense_tensors
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.local.arguments import full_batches_only
+from fedexlora.local.memory import ClientMemory, Remembered
 from fedexlora.local.trainer import Collator, rehearse, train_locally
+from fedexlora.methods.rule import ClientRound, Rule, Trainables
 from fedexlora.peft_bridge.model import AdaptedModel
 
 
 class LocalClients:
     """One resident model that trains any of the clients that are given to it.
 
-    ``num_examples`` has the rows by client, in the order of the partition.
+    ``num_examples`` has the rows by client, in the order of the partition; ``rule`` is that of the
+    method.
 
     Args:
         model: the model; it is left as some client's.
@@ -31,6 +38,7 @@ class LocalClients:
         options: fields of ``TrainingArguments``.
         seed: the federation's.
         specs: the adapters of the clients that have another one than the model, by client.
+        rule: what clients do by the method.
     """
 
     def __init__(
@@ -42,6 +50,7 @@ class LocalClients:
         options: Mapping[str, Any],
         seed: int,
         specs: Mapping[str, AdapterSpec],
+        rule: Rule,
     ) -> None:
         self.model = model
         self._rows = rows
@@ -51,6 +60,7 @@ class LocalClients:
         self._options = options
         self._seed = seed
         self._specs = specs
+        self.rule = rule
         self._applied: Mapping[str, LowRank] | None = None
 
     def rehearse(self) -> None:
@@ -79,6 +89,7 @@ class LocalClients:
         held: GlobalState,
         round_: int,
         progress: Callable[[str, int, int], None],
+        memory: ClientMemory | None = None,
     ) -> bytes:
         """Train one client from the version that it holds, and encode what it learned.
 
@@ -87,20 +98,23 @@ class LocalClients:
             held: the version, with the client's own adapter if it has one.
             round_: the round, from 1.
             progress: told of the client, steps done and steps in all.
+            memory: what clients remember of the method; None where it remembers nothing.
+
+        Raises:
+            OSError: if what the client remembers cannot be written.
         """
-        if self._applied is not held.total:
-            self.model.apply(held)
-            self._applied = held.total
-        self.model.enter(held, client, self._specs.get(client))
+        at, since = self._client_round(client, held, round_, memory)
+        self._enter(held, at)
         rows = self.rows_of(client)
-        loss = train_locally(
-            self.model.peft_model,
-            rows,
-            self._collator,
-            self._options,
-            seed=derive_seed(self._seed, round_, client),
-            progress=lambda done, steps: progress(client, done, steps),
-        )
+        with self.model.training_only(self.rule.trains(round_)):
+            loss = train_locally(
+                self.model.peft_model,
+                rows,
+                self._collator,
+                self._options,
+                seed=derive_seed(self._seed, round_, client),
+                progress=lambda done, steps: progress(client, done, steps),
+            )
         return ClientUpdate(
             client=client,
             round=round_,
@@ -108,5 +122,46 @@ class LocalClients:
             num_examples=len(rows),
             loss=loss,
             base=self.model.base_fingerprint,
-            tensors=self.model.update_tensors(),
+            tensors=self._leave(at, memory),
+            memory=since,
         ).encode()
+
+    def _client_round(
+        self, client: str, held: GlobalState, round_: int, memory: ClientMemory | None
+    ) -> tuple[ClientRound, int | None]:
+        """What the method sees of a client on entering a round, and the round of its memory."""
+        remembered, since = Remembered(), None
+        if memory is not None and self.rule.remembers_at_clients:
+            remembered = memory.read(client, round_)
+            since = remembered.round
+        received = Trainables(held.adapter_of(client), held.dense)
+        spec = self._specs.get(client, self.model.spec)
+        seed = derive_seed(self._seed, round_, f"{client}\0fresh")
+        fresh = partial(self.model.fresh, spec, seed)
+        return ClientRound(client, round_, received, remembered.tensors, fresh), since
+
+    def _enter(self, held: GlobalState, at: ClientRound) -> None:
+        """Have the model be what the client starts from."""
+        if self._applied is not held.total:
+            self.model.apply(held)
+            self._applied = held.total
+        rule, client = self.rule.client, at.client
+        if rule is not None:
+            start = rule.enter(at)
+            factors, own = start.factors, held.own
+            if client in own:
+                held = replace(held, own={client: factors}, dense=start.heads)
+            else:
+                held = replace(held, adapter=factors, dense=start.heads)
+        self.model.enter(held, client, self._specs.get(client))
+
+    def _leave(self, at: ClientRound, memory: ClientMemory | None) -> dict[str, Tensor]:
+        """What the client sends, by the names of ``AdapterSpec.tensors``; it remembers the rest."""
+        trained = Trainables(self.model.factors(), self.model.dense())
+        if self.rule.client is not None:
+            trained, remembered = self.rule.client.leave(at, trained)
+            if memory is not None and remembered:
+                memory.write(at.client, at.round, remembered)
+        found = adapter_tensors(trained.factors) | dense_tensors(trained.heads)
+        wanted = self.rule.upload_spec(self.model.spec, at.round)
+        return {name: found[name] for name in wanted.tensors()}

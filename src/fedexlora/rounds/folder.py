@@ -7,6 +7,8 @@ spool/          what clients have sent in the round that is open
 clients.jsonl   over Flower, the key that each client's name belongs to
 run-id          over Flower, what tells the run from others of the same recipe
 adapter.json    its worst module, read back from its files
+memory/         of simulated clients, what they remember of the method
+adapters/       of a method without a global model, every client's own PEFT adapter
 """
 
 from __future__ import annotations
@@ -65,6 +67,16 @@ class RunFolder:
     def adapter(self) -> Path:
         """The final global model as a PEFT adapter."""
         return self.path / "adapter"
+
+    @property
+    def memory(self) -> Path:
+        """What simulated clients remember of the method."""
+        return self.path / "memory"
+
+    @property
+    def adapters(self) -> Path:
+        """Where there is no global model: the clients' own, as PEFT adapters."""
+        return self.path / "adapters"
 
     @property
     def spool(self) -> Path:

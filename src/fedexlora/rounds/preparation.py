@@ -110,7 +110,9 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
     data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
     prepared = Prepared(recipe, scoring, model, specs, data, summary)
     collator = task.collator(tokenizer)
-    return prepared, LocalClients(model, rows, shares, collator, recipe.training, seed, specs)
+    return prepared, LocalClients(
+        model, rows, shares, collator, recipe.training, seed, specs, recipe.rule
+    )
 
 
 def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
@@ -171,7 +173,9 @@ def prepare_client(
     check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
     everything = {client: range(len(rows))}
     collator = task.collator(tokenizer)
-    return LocalClients(model, rows, everything, collator, recipe.training, seed, specs)
+    return LocalClients(
+        model, rows, everything, collator, recipe.training, seed, specs, recipe.rule
+    )
 
 
 def client_rows(recipe: Recipe) -> dict[str, int]:
@@ -254,7 +258,7 @@ def _load_model(
         peft_model.to(training_device(recipe.training))
     arithmetics = training_arithmetic(recipe.training), scoring_arithmetic(recipe)
     placement = recipe.federation.placement
-    model = AdaptedModel(peft_model, recipe.method.trained, placement, arithmetics)
+    model = AdaptedModel(peft_model, recipe.rule.factors, placement, arithmetics)
     specs = _reshaped(model.spec, shapes)
     check_new_weights(new, model.spec.dense)
     file_names(model)  # refused now, not when the adapter is written
