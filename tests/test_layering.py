@@ -34,6 +34,7 @@ ALLOWED = {
     "report": BELOW_EXCHANGE | {"exchange"},
 }
 HOMES = {
+    "accelerate": {"local"},
     "peft": {"peft_bridge"},
     "transformers": {"peft_bridge", "data", "local", "rounds"},
     "datasets": {"data", "local", "rounds"},

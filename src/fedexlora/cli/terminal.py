@@ -73,7 +73,7 @@ class Terminal(Observer):
             f"rows; {info.modules} adapted modules in {info.precision}, "
             f"{info.trained_parameters:,} trained parameters"
         )
-        self.console.print(_threads(), soft_wrap=True)
+        self.console.print(_place(info.device), soft_wrap=True)
         if info.finished:
             self.console.print(f"resumed after round {info.finished}")
         else:
@@ -153,11 +153,14 @@ def _print_table(console: Console, result: RunResult, title: str) -> None:
     print_blocks(console, f"{title}, scores on the validation rows", header, rows)
 
 
-def _threads() -> str:
+def _place(device: str) -> str:
     threads = describe_threads()
     waiting = [f"{name}={value}" for name, value in threads["thread_waiting"].items()]
     told = plain(f" ({', '.join(waiting)})") if waiting else ""
-    return f"PyTorch's processor threads: {threads['torch_threads']}{told}; --threads changes that"
+    return (
+        f"trained and scored on {plain(device)}; PyTorch's processor threads: "
+        f"{threads['torch_threads']}{told}; --threads changes that"
+    )
 
 
 def _folding(result: RunResult) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
 from fedexlora.data.capacity import check_config, load_config
@@ -20,13 +21,12 @@ from fedexlora.data.task import Task, prepare_task
 from fedexlora.data.tokenizer import prepare_tokenizer
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
-from fedexlora.local.arguments import (
-    check_training_device,
-    training_arithmetic,
-    training_device,
-)
+from fedexlora.local.arguments import check_training_device, training_arithmetic
 from fedexlora.local.clients import LocalClients
+from fedexlora.local.job import LocalJob
+from fedexlora.local.jobs import local_job
 from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.device import find_device
 from fedexlora.peft_bridge.export import file_names
 from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes, resolve_source
@@ -109,8 +109,8 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
     others = [own.rows for own in sets.values()]
     data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
     prepared = Prepared(recipe, scoring, model, specs, data, summary)
-    collator = task.collator(tokenizer)
-    return prepared, LocalClients(model, rows, shares, collator, recipe.training, seed, specs)
+    job = _job(recipe, task, tokenizer)
+    return prepared, LocalClients(model, rows, shares, job, seed, specs)
 
 
 def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
@@ -170,8 +170,11 @@ def prepare_client(
     tokenized = {"training": rows}
     check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
     everything = {client: range(len(rows))}
-    collator = task.collator(tokenizer)
-    return LocalClients(model, rows, everything, collator, recipe.training, seed, specs)
+    return LocalClients(model, rows, everything, _job(recipe, task, tokenizer), seed, specs)
+
+
+def _job(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -> LocalJob:
+    return local_job(recipe.training, task.collator(tokenizer), recipe.federation.rounds)
 
 
 def client_rows(recipe: Recipe) -> dict[str, int]:
@@ -251,7 +254,7 @@ def _load_model(
     shapes = _client_shapes(recipe, own, base, task.peft_task_type)
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
     if recipe.model.quantization is None:
-        peft_model.to(training_device(recipe.training))
+        peft_model.to(find_device(recipe.device))
     arithmetics = training_arithmetic(recipe.training), scoring_arithmetic(recipe)
     placement = recipe.federation.placement
     model = AdaptedModel(peft_model, recipe.method.trained, placement, arithmetics)
@@ -304,7 +307,7 @@ def load_task_base(
         dtype=recipe.model.dtype,
         quantization=recipe.model.quantization,
         unquantised=recipe.lora.get("modules_to_save") or (),
-        device=training_device(recipe.training),
+        device=find_device(recipe.device),
     )
     inside = f"{base.base_model_prefix}."
     note = head_note(stated, task, head, trained=all(x.startswith(inside) for x in new))

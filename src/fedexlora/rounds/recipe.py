@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import tomlkit
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fedexlora.data.config import DataConfig, TaskConfig
 from fedexlora.data.partition_config import PartitionConfig
 from fedexlora.errors import RecipeError
+from fedexlora.local.own_keys import stated_device, with_own_keys
 from fedexlora.methods import METHODS, Method
 from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.arithmetic import Width
@@ -41,12 +42,18 @@ class Recipe(Table):
     partition: PartitionConfig
     lora: dict[str, Any]
     """Fields of PEFT's ``LoraConfig``."""
-    training: dict[str, Any] = Field(default_factory=dict)
-    """Fields of transformers' ``TrainingArguments`` for the local training of one round."""
+    training: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    """Fields of transformers' ``TrainingArguments`` for the local training of one round, and
+    ``schedule`` and ``device``."""
     federation: FederationTable = FederationTable()
     evaluation: EvaluationTable = EvaluationTable()
     clients: dict[str, ClientTable] = Field(default_factory=dict)
     """By client: what it has otherwise than the others."""
+
+    @field_validator("training")
+    @classmethod
+    def _own_keys_have_values(cls, training: dict[str, Any]) -> dict[str, Any]:
+        return with_own_keys(training)
 
     @model_validator(mode="after")
     def _scoring_has_a_dtype(self) -> Self:
@@ -55,6 +62,11 @@ class Recipe(Table):
             scoring = self.evaluation.model_copy(update={"dtype": self.model.dtype})
             object.__setattr__(self, "evaluation", scoring)
         return self
+
+    @property
+    def device(self) -> str:
+        """The name of the device that the model is on, trained and scored."""
+        return stated_device(self.training)
 
     @property
     def scoring_dtype(self) -> Width:
