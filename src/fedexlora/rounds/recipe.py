@@ -152,7 +152,7 @@ class Recipe(Table):
 
 
 def load_recipe(
-    path: Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None
+    path: str | Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Read and check a recipe.
 
@@ -166,7 +166,7 @@ def load_recipe(
             valid ones), missing keys and invalid values at once.
     """
     over = {"model": model} if model else {}
-    return parse_recipe(read_document(path, overrides, over), str(path))
+    return parse_recipe(read_document(Path(path), overrides, over), str(path))
 
 
 def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
