@@ -110,6 +110,17 @@ def test_algebra_exchange_and_methods_need_no_training_library():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_work_on_finished_things_needs_neither_the_loop_nor_local_training():
+    code = (
+        "import sys, fedexlora.adapters.export, fedexlora.adapters.evaluation;"
+        "import fedexlora.adapters.rescore, fedexlora.adapters.merge;"
+        "found = {f'fedexlora.{x}' for x in ('rounds.loop', 'rounds.run', 'rounds.preparation',"
+        " 'local.clients', 'local.trainer', 'local.arguments')} & set(sys.modules);"
+        "sys.exit(', '.join(found) or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_the_process_of_a_flower_message_loads_no_training_library():
     """Flower starts one for every message, and counts those that need long to start as lost."""
     pytest.importorskip("flwr")
