@@ -184,6 +184,7 @@ USES = {
         "gradient_accumulation_steps": 3,
         "neftune_noise_alpha": 5.0,
         "full_determinism": True,
+        "schedule": "run",
     },
 }
 
