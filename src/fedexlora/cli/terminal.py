@@ -232,7 +232,9 @@ def _next_commands(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:
     kept = (result.folder / "updates").is_dir()
     keep = " --keep-updates" if kept else ""
     resume = f"fedexlora run {recipe_word} --out {out} --resume{keep}"
-    commands = [("two more rounds:", f"{resume} --set federation.rounds={more}")]
+    commands = []
+    if recipe.training["schedule"] == "round":  # else those that are over had other learning rates
+        commands.append(("two more rounds:", f"{resume} --set federation.rounds={more}"))
     if recipe.federation.method == "fedex":
         other = shlex.quote(f"{result.folder}-fedit")
         commands.append(
