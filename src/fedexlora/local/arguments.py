@@ -120,8 +120,8 @@ _ABOVE_ZERO = ("learning_rate", "num_train_epochs")
 class _OnOneDevice(TrainingArguments):  # type: ignore[misc] # transformers is untyped here
     """``TrainingArguments`` for one device, which it is told and does not look for.
 
-    Left to itself it takes the first GPU, and with more of them in sight `Trainer` divides every
-    batch among all.
+    Left to itself it takes the first GPU, and with more of them in sight `Trainer` takes as many
+    times larger batches and spreads them over all, by ``nn.DataParallel``.
     """
 
     place: str = "cpu"
