@@ -35,6 +35,7 @@ TRAINING_OPTIONS = frozenset(
         "optim",
         "optim_args",
         "per_device_train_batch_size",
+        "schedule",
         "train_sampling_strategy",
         "use_cpu",
         "warmup_ratio",
@@ -42,7 +43,7 @@ TRAINING_OPTIONS = frozenset(
         "weight_decay",
     }
 )
-"""Fields of ``TrainingArguments`` that a server may set: numbers and names, no paths or hosts."""
+"""Keys of ``[training]`` that a server may set: numbers and names, no paths, hosts or devices."""
 LORA_OPTIONS = frozenset(
     {
         "alpha_pattern",

@@ -25,6 +25,7 @@ from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.rounds.divergence import check_finite, check_score
 from fedexlora.rounds.environment import (
     describe_environment,
+    device_of,
     environment_changes,
     resumed_header,
 )
@@ -295,4 +296,5 @@ def _info(prepared: Prepared, header: Mapping[str, Any], finished: int) -> RunIn
         headline=header["headline"],
         initial_metrics=header["initial_metrics"],
         finished=finished,
+        device=str(device_of(prepared.model)),
     )
