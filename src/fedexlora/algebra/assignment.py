@@ -80,6 +80,18 @@ def best_aligned(moments: Moments, holder: Holder) -> Factors:
     return Factors(turn.T @ found.A, found.B @ turn)
 
 
+def best_orthonormal(moments: Moments, holder: Holder) -> Factors:
+    """:func:`best` with all of the singular values in ``B``: the rows of ``A`` are orthonormal.
+
+    >>> one = Factors(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
+    >>> found = best_orthonormal(Moments.of(one, 1.0), Holder(1, one, lambda: one))
+    >>> round(float(found.A.norm()), 6), round(float(found.B.norm()), 6)
+    (1.0, 5.0)
+    """
+    u, s, vh = _directions(ideal(moments), holder.rank)
+    return _filled(Factors(vh.contiguous(), u * s), holder)
+
+
 def fresh(moments: Moments, holder: Holder) -> Factors:
     """A newly initialised adapter: all of the ideal goes to the remainder."""
     del moments
@@ -161,6 +173,8 @@ def truncate_to_rank(rank: int) -> RemainderRule:
 def truncate_to_energy(energy: float) -> RemainderRule:
     """The fewest directions that hold a share ``energy`` of the remainder's squared norm.
 
+    Of a dense remainder that needs more than half of its directions, all are kept.
+
     >>> whole = LowRank(Factors(torch.diag(torch.tensor([3.0, 4.0])), torch.eye(2)))
     >>> [truncate_to_energy(share)(whole)[0].value.rank for share in (0.6, 0.7)]  # 16 of 25 is 0.64
     [1, 2]
@@ -172,9 +186,12 @@ def truncate_to_energy(energy: float) -> RemainderRule:
             return _bounded(truncate_share(remainder.value, share))
         whole, rank = sqrt(remainder.squared_norm()), 16
         while rank < min(remainder.shape) // 2:
-            kept, dropped = _approximated(remainder, _leading(remainder, rank))
-            if dropped <= share * whole:
-                return kept, dropped
+            u, s, vh = _directions(remainder, rank)
+            left = whole**2 - s.square().cumsum(0)
+            count = int((left > (share * whole) ** 2).sum()) + 1
+            if count <= len(s):
+                kept = balanced(u[:, :count], s[:count], vh[:count], torch.float64)
+                return _approximated(remainder, kept)
             rank *= 2
         return remainder, 0.0
 
@@ -200,13 +217,18 @@ def _approximated(remainder: LowRank, kept: Factors) -> tuple[LowRank, float]:
 
 def _leading(matrix: LowRank, rank: int) -> Factors:
     """The first ``rank`` singular directions, balanced, float64; fewer if the rest is rounding."""
+    return balanced(*_directions(matrix, rank), torch.float64)
+
+
+def _directions(matrix: LowRank, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same directions ``U``, ``S`` and ``Vh``."""
     if isinstance(matrix.value, Factors):
         u, s, vh = svd(matrix.value)
     else:
         u, s, vh = _randomised(matrix.value, rank)
     floor = s[:1] * torch.finfo(torch.float32).eps
     count = min(rank, int((s > floor).sum()))
-    return balanced(u[:, :count], s[:count], vh[:count], torch.float64)
+    return u[:, :count], s[:count], vh[:count]
 
 
 def _randomised(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,22 @@ the lists against them.
 
 from __future__ import annotations
 
-METHODS = ("fedex", "fedit", "ffa", "rolora", "fedsa", "fedrot", "fedavgm")
+METHODS = (
+    "fedex",
+    "fedit",
+    "ffa",
+    "rolora",
+    "fedsa",
+    "fedrot",
+    "fedavgm",
+    "flora",
+    "florist",
+    "flexlora",
+    "rbla",
+    "hetlora",
+    "fedmomentum",
+    "fedsvd",
+)
 _TABLES = {
     "model": "source revision dtype quantization",
     "task": "kind text label labels prompt completion prompt_template completion_template messages "
@@ -14,7 +29,7 @@ _TABLES = {
     "data": "source config revision train validation max_train_rows max_validation_rows",
     "partition": "kind clients alpha column min_rows",
     "method": "name next_adapter remainder_rank remainder_energy heads strength momentum rate "
-    "momentum_rank",
+    "momentum_rank energy period",
     "federation": "placement reduce_on clients_per_round fraction min_updates deadline stale "
     "weighting weight_cap robust clip_norm bad_share history allow exclude rounds seed",
     "evaluation": "every batch_size dtype sets mean",

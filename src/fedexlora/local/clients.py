@@ -146,7 +146,8 @@ class LocalClients:
                 held = replace(held, own={client: factors}, dense=start.heads)
             else:
                 held = replace(held, adapter=factors, dense=start.heads)
-        self.model.enter(held, client, self._specs.get(client))
+        makes_up = self.rule.makes_up
+        self.model.enter(held, client, self._specs.get(client), makes_up=makes_up)
 
     def _leave(self, at: ClientRound, memory: ClientMemory | None) -> dict[str, Tensor]:
         """What the client sends, by the names of ``AdapterSpec.tensors``; it remembers the rest."""

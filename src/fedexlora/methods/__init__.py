@@ -8,15 +8,40 @@ from types import MappingProxyType
 from fedexlora.methods.fedavgm import FEDAVGM
 from fedexlora.methods.fedex import FEDEX
 from fedexlora.methods.fedit import FEDIT
+from fedexlora.methods.fedmomentum import FEDMOMENTUM
 from fedexlora.methods.fedrot import FEDROT
 from fedexlora.methods.fedsa import FEDSA
+from fedexlora.methods.fedsvd import FEDSVD
 from fedexlora.methods.ffa import FFA
+from fedexlora.methods.flexlora import FLEXLORA
+from fedexlora.methods.flora import FLORA
+from fedexlora.methods.florist import FLORIST
+from fedexlora.methods.hetlora import HETLORA
 from fedexlora.methods.method import Method
+from fedexlora.methods.rbla import RBLA
 from fedexlora.methods.rolora import ROLORA
 from fedexlora.methods.rule import Rule
 
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {m.name: m for m in (FEDEX, FEDIT, FFA, ROLORA, FEDSA, FEDROT, FEDAVGM)}
+    {
+        m.name: m
+        for m in (
+            FEDEX,
+            FEDIT,
+            FFA,
+            ROLORA,
+            FEDSA,
+            FEDROT,
+            FEDAVGM,
+            FLORA,
+            FLORIST,
+            FLEXLORA,
+            RBLA,
+            HETLORA,
+            FEDMOMENTUM,
+            FEDSVD,
+        )
+    }
 )
 """Every method by the name that recipes use."""
 

@@ -102,6 +102,9 @@ class ModuleRound:
     weight whatever the method does."""
     memory: Memory = field(default_factory=dict)
     """What the server remembers of the module from the round before."""
+    ranks: tuple[int, ...] = ()
+    """The rank at which every update was trained, in the order of :attr:`clients`: rows of A and
+    columns of B beyond it are padding. Empty if all have the common rank."""
     norms: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By module, ``|B A|`` of every update in the order of :attr:`clients`; of all modules, and
     only for a rule that surveys them."""
@@ -172,6 +175,17 @@ class Rule:
     """Whether every client has a model of its own: there is no global one to score or export."""
     mixed_ranks: bool = False
     """Whether clients may have adapters of other ranks."""
+    makes_up: bool = True
+    """Whether such a client holds beside the weight what its adapter lacks of the common one, and
+    so starts from the global model; if not, from the weight and its own adapter alone."""
+    truncates: bool = False
+    """Whether such a client's adapter is the first rows of the common A and the first columns of
+    the common B, so that no rank may be larger than the common one."""
+    fresh_start: bool = False
+    """Whether clients start every round from factors of their own whose product is zero, so that
+    the adapter of version 0 must be zero too."""
+    weighs_clients: bool = False
+    """Whether the method weighs clients by what they send, and not by their rows."""
     late_updates: bool = False
     """Whether an update that was trained from an earlier version may count."""
 

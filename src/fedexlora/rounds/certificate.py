@@ -75,6 +75,8 @@ def certify(
     reduction: Reduction,
     specs: Mapping[str, AdapterSpec],
     forwards: Mapping[Arithmetic, Forward] | None = None,
+    *,
+    makes_up: bool = True,
 ) -> Certificate:
     """Measure a model that has just become the next version; it is left as it was.
 
@@ -85,6 +87,8 @@ def certify(
         specs: the adapters of the clients that have another one than the model, by client.
         forwards: by arithmetic in which the model is used: runs it so on some real inputs. Without
             any, what comes out of the layers is not measured.
+        makes_up: whether clients with an adapter of their own hold the global model with it, and
+            are measured too.
     """
     kept = _kept(model, state, forwards or {})
     # In the model's order: a state read from disk has another, and sums would differ in last bits.
@@ -112,7 +116,7 @@ def certify(
         for m in measured
     )
     overall = _overall(model, measured, modules, head_error(model, state, reduction))
-    own = _own_records(model, state, specs, reduction, modules)
+    own = _own_records(model, state, specs, reduction, modules) if makes_up else ()
     held = overall.held and all(record.held for record in own)
     overall = overall.model_copy(update={"own": own, "held": held})
     return Certificate(overall, modules, deviation_of(reduction, model.spec))

@@ -126,7 +126,8 @@ def _rounds(
     """Run what is left of the rounds and write the adapter."""
     recipe, model = prepared.recipe, prepared.model
     if progress is None:
-        initial = model.initial_state(prepared.specs, recipe.federation.seed)
+        seed, truncated = recipe.federation.seed, recipe.rule.truncates
+        initial = model.initial_state(prepared.specs, seed, truncated=truncated)
         history = History(recipe.federation.history, folder.store, {0: initial.id})
         progress = Progress(initial, (), Holdings({}, history))
         folder.begin(initial, progress.holdings)

@@ -259,9 +259,37 @@ def _load_model(
     placement = recipe.federation.placement
     model = AdaptedModel(peft_model, recipe.rule.factors, placement, arithmetics)
     specs = _reshaped(model.spec, shapes)
+    check_start(recipe, model, specs)
     check_new_weights(new, model.spec.dense)
     file_names(model)  # refused now, not when the adapter is written
     return task, tokenizer, model, specs, note
+
+
+def check_start(recipe: Recipe, model: AdaptedModel, specs: Mapping[str, AdapterSpec]) -> None:
+    """Refuse first adapters that the method cannot start from.
+
+    Raises:
+        RecipeError: naming the initialisation, and every client whose rank is too large.
+    """
+    name, rule, faults = recipe.method.name, recipe.rule, []
+    if model.start and (rule.fresh_start or (specs and not rule.makes_up)):
+        faults.append(
+            f"lora.init_lora_weights: {name} has clients start from another adapter than that of "
+            f"version 0, whose product must be zero; use true or 'gaussian'"
+        )
+    for client in specs if rule.truncates else ():
+        larger = [
+            f"{own.rank} in {module}, the common rank is {model.spec.modules[module].rank}"
+            for module, own in specs[client].modules.items()
+            if own.rank > model.spec.modules[module].rank
+        ]
+        if larger:
+            faults.append(
+                f'clients."{client}".lora: {name} hands out the first directions of the common '
+                f"adapter; rank {larger[0]}; raise lora.r"
+            )
+    if faults:
+        raise RecipeError("the method cannot start from these adapters", faults)
 
 
 def _reshaped(

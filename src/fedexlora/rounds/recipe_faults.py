@@ -20,7 +20,7 @@ _OF_ONE_CLIENT = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_patter
 
 def table_faults(recipe: Recipe) -> list[str]:
     """Every fault between keys."""
-    faults = _participation_faults(recipe) + _screening_faults(recipe)
+    faults = _participation_faults(recipe) + _screening_faults(recipe) + _weight_faults(recipe)
     faults += _scoring_faults(recipe) + _loss_faults(recipe)
     for client, own in recipe.clients.items():
         faults += _client_faults(f'clients."{client}"', own, recipe)
@@ -83,6 +83,22 @@ def _participation_faults(recipe: Recipe) -> list[str]:
         faults.append(f"federation.exclude: {', '.join(both)} cannot be in federation.allow too")
     if (table.weighting == "capped") != (table.weight_cap is not None):
         faults.append("federation.weight_cap: needed by weighting = 'capped', and by no other")
+    return faults
+
+
+def _weight_faults(recipe: Recipe) -> list[str]:
+    """What would change weights that the method does not look at."""
+    table, name = recipe.federation, recipe.method.name
+    if not recipe.rule.weighs_clients:
+        return []
+    faults = []
+    if table.weighting != "examples":
+        faults.append(f"federation.weighting: {name} weighs clients itself; leave it out")
+    if table.robust in ("clip", "geometric_median"):
+        faults.append(
+            f"federation.robust: {table.robust} changes weights, and {name} weighs clients itself; "
+            f"use multi_krum or trimmed_mean"
+        )
     return faults
 
 

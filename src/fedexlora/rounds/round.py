@@ -131,7 +131,14 @@ def run_round(
         state = before.advance([reduction.step])
         model.apply(state)
     with clock.phase("certify"):  # step 7
-        certificate = certify(model, state, reduction, federation.specs, federation.forwards)
+        certificate = certify(
+            model,
+            state,
+            reduction,
+            federation.specs,
+            federation.forwards,
+            makes_up=federation.rule.makes_up,
+        )
         if federation.rule.certified and not model.lossy_fold:
             enforce(certificate, round_, partial(strained, intake, form))
     metrics: Mapping[str, float] = {}
