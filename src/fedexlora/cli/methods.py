@@ -36,7 +36,7 @@ def methods(
         if method.options.model_fields:
             print_entry(console, method.name, ", ".join(method.options.model_fields))
     console.print(
-        "Exact [bold]as stated[/] is what adds to the mean update on purpose, or leaves out a stated "
+        "Exact [bold]as stated[/]: it adds to the mean update on purpose, or leaves out a stated "
         'part. Choose one in a recipe, [bold]name = "fedit"[/] in its table \\[method], or with '
         "[bold]--set method.name=fedit[/]; [bold]--json[/] says what every option means."
     )
