@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fedexlora.texts import few, printable
 
@@ -30,6 +30,40 @@ class Record(BaseModel):
         # JSON has no NaN; as null, the score of a model that diverged could not be read again.
         ser_json_inf_nan="strings",
     )
+
+
+def _absent(value: object) -> bool:
+    return value is None
+
+
+class ClientScores(Record):
+    """Scores of a version on a client's own held-out rows."""
+
+    rows: int
+    targets: int
+    """What the loss is the mean of: tokens of a language model, else rows."""
+    metrics: dict[str, float]
+
+
+class ScoresRecord(Record):
+    """Scores of one version by the clients, each on its own held-out rows."""
+
+    version: int
+    """Which one: the one that a round starts from, which its clients score before they train."""
+    clients: int
+    """How many scored it."""
+    rows: int
+    targets: int
+    """What the loss is the mean of: tokens of a language model, else rows."""
+    pooled: dict[str, float]
+    """Over all clients' rows: of metrics that are means over rows or targets."""
+    mean_of_clients: dict[str, float]
+    """The plain mean of the clients' scores, of all other metrics."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Both, by name."""
+        return self.pooled | self.mean_of_clients
 
 
 class ClientRecord(Record):
@@ -54,7 +88,9 @@ class ClientRecord(Record):
     """What brought it from there to the version that it trained from."""
     uploaded_bytes: int
     seconds: float
-    """Local training."""
+    """Local training, and scoring before it."""
+    scores: ClientScores | None = Field(default=None, exclude_if=_absent)
+    """Of the version that it was trained from; absent where clients do not score."""
 
 
 class LeftOutRecord(Record):
@@ -67,6 +103,17 @@ class LeftOutRecord(Record):
     """The version that it held before the round; None for nothing."""
     downloaded_bytes: int
     uploaded_bytes: int
+
+
+class FinishedClient(Record):
+    """A client that holds the final version, and has scored it."""
+
+    client: str
+    since: int | None
+    """The version that it held before; None for nothing."""
+    downloaded_bytes: int
+    uploaded_bytes: int
+    scores: ClientScores
 
 
 class ModuleRecord(Record):
@@ -177,8 +224,24 @@ class RoundRecord(Record):
     metrics: dict[str, float]
     """Scores of the new global model on the validation rows; empty in rounds without scores. What
     has a slash in its name is a count, such as ``gsm8k/unparsed``."""
+    scores: ScoresRecord | None = Field(default=None, exclude_if=_absent)
+    """By the clients, of the version that the round started from; absent where clients do not
+    score, or did not in this round."""
     seconds: dict[str, float]
     """Wall-clock seconds by phase."""
+
+
+class FinishRecord(Record):
+    """What followed the last round: its clients came to the final version, and scored it."""
+
+    version: int
+    clients: tuple[FinishedClient, ...]
+    left_out: tuple[LeftOutRecord, ...]
+    bytes: BytesRecord
+    """Beside those of the rounds."""
+    scores: ScoresRecord | None
+    """None if nobody scored it."""
+    seconds: float
 
 
 def score_text(scores: Mapping[str, float], name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from typing import Any
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.errors import UpdateError
+from fedexlora.exchange.records import ClientScores
+from fedexlora.exchange.scores import scores_from, scores_header
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
 from fedexlora.exchange.untrusted import LARGEST, short
 from fedexlora.exchange.wire import pack, unpack
@@ -38,6 +40,8 @@ class ClientUpdate:
     base: str
     """Fingerprint of the base model that it was trained on."""
     tensors: Mapping[str, Tensor]
+    scores: ClientScores | None = None
+    """Of the version that it was trained from, on the client's own rows, where clients score."""
 
     def factors(self, module: str, held: Factors) -> Factors:
         """The trained factors of ``module``; a factor that is frozen comes from ``held``."""
@@ -47,7 +51,7 @@ class ClientUpdate:
 
     def encode(self) -> bytes:
         """This update as one message."""
-        header = {
+        header: dict[str, Any] = {
             "client": self.client,
             "round": self.round,
             "version": self.version,
@@ -55,6 +59,8 @@ class ClientUpdate:
             "loss": self.loss,
             "base": self.base,
         }
+        if self.scores is not None:
+            header["scores"] = scores_header(self.scores)
         return pack(self.tensors, header)
 
 
@@ -70,14 +76,23 @@ def largest_update(spec: AdapterSpec) -> int:
     return 8 + largest_header(spec) + content
 
 
-def decode_update(message: bytes, spec: AdapterSpec, round_: int, client: str) -> ClientUpdate:
+def decode_update(
+    message: bytes, spec: AdapterSpec, round_: int, client: str, metrics: Collection[str] = ()
+) -> ClientUpdate:
     """The update in ``message``, which came from ``client`` in ``round_``; not yet checked.
 
     Nothing of a message is read that is larger than what ``spec`` asks for.
 
+    Args:
+        message: what arrived.
+        spec: what it must contain.
+        round_: the round, which errors name.
+        client: who sent it.
+        metrics: the scores that it must have; none if not given.
+
     Raises:
-        UpdateError: if the message is too large or damaged, or its header lacks a field or has
-            another type.
+        UpdateError: if the message is too large or damaged, its header lacks a field or has another
+            type, or its scores are not finite numbers under these names.
     """
     sizes = {
         "an update": (len(message), largest_update(spec)),
@@ -107,11 +122,16 @@ def decode_update(message: bytes, spec: AdapterSpec, round_: int, client: str) -
         for key, kind in fields.items()
         if type(header.get(key)) is not kind
     ]
-    if faults or len(header) != len(fields):
-        unexpected = f"header: unexpected {short(sorted(header.keys() - fields.keys()))}"
-        raise UpdateError(round_, client, faults or [unexpected])
+    scores = None
+    if metrics:
+        scores, more = scores_from(header.pop("scores", None), metrics)
+        faults += more
+    if unknown := header.keys() - fields.keys():
+        faults.append(f"header: unexpected {short(sorted(unknown))}")
+    if faults:
+        raise UpdateError(round_, client, faults)
     values: dict[str, Any] = header
-    return ClientUpdate(**values, tensors=tensors)
+    return ClientUpdate(**values, tensors=tensors, scores=scores)
 
 
 def check_update(

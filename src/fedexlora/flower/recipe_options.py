@@ -12,7 +12,9 @@ from typing import Any
 
 from fedexlora.exchange.untrusted import short
 
-TABLES = frozenset({"model", "task", "partition", "lora", "training", "federation", "clients"})
+TABLES = frozenset(
+    {"model", "task", "partition", "lora", "training", "federation", "evaluation", "clients"}
+)
 """Tables of a recipe that a server may send."""
 TRAINING_OPTIONS = frozenset(
     {

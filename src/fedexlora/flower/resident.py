@@ -75,6 +75,10 @@ def simulated(partition: int, frame: Frame, own: Path | Recipe) -> Frame:
         return Frame({"missed": str(NodeFault.VERSION_MISSING)})
     round_ = number(frame.header, "round")
     started = time.perf_counter()
+    if frame.header["kind"] == "score":
+        report = resident.trainer.report(client, state)
+        spent = time.perf_counter() - started
+        return Frame({"seconds": spent, "keeps": False}, {"report": report})
     update = resident.trainer.update(client, state, round_, lambda *_: None)
     seconds = time.perf_counter() - started
     return Frame({"seconds": seconds, "keeps": False}, {"update": update})

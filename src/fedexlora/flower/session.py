@@ -53,7 +53,7 @@ class Session:
     def answer(self, frame: Frame) -> Frame:
         """The reply to one of the server's requests; it never raises, and says faults as codes."""
         kinds: Mapping[object, Callable[[Frame], Frame]]
-        kinds = {"hello": self._hello, "train": self._train}
+        kinds = {"hello": self._hello, "train": self._train, "score": self._score}
         try:
             _check_peer(frame.header)
             kind = frame.header.get("kind")
@@ -83,13 +83,23 @@ class Session:
             self._last_answer.write(frame, answer)
         return answer
 
+    def _score(self, frame: Frame) -> Frame:
+        """Come to the final version, and say what it is worth on this node's rows."""
+        trainer, client = self._ready(frame.header), self.node.client
+        held = self._landed(frame, _round_of(frame))
+        if held is None:
+            return Frame({"missed": str(NodeFault.VERSION_MISSING)})
+        started = time.perf_counter()
+        with _told_as(Exception, NodeFault.TRAINING_FAILED):
+            report = trainer.report(client, held)
+        _log.info("scored version %d", held.version)
+        return Frame({"seconds": time.perf_counter() - started}, {"report": report})
+
     def _trained(self, frame: Frame) -> Frame:
         trainer, client = self._ready(frame.header), self.node.client
         round_ = _round_of(frame)
-        try:
-            held = self._land(frame)
-        except RunError as error:
-            _log.warning("round %d: %s", round_, error)
+        held = self._landed(frame, round_)
+        if held is None:
             return Frame({"missed": str(NodeFault.VERSION_MISSING)})
         _log.info("round %d: training from version %d", round_, held.version)
         started = time.perf_counter()
@@ -110,13 +120,24 @@ class Session:
                 _told_as((DataError, RecipeError), NodeFault.TASK_REFUSED),
                 _told_as(BridgeError, NodeFault.MODEL_UNFIT),
             ):
-                self._trainer = prepare_client(recipe, client, share, Observer())
+                own = self.node.data.validation is not None
+                self._trainer = prepare_client(
+                    recipe, client, share, Observer(), own_validation=own
+                )
             self._recipe = sent
         found, wanted = self._trainer.model.base_fingerprint, header.get("base")
         if found != wanted:
             said = f"the base model is another one: {found} here, {short(wanted)} at the server"
             raise NodeError(NodeFault.BASE_DIFFERS, said)
         return self._trainer
+
+    def _landed(self, frame: Frame, round_: int) -> GlobalState | None:
+        """The version of the round; None if this node cannot come to it from what it holds."""
+        try:
+            return self._land(frame)
+        except RunError as error:
+            _log.warning("round %d: %s", round_, error)
+            return None
 
     def _land(self, frame: Frame) -> GlobalState:
         """Come to the version of the round, and make it durable."""
@@ -148,14 +169,14 @@ def _check_peer(header: Mapping[str, Any]) -> None:
 
 
 def _round_of(frame: Frame) -> int:
-    """The round of a request to train that is whole.
+    """The round of a request to train, or to score, that is whole.
 
     Raises:
         NodeError: if it is not.
     """
     with _told_as(ValueError, NodeFault.REQUEST_INVALID):
         if "message" not in frame.parts:
-            raise ValueError("a request to train has no message")
+            raise ValueError("a request has no message")
         return number(frame.header, "round")
 
 

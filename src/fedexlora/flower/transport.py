@@ -17,6 +17,7 @@ from fedexlora import __version__
 from fedexlora.errors import RunError
 from fedexlora.exchange.delivery import Delivery
 from fedexlora.exchange.node_faults import fault_text
+from fedexlora.exchange.scores import LARGEST_REPORT
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.untrusted import seconds
 from fedexlora.flower.announcement import announcing
@@ -65,6 +66,8 @@ class _Asked:
     """To be pushed again; None where its round is over."""
     size: int
     """Bytes of its parts."""
+    answer: str
+    """The part that its reply must have."""
     times: int = 1
     """How often it was pushed."""
 
@@ -103,7 +106,7 @@ class FlowerTransport:
         self._grid = grid
         self._recipe = recipe
         self._base = base
-        self._bounds = Bounds(parts={"update": largest_update})
+        self._bounds = Bounds(parts={"update": largest_update, "report": LARGEST_REPORT})
         self._members = Membership(self._greet, names or Names(), access or AccessList())
         self._asked: dict[str, _Asked] = {}
         self._answers: deque[Reply] = deque()
@@ -151,11 +154,20 @@ class FlowerTransport:
 
     def ask(self, round_: int, client: str, delivery: Delivery) -> None:
         """Push the client's part of the round; what goes wrong is its reply."""
+        self._request("train", "update", round_, client, delivery)
+
+    def ask_scores(self, round_: int, client: str, delivery: Delivery) -> None:
+        """The same, for scores of the version alone."""
+        self._request("score", "report", round_, client, delivery)
+
+    def _request(
+        self, kind: str, answer: str, round_: int, client: str, delivery: Delivery
+    ) -> None:
         parts = {"message": delivery.message}
         if delivery.own is not None:
             parts["own"] = delivery.own
         more = {"run": self.run, "round": round_, **announcing(delivery)}
-        frame = self._frame("train", more, parts)
+        frame = self._frame(kind, more, parts)
         if round_ != self._round:  # a request of an earlier round is not pushed again
             self._asked = {k: replace(asked, frame=None) for k, asked in self._asked.items()}
         self._round = round_
@@ -169,7 +181,7 @@ class FlowerTransport:
         else:
             rows = self._members.rows[client]
             size = sum(map(len, parts.values()))
-            asked = _Asked(client, node, rows, round_, time.monotonic(), frame, size)
+            asked = _Asked(client, node, rows, round_, time.monotonic(), frame, size, answer)
             self._asked[pushed] = asked
 
     def restore(self, client: str, state: GlobalState) -> None:
@@ -280,13 +292,13 @@ class FlowerTransport:
                 return Reply(client, round_, missed=fault_text(frame.header["missed"]))
             if "failure" in frame.header:
                 raise ValueError(fault_text(frame.header["failure"]))
-            if "update" not in frame.parts:
-                raise ValueError("its reply has no update")
+            if asked.answer not in frame.parts:
+                raise ValueError(f"its reply has no {asked.answer}")
             spent = seconds(frame.header, "seconds")
         except ValueError as error:
             return Reply(client, round_, failure=str(error), landed=False)
         keeps = frame.header.get("keeps") is not False
-        return Reply(client, round_, frame.parts["update"], landed=keeps, seconds=spent)
+        return Reply(client, round_, frame.parts[asked.answer], landed=keeps, seconds=spent)
 
     def _frame(self, kind: str, more: Mapping[str, Any], parts: Mapping[str, bytes]) -> Frame:
         said = {"kind": kind, "protocol": PROTOCOL, "fedexlora": __version__}

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from datasets import Dataset
+from torch.nn import Module
 
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import RecipeError
+from fedexlora.exchange.scores import ScoreReport
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.local.arguments import full_batches_only
+from fedexlora.local.scoring import HeldOut
 from fedexlora.local.trainer import Collator, rehearse, train_locally
 from fedexlora.peft_bridge.model import AdaptedModel
+
+Found = TypeVar("Found")
 
 
 class LocalClients:
@@ -31,6 +37,7 @@ class LocalClients:
         options: fields of ``TrainingArguments``.
         seed: the federation's.
         specs: the adapters of the clients that have another one than the model, by client.
+        held_out: rows that are scored and not trained on, where clients score.
     """
 
     def __init__(
@@ -42,6 +49,7 @@ class LocalClients:
         options: Mapping[str, Any],
         seed: int,
         specs: Mapping[str, AdapterSpec],
+        held_out: HeldOut | None = None,
     ) -> None:
         self.model = model
         self._rows = rows
@@ -51,6 +59,7 @@ class LocalClients:
         self._options = options
         self._seed = seed
         self._specs = specs
+        self._held_out = held_out
         self._applied: Mapping[str, LowRank] | None = None
 
     def rehearse(self) -> None:
@@ -82,16 +91,18 @@ class LocalClients:
     ) -> bytes:
         """Train one client from the version that it holds, and encode what it learned.
 
+        Where clients score, it scores that version first.
+
         Args:
             client: the client.
             held: the version, with the client's own adapter if it has one.
             round_: the round, from 1.
             progress: told of the client, steps done and steps in all.
         """
-        if self._applied is not held.total:
-            self.model.apply(held)
-            self._applied = held.total
-        self.model.enter(held, client, self._specs.get(client))
+        scores, held_out = None, self._held_out
+        if held_out is not None and held.version % held_out.every == 0:
+            scores = self.as_client(client, held, partial(held_out.scores, client))
+        self._enter(client, held)
         rows = self.rows_of(client)
         loss = train_locally(
             self.model.peft_model,
@@ -109,4 +120,36 @@ class LocalClients:
             loss=loss,
             base=self.model.base_fingerprint,
             tensors=self.model.update_tensors(),
+            scores=scores,
         ).encode()
+
+    def as_client(self, client: str, held: GlobalState, work: Callable[[Module], Found]) -> Found:
+        """What comes of work on the model as a client has it; the model is left as the client's.
+
+        Every score by a client, or of one, goes through here.
+
+        Args:
+            client: the client.
+            held: the version that it holds, with its own adapter if it has one.
+            work: given the live model; it trains nothing.
+        """
+        self._enter(client, held)
+        return work(self.model.peft_model)
+
+    def report(self, client: str, held: GlobalState) -> bytes:
+        """Score the version that a client holds on its own rows, and encode what it found.
+
+        Raises:
+            RecipeError: if clients do not score.
+        """
+        if self._held_out is None:
+            raise RecipeError("evaluation.where: clients do not score in this run")
+        scores = self.as_client(client, held, partial(self._held_out.scores, client))
+        return ScoreReport(client, held.id, self.model.base_fingerprint, scores).encode()
+
+    def _enter(self, client: str, held: GlobalState) -> None:
+        """Make the resident model the client's, at the version that it holds."""
+        if self._applied is not held.total:
+            self.model.apply(held)
+            self._applied = held.total
+        self.model.enter(held, client, self._specs.get(client))

@@ -8,7 +8,7 @@ in the round's record, with every fault, and the round goes on.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -90,6 +90,7 @@ class Admission:
         base: fingerprint of the base model.
         spool: where updates are put.
         access: whom the recipe admits; by default everybody.
+        metrics: by version, what clients that train from it score it by; nothing by default.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Admission:
         base: str,
         spool: Spool,
         access: AccessList | None = None,
+        metrics: Callable[[int], Collection[str]] | None = None,
     ) -> None:
         self._transport = transport
         self._rule = rule
@@ -111,6 +113,7 @@ class Admission:
         self._base = base
         self._spool = spool
         self._access = access or AccessList()
+        self._metrics = metrics or _no_metrics
         self._delivered: set[str] = set()
         self._waiting = dict(transport.waiting)
         self._deliveries: dict[tuple[int | None, bool], Delivery] = {}
@@ -276,7 +279,8 @@ class Admission:
             self._refuse(client, reply.failure or reply.missed)
         start = self._before if reply.round >= self._round else self._stale_start(reply)
         spec = self._form.spec_of(client)
-        update = decode_update(reply.message or b"", spec, self._round, client)
+        metrics = self._metrics(start.version)
+        update = decode_update(reply.message or b"", spec, self._round, client, metrics)
         check_update(
             update,
             spec,
@@ -302,6 +306,7 @@ class Admission:
             downloaded_bytes=self.intake.downloads.get(reply.client, 0),
             uploaded_bytes=len(reply.message or b""),
             seconds=reply.seconds,
+            scores=update.scores,
         )
 
     def _stale_start(self, reply: Reply) -> GlobalState:
@@ -323,6 +328,12 @@ class Admission:
 
     def _leave_out(self, client: str, why: Sequence[str], uploaded: int) -> None:
         self.intake.leave_out(client, why, self._holdings.versions.get(client), uploaded)
+
+
+def _no_metrics(version: int) -> tuple[str, ...]:
+    """Clients score nothing."""
+    del version
+    return ()
 
 
 def require_enough(intake: Intake, rule: Participation, round_: int) -> None:

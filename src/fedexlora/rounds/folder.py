@@ -7,6 +7,7 @@ spool/          what clients have sent in the round that is open
 clients.jsonl   over Flower, the key that each client's name belongs to
 run-id          over Flower, what tells the run from others of the same recipe
 adapter.json    its worst module, read back from its files
+finish.json     where clients score: what they say of the final version
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from filelock import FileLock, Timeout
 from fedexlora.errors import ResumeError, VersionError
 from fedexlora.exchange.files import append_bytes, cut_off, replace_bytes, writing
 from fedexlora.exchange.history import Holdings
-from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.records import FinishRecord, RoundRecord
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.untrusted import json_object
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.record_lines import RecordLines
 from fedexlora.rounds.store import VersionStore
 
-LOCK = ".lock"
+LOCK, FINISH = ".lock", "finish.json"
 _CHANGEABLE = ("federation.rounds:", "federation.allow:", "federation.exclude:")
 """Keys in which a resumed run may differ from the one that is in the folder."""
 
@@ -171,6 +172,30 @@ class RunFolder:
             return None
         try:
             return json_object(path.read_bytes())
+        except (ValueError, OSError) as error:
+            raise ResumeError(f"{path} is damaged: {error}") from error
+
+    def write_finish(self, record: FinishRecord) -> None:
+        """Write ``finish.json``.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        path = self.path / FINISH
+        with writing(path):
+            replace_bytes(path, record.model_dump_json(indent=2).encode())
+
+    def read_finish(self) -> FinishRecord | None:
+        """``finish.json``, or None if there is none.
+
+        Raises:
+            ResumeError: if it is damaged.
+        """
+        path = self.path / FINISH
+        if not path.exists():
+            return None
+        try:
+            return FinishRecord.model_validate_json(path.read_bytes())
         except (ValueError, OSError) as error:
             raise ResumeError(f"{path} is damaged: {error}") from error
 

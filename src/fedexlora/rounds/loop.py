@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from fedexlora.errors import BridgeError, RecipeError, ResumeError
 from fedexlora.exchange.files import new_folder, replace_bytes, writing
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.state import GlobalState
 from fedexlora.local.arguments import training_arithmetic
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.rounds.divergence import check_finite, check_score
@@ -26,6 +27,7 @@ from fedexlora.rounds.environment import (
     environment_changes,
     resumed_header,
 )
+from fedexlora.rounds.finish import Finish
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.observer import Observer, RunInfo
 from fedexlora.rounds.preparation import Prepared
@@ -146,6 +148,7 @@ def _rounds(
         screening=recipe.screening,
         forwards=prepared.forwards,
         scored=recipe.scored,
+        metrics=recipe.metrics_of,
     )
     while state.version < recipe.federation.rounds:
         shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
@@ -154,12 +157,36 @@ def _rounds(
         folder.save(state, holdings, record)
         observer.finished_round(record)
     folder.clear_spool()
+    if recipe.client_metrics:
+        _finish(federation, folder, state, holdings, recipe.client_metrics)
     with writing(folder.adapter), new_folder(folder.adapter) as path:
         written = save_global(model, state, path)
     worst = {"worst_module": written.module, "worst_error": written.error}
     with writing(folder.path / "adapter.json"):
         replace_bytes(folder.path / "adapter.json", json.dumps(worst, indent=2).encode())
     return folder.read_records(recipe.federation.rounds)
+
+
+def _finish(
+    federation: Federation,
+    folder: RunFolder,
+    state: GlobalState,
+    holdings: Holdings,
+    metrics: Collection[str],
+) -> None:
+    """Have the clients of the last round score the final version, unless they have."""
+    done = folder.read_finish()
+    if done is not None and done.version == state.version:
+        return
+    last = folder.read_records(state.version)[-1]
+    asked = sorted({x.client for x in last.clients} | {x.client for x in last.left_out})
+    federation.observer.phase(state.version, "finish")
+    base = federation.model.base_fingerprint
+    deadline = federation.participation.deadline
+    finish = Finish(federation.transport, state, holdings, base, metrics, deadline)
+    record = finish.record(asked)
+    folder.write_finish(record)
+    federation.observer.finished_run(record)
 
 
 @contextmanager
@@ -255,7 +282,7 @@ def _header(
         },
         "clients": dict(rows),
         **prepared.summary.record(),
-        "validation_rows": len(prepared.validation),
+        "validation_rows": prepared.validation_rows,
         "headline": prepared.recipe.headline,
         "scorers": all_scorers(prepared.recipe),
         "model_config": dict(prepared.task.model_config),

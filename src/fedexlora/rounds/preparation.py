@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_utils import PreTrainedModel
 
 from fedexlora.data.capacity import check_config, load_config
 from fedexlora.data.head import head_labels, head_note, in_head_order
+from fedexlora.data.holdout import Holdout, hold_out
 from fedexlora.data.load import Splits, fingerprint, load_splits, load_train, load_validation
 from fedexlora.data.partition import client_values, split_clients
 from fedexlora.data.task import Task, prepare_task
@@ -26,6 +28,7 @@ from fedexlora.local.arguments import (
     training_device,
 )
 from fedexlora.local.clients import LocalClients
+from fedexlora.local.scoring import HeldOut, RowScorer
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.export import file_names
 from fedexlora.peft_bridge.inspect import check_new_weights
@@ -46,7 +49,10 @@ class Prepared:
     """What the server's side of a recipe names, loaded and checked; nothing is written yet."""
 
     recipe: Recipe
-    scoring: Scoring
+    task: Task
+    """With what it learned from the rows and the model."""
+    scoring: Scoring | None
+    """None where the server does not score."""
     model: AdaptedModel
     specs: Mapping[str, AdapterSpec]
     """The adapters of the clients that have another one than the model, by client."""
@@ -54,27 +60,19 @@ class Prepared:
     summary: RowSummary
 
     @property
-    def task(self) -> Task:
-        """With what it learned from the rows and the model."""
-        return self.scoring.task
-
-    @property
-    def tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped here
-        """The model's."""
-        return self.scoring.tokenizer
-
-    @property
-    def validation(self) -> Dataset:
-        """Tokenised."""
-        return self.scoring.validation
+    def validation_rows(self) -> int:
+        """How many the server scores on."""
+        return 0 if self.scoring is None else len(self.scoring.validation)
 
     def evaluate(self, observer: Observer) -> dict[str, float]:
-        """Scores of the model as it is now."""
-        return self.scoring.scores(self.model.peft_model, observer)
+        """Scores of the model as it is now; none where the server does not score."""
+        return {} if self.scoring is None else self.scoring.scores(self.model.peft_model, observer)
 
     @property
     def forwards(self) -> dict[Arithmetic, Callable[[], None]]:
         """By arithmetic in which the model is used: it reads some validation rows."""
+        if self.scoring is None:
+            return {}
         read, model = self.scoring.read_rows, self.model.peft_model
         return {how: partial(read, model, how, _ROWS_READ) for how in self.model.arithmetics}
 
@@ -88,29 +86,32 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
             this machine has not.
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
-    seed = recipe.federation.seed
     observer.preparing("reading the data")
     sets = load_sets(recipe)
-    splits = load_splits(recipe.data, seed)
+    splits = _run_splits(recipe)
     task = prepare_task(recipe.task, splits)
     every = _shares(recipe, task, splits.train)
     check_clients(recipe, list(every))
     shares = _admitted(recipe, every)
+    parted = _parted(recipe, shares)
     task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
-    scoring = prepare_scoring(recipe, task, tokenizer, model.peft_model, splits.validation, sets)
-    tokenized = {"training": rows, "validation": scoring.validation}
-    summary = check_rows(
-        recipe, task, model.peft_model, tokenizer, tokenized, [note, *scoring.notes], observer
-    )
+    scoring, tokenized, notes = None, {"training": rows}, [note]
+    if recipe.evaluation.where == "server":
+        validation = splits.validation
+        scoring = prepare_scoring(recipe, task, tokenizer, model.peft_model, validation, sets)
+        tokenized |= {"validation": scoring.validation}
+        notes += scoring.notes
+    summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, notes, observer)
     summary = replace(summary, client_values=client_values(splits.train, recipe.partition, shares))
     # Every row that a number of the run comes from is part of its data.
     others = [own.rows for own in sets.values()]
     data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
-    prepared = Prepared(recipe, scoring, model, specs, data, summary)
-    collator = task.collator(tokenizer)
-    return prepared, LocalClients(model, rows, shares, collator, recipe.training, seed, specs)
+    prepared = Prepared(recipe, task, scoring, model, specs, data, summary)
+    held_out = _held_out(recipe, task, tokenizer, rows, parted)
+    clients = _clients(recipe, task, tokenizer, model, rows, parted, specs, held_out)
+    return prepared, clients
 
 
 def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
@@ -133,29 +134,37 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
         recipe, task, model.peft_model, tokenizer, tokenized, [note, *scoring.notes], observer
     )
     data = fingerprint(rows, *(own.rows for own in sets.values()))
-    return Prepared(recipe, scoring, model, specs, data, summary)
+    return Prepared(recipe, task, scoring, model, specs, data, summary)
 
 
 def prepare_client(
-    recipe: Recipe, client: str, share: str | None, observer: Observer
+    recipe: Recipe,
+    client: str,
+    share: str | None,
+    observer: Observer,
+    *,
+    own_validation: bool = False,
 ) -> LocalClients:
-    """Load and check one client's side: the model and its own training rows.
+    """Load and check one client's side: the model and its own rows.
 
     Args:
         recipe: with the client's own data, and the labels of the task if it has any.
         client: its name.
         share: whose rows of the recipe's partition these are; None for all training rows.
         observer: told of progress.
+        own_validation: whether it scores on the rows that its data name for that, if clients score;
+            else a share of its training rows is held out.
 
     Raises:
-        DataError: if the training rows are missing or do not fit the task.
+        DataError: if rows are missing, do not fit the task, or are too few to hold some out.
         RecipeError: if the partition has no such share.
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
-    seed = recipe.federation.seed
     observer.preparing("reading the data")
-    rows = load_train(recipe.data, seed)
-    task = prepare_task(recipe.task, Splits.one("training", rows))
+    rows, separate = load_train(recipe.data, recipe.federation.seed), None
+    if own_validation and recipe.evaluation.where == "clients":
+        separate = load_validation(recipe.data, recipe.federation.seed)
+    task = prepare_task(recipe.task, _node_splits(rows, separate))
     if share is not None:
         shares = _shares(recipe, task, rows)
         if share not in shares:
@@ -166,12 +175,16 @@ def prepare_client(
     own = {name: table for name, table in recipe.clients.items() if name == client}
     task, tokenizer, model, specs, note = _load_model(recipe, task, own, observer)
     observer.preparing("tokenising the data")
-    rows = task.tokenize(rows, tokenizer)
-    tokenized = {"training": rows}
+    tokenized = {"training": task.tokenize(rows, tokenizer)}
+    parted = Holdout({client: range(len(rows))}, {})
+    if separate is None:
+        parted, scored = _parted(recipe, parted.train), tokenized["training"]
+    else:
+        tokenized["validation"] = scored = task.tokenize(separate, tokenizer)
+        parted = Holdout(parted.train, {client: range(len(separate))})
     check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
-    everything = {client: range(len(rows))}
-    collator = task.collator(tokenizer)
-    return LocalClients(model, rows, everything, collator, recipe.training, seed, specs)
+    held_out = _held_out(recipe, task, tokenizer, scored, parted)
+    return _clients(recipe, task, tokenizer, model, tokenized["training"], parted, specs, held_out)
 
 
 def client_rows(recipe: Recipe) -> dict[str, int]:
@@ -180,10 +193,10 @@ def client_rows(recipe: Recipe) -> dict[str, int]:
     Raises:
         DataError: if data, columns or partitions are wrong.
     """
-    splits = load_splits(recipe.data, recipe.federation.seed)
+    splits = _run_splits(recipe)
     task = prepare_task(recipe.task, splits)
     shares = _admitted(recipe, _shares(recipe, task, splits.train))
-    return {name: len(share) for name, share in shares.items()}
+    return {name: len(share) for name, share in _parted(recipe, shares).train.items()}
 
 
 def check_clients(recipe: Recipe, clients: Sequence[str]) -> None:
@@ -219,6 +232,50 @@ def _admitted(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list
     if faults:
         raise RecipeError("the recipe admits clients that there are not", faults)
     return admitted
+
+
+def _run_splits(recipe: Recipe) -> Splits:
+    """The rows of a run in one process; no validation rows where nobody scores on them."""
+    if recipe.evaluation.where == "server":
+        return load_splits(recipe.data, recipe.federation.seed)
+    rows = load_train(recipe.data, recipe.federation.seed)
+    return Splits(rows, rows, fingerprint(rows), "training")
+
+
+def _node_splits(rows: Dataset, separate: Dataset | None) -> Splits:
+    return Splits.one("training", rows) if separate is None else Splits(rows, separate, "")
+
+
+def _parted(recipe: Recipe, shares: Mapping[str, Sequence[int]]) -> Holdout:
+    """What clients train on, and what they hold out where they score."""
+    if recipe.evaluation.where != "clients":
+        return Holdout(shares, {})
+    return hold_out(shares, recipe.evaluation.holdout, recipe.federation.seed)
+
+
+def _held_out(
+    recipe: Recipe, task: Task, tokenizer: Tokenizer, rows: Dataset, parted: Holdout
+) -> HeldOut | None:
+    """What clients score versions on, if they do."""
+    if recipe.evaluation.where != "clients":
+        return None
+    table = recipe.evaluation
+    scorer = RowScorer(task, tokenizer, table.batch_size, scoring_arithmetic(recipe))
+    return HeldOut(scorer, rows, parted.held_out, table.every)
+
+
+def _clients(
+    recipe: Recipe,
+    task: Task,
+    tokenizer: Tokenizer,
+    model: AdaptedModel,
+    rows: Dataset,
+    parted: Holdout,
+    specs: Mapping[str, AdapterSpec],
+    held_out: HeldOut | None,
+) -> LocalClients:
+    collator, seed = task.collator(tokenizer), recipe.federation.seed
+    return LocalClients(model, rows, parted.train, collator, recipe.training, seed, specs, held_out)
 
 
 def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:

@@ -66,8 +66,21 @@ class Recipe(Table):
         """The score that runs are compared by."""
         return self.task.headline if self.evaluation.mean is None else MEAN
 
+    @property
+    def client_metrics(self) -> tuple[str, ...]:
+        """What clients score versions by; nothing where they do not."""
+        if self.evaluation.where != "clients":
+            return ()
+        return tuple(dict.fromkeys(("loss", *self.task.metrics)))
+
+    def metrics_of(self, version: int) -> tuple[str, ...]:
+        """What clients score a version by that they train from."""
+        return self.client_metrics if version % self.evaluation.every == 0 else ()
+
     def scored(self, round_: int) -> bool:
-        """Whether a round ends with scores."""
+        """Whether a round ends with scores of the server's."""
+        if self.evaluation.where != "server":
+            return False
         return round_ % self.evaluation.every == 0 or round_ == self.federation.rounds
 
     def of_set(self, name: str) -> Recipe:

@@ -98,6 +98,11 @@ class EvaluationSet(Table):
 class EvaluationTable(Table):
     """How the global model is scored, before the first round and after others."""
 
+    where: Literal["server", "clients", "none"] = "server"
+    """Who scores it: the server, on its validation rows; the clients, each on held-out rows of its
+    own; or nobody."""
+    holdout: float = Field(default=0.1, gt=0.0, le=0.5)
+    """With ``where = "clients"``: the share of every client's rows that is held out for scores."""
     every: int = Field(default=1, ge=1)
     """After every this many rounds, and after the last one."""
     batch_size: int = Field(default=64, ge=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +15,7 @@ from fedexlora.exchange.files import writing
 from fedexlora.exchange.history import Holdings
 from fedexlora.exchange.layout import each_once
 from fedexlora.exchange.records import BytesRecord, RoundRecord
+from fedexlora.exchange.scores import taken_together
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
@@ -63,6 +64,8 @@ class Federation:
     """By arithmetic in which the model is used: runs the server's copy so on some real inputs."""
     scored: Callable[[int], bool] | None = None
     """Which rounds end with scores; all if not given."""
+    metrics: Callable[[int], Collection[str]] | None = None
+    """By version, what clients that train from it score it by; nothing if not given."""
 
 
 def run_round(
@@ -87,7 +90,14 @@ def run_round(
     form = CommonForm(before, model.spec, federation.specs)
     spool = Spool(federation.spool, round_, form)
     admission = Admission(
-        federation.transport, rule, form, holdings, model.base_fingerprint, spool, federation.access
+        federation.transport,
+        rule,
+        form,
+        holdings,
+        model.base_fingerprint,
+        spool,
+        federation.access,
+        federation.metrics,
     )
     with clock.phase("ship"), writing(spool.path):  # step 1: who takes part is asked
         for fault in admission.draw(federation.seed):
@@ -159,6 +169,7 @@ def _record(
     up = sum(c.uploaded_bytes for c in clients) + sum(c.uploaded_bytes for c in intake.left_out)
     # Not of the left out alone: a client that sends twice is listed twice, and downloads once.
     down = sum(intake.downloads.values())
+    scores = [x.scores for x in clients if x.scores is not None and x.staleness == 0]
     return RoundRecord(
         round=round_,
         registered=len(federation.transport.clients),
@@ -172,6 +183,7 @@ def _record(
         modules=certificate.modules,
         # In the order in which the store gives them back: records are the same to the byte.
         metrics=dict(sorted(metrics.items())),
+        scores=taken_together(round_ - 1, scores) if scores else None,
         seconds=dict(sorted(seconds.items())),
     )
 
