@@ -15,7 +15,7 @@ _TABLES = {
     "partition": "kind clients alpha column min_rows",
     "federation": "method next_adapter remainder_rank remainder_energy placement reduce_on "
     "clients_per_round fraction min_updates deadline stale weighting weight_cap robust clip_norm "
-    "bad_share history allow exclude rounds seed",
+    "bad_share history allow exclude rounds patience seed",
     "evaluation": "where holdout every batch_size dtype sets mean",
 }
 KEYS = tuple(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys.split())

@@ -6,7 +6,8 @@ adapter/        the final global model     updates/      with --keep-updates, wh
 spool/          what clients have sent in the round that is open
 clients.jsonl   over Flower, the key that each client's name belongs to
 run-id          over Flower, what tells the run from others of the same recipe
-adapter.json    its worst module, read back from its files
+adapter.json    which version it is, and its worst module, read back from its files
+adapter-best/   the version with the best headline score, if there are scores
 finish.json     where clients score: what they say of the final version
 """
 
@@ -34,7 +35,12 @@ from fedexlora.rounds.record_lines import RecordLines
 from fedexlora.rounds.store import VersionStore
 
 LOCK, FINISH = ".lock", "finish.json"
-_CHANGEABLE = ("federation.rounds:", "federation.allow:", "federation.exclude:")
+_CHANGEABLE = (
+    "federation.rounds:",
+    "federation.patience:",
+    "federation.allow:",
+    "federation.exclude:",
+)
 """Keys in which a resumed run may differ from the one that is in the folder."""
 
 
@@ -66,6 +72,16 @@ class RunFolder:
     def adapter(self) -> Path:
         """The final global model as a PEFT adapter."""
         return self.path / "adapter"
+
+    @property
+    def best_adapter(self) -> Path:
+        """The same of the version with the best headline score."""
+        return self.path / "adapter-best"
+
+    @property
+    def adapter_record(self) -> Path:
+        """What is said of both."""
+        return self.path / "adapter.json"
 
     @property
     def spool(self) -> Path:
@@ -232,8 +248,14 @@ class RunFolder:
         with writing(self._records):
             append_bytes(self._records, b"")
 
-    def save(self, state: GlobalState, holdings: Holdings, record: RoundRecord) -> None:
-        """Make a version durable, with the record of its round.
+    def save(
+        self,
+        state: GlobalState,
+        holdings: Holdings,
+        record: RoundRecord,
+        best: int | None = None,
+    ) -> None:
+        """Make a version durable, with the record of its round; what leads to the best one stays.
 
         The record comes first: it is one of no version, and dropped, until the step that was
         written in the round has its name. A kill in between loses the round, and nothing else.
@@ -246,16 +268,16 @@ class RunFolder:
         with writing(self.store.step_file(state.version)):
             self.store.commit(state.version)
         with writing(self.store.path):
-            self.store.keep_snapshots(state, holdings)
+            self.store.keep_snapshots(state, holdings, best)
 
-    def settle(self, progress: Progress) -> None:
+    def settle(self, progress: Progress, best: int | None = None) -> None:
         """Remove what is beyond the version that a run goes on from, and do what a kill cut off.
 
         Raises:
             RunError: if a file cannot be written or removed.
         """
         with writing(self.store.path):
-            self.store.settle(progress.state, progress.holdings, progress.damaged)
+            self.store.settle(progress.state, progress.holdings, progress.damaged, best)
         lines = self.read_records(progress.state.version)
         with writing(self._records):
             cut_off(self._records, lines.size)

@@ -7,20 +7,22 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedexlora.errors import BridgeError, RecipeError, ResumeError
+from fedexlora.errors import BridgeError, RecipeError, ResumeError, VersionError
 from fedexlora.exchange.files import new_folder, replace_bytes, writing
 from fedexlora.exchange.history import History, Holdings
-from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.records import FinishRecord, RoundRecord
 from fedexlora.exchange.state import GlobalState
 from fedexlora.local.arguments import training_arithmetic
 from fedexlora.peft_bridge.export import save_factors, save_global
+from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.rounds.best import Selection
 from fedexlora.rounds.divergence import check_finite, check_score
 from fedexlora.rounds.environment import (
     describe_environment,
@@ -121,13 +123,15 @@ def _rounds(
 ) -> Sequence[RoundRecord]:
     """Run what is left of the rounds and write the adapter."""
     recipe, model = prepared.recipe, prepared.model
+    records = progress.records if progress else ()
+    selection = Selection.of(recipe, header["initial_metrics"], records)
     if progress is None:
         initial = model.initial_state(prepared.specs, recipe.federation.seed)
         history = History(recipe.federation.history, folder.store, {0: initial.id})
         progress = Progress(initial, (), Holdings({}, history))
         folder.begin(initial, progress.holdings)
     else:
-        folder.settle(progress)
+        folder.settle(progress, selection.kept)
     state, holdings = progress.state, progress.holdings
     model.apply(state)
     observer.started(_info(prepared, header, len(progress.records)))
@@ -150,21 +154,45 @@ def _rounds(
         scored=recipe.scored,
         metrics=recipe.metrics_of,
     )
-    while state.version < recipe.federation.rounds:
+    while state.version < recipe.federation.rounds and not selection.exhausted:
         shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
         state, holdings, record = run_round(federation, state, holdings)
         check_finite(state, record)
-        folder.save(state, holdings, record)
+        selection.see_round(record)
+        folder.save(state, holdings, record, selection.kept)
         observer.finished_round(record)
     folder.clear_spool()
     if recipe.client_metrics:
-        _finish(federation, folder, state, holdings, recipe.client_metrics)
+        finish = _finish(federation, folder, state, holdings, recipe.client_metrics)
+        selection.see_finish(finish)
+    _write_adapters(model, folder, state, selection, observer)
+    return folder.read_records(state.version)
+
+
+def _write_adapters(
+    model: AdaptedModel,
+    folder: RunFolder,
+    state: GlobalState,
+    selection: Selection,
+    observer: Observer,
+) -> None:
+    """Write the final global model, and the best one, with what is known of both."""
     with writing(folder.adapter), new_folder(folder.adapter) as path:
         written = save_global(model, state, path)
-    worst = {"worst_module": written.module, "worst_error": written.error}
-    with writing(folder.path / "adapter.json"):
-        replace_bytes(folder.path / "adapter.json", json.dumps(worst, indent=2).encode())
-    return folder.read_records(recipe.federation.rounds)
+    said: dict[str, Any] = {"version": state.version, "stopped": selection.exhausted}
+    said |= {"worst_module": written.module, "worst_error": written.error}
+    if selection.best is not None:
+        best = selection.best
+        try:
+            found = state if best.version == state.version else folder.store.state(best.version)
+        except (VersionError, OSError) as error:
+            observer.passed_over(f"{folder.best_adapter} is not written: {error}")
+        else:
+            with writing(folder.best_adapter), new_folder(folder.best_adapter) as path:
+                save_global(model, found, path)
+            said["best"] = asdict(best)
+    with writing(folder.adapter_record):
+        replace_bytes(folder.adapter_record, json.dumps(said, indent=2).encode())
 
 
 def _finish(
@@ -173,11 +201,11 @@ def _finish(
     state: GlobalState,
     holdings: Holdings,
     metrics: Collection[str],
-) -> None:
+) -> FinishRecord:
     """Have the clients of the last round score the final version, unless they have."""
     done = folder.read_finish()
     if done is not None and done.version == state.version:
-        return
+        return done
     last = folder.read_records(state.version)[-1]
     asked = sorted({x.client for x in last.clients} | {x.client for x in last.left_out})
     federation.observer.phase(state.version, "finish")
@@ -187,6 +215,7 @@ def _finish(
     record = finish.record(asked)
     folder.write_finish(record)
     federation.observer.finished_run(record)
+    return record
 
 
 @contextmanager

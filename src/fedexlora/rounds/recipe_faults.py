@@ -72,18 +72,22 @@ def _place_faults(recipe: Recipe) -> list[str]:
     where = recipe.evaluation.where
     if where == "server":
         return []
+    patience = recipe.federation.patience
     asked = {
         "evaluation.sets": recipe.evaluation.sets,
         "evaluation.mean": recipe.evaluation.mean,
         "task.generation": getattr(recipe.task, "generation", None),
         "task.choices": getattr(recipe.task, "choices", None),
     }
-    return [
+    faults = [
         f"{key}: is scored on the server's rows, and evaluation.where is {where!r}; leave it out, "
         f"or set evaluation.where = 'server'"
         for key, value in asked.items()
         if value
     ]
+    if where == "none" and patience is not None:
+        faults.append("federation.patience: there are no scores, as evaluation.where is 'none'")
+    return faults
 
 
 def _loss_faults(recipe: Recipe) -> list[str]:

@@ -82,6 +82,9 @@ class FederationTable(Table):
     may change it."""
     rounds: int = Field(default=10, ge=1)
     """Number of federated rounds."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the run once so many versions have no better headline score than one before; a resumed
+    run may change it."""
     seed: int = Field(default=0, ge=0)
     """Where all randomness comes from."""
 
