@@ -25,7 +25,7 @@ from fedexlora.rounds import loop
 from fedexlora.rounds import round as round_module
 from fedexlora.rounds import run as run_module
 from fedexlora.rounds.admission import Admission
-from fedexlora.rounds.preparation import Prepared
+from fedexlora.rounds.prepared import Prepared
 from fedexlora.rounds.reduction import Reducer
 
 
@@ -117,7 +117,7 @@ class Moments:
             *((Admission, name) for name in ("draw", "ask", "receive", "_hear")),
             (Reducer, "reduce"),
             (AdaptedModel, "apply"),
-            *((loop, name) for name in ("run_round", "save_global", "save_factors")),
+            *((loop, name) for name in ("run_round", "write_global", "write_factors")),
         ):
             self.before(owner, name)
 

@@ -13,7 +13,8 @@ from fedexlora.peft_bridge.export import save_global
 from fedexlora.rounds.best import Selection
 from fedexlora.rounds.folder import RunFolder
 from fedexlora.rounds.observer import Observer
-from fedexlora.rounds.preparation import Prepared, prepare
+from fedexlora.rounds.preparation import prepare
+from fedexlora.rounds.prepared import Prepared
 from fedexlora.rounds.recipe import parse_recipe
 from fedexlora.rounds.run import run
 from tests.rounds.conftest import files, recipe_document, records_without_times

@@ -66,6 +66,45 @@ class ScoresRecord(Record):
         return self.pooled | self.mean_of_clients
 
 
+class HolderRecord(Record):
+    """A holder's half of the certificate: its live model against the version that it holds."""
+
+    error: float
+    """|live model - version| / |version| of the module that is farthest off."""
+    bound: float
+    """What that is at most."""
+    allowed: float
+    """The largest that is accepted: rounding of a folded weight is part of it."""
+    forward: float
+    """The largest ``forward`` of a module."""
+    kept: float | None
+    """The share of the remainder that comes out of its layers, over some of its rows; 1 is all.
+    None where there is no remainder."""
+    kept_error: float | None
+    """The standard error of ``kept``."""
+
+
+class HoldersRecord(Record):
+    """The worst of what a round's clients say of their models, when they have come to a version."""
+
+    version: int
+    """Which one: the one that the round starts from."""
+    clients: int
+    """How many say it."""
+    worst_client: str
+    """Whose error is the largest share of what is allowed."""
+    error: float
+    bound: float
+    allowed: float
+    worst_forward_client: str
+    forward: float
+    worst_kept_client: str | None
+    kept: float | None
+    kept_error: float | None
+    held: bool
+    """Whether every one's bound is within what is allowed of it."""
+
+
 class ClientRecord(Record):
     """A client whose update is part of the round."""
 
@@ -91,6 +130,8 @@ class ClientRecord(Record):
     """Local training, and scoring before it."""
     scores: ClientScores | None = Field(default=None, exclude_if=_absent)
     """Of the version that it was trained from; absent where clients do not score."""
+    holder: HolderRecord | None = Field(default=None, exclude_if=_absent)
+    """Of its model at that version, before it trained; absent where the server has a model."""
 
 
 class LeftOutRecord(Record):
@@ -130,9 +171,10 @@ class ModuleRecord(Record):
     than this with a chance of 1e-9."""
     allowed: float
     """The largest error that is accepted, in the same unit: rounding, and what is truncated."""
-    forward: float
+    forward: float | None
     """|what the layer multiplies by - the same at version 0 - update| / |update|, every operand
-    rounded to the dtype in which the layer multiplies it; the worse of training and scoring."""
+    rounded to the dtype in which the layer multiplies it; the worse of training and scoring.
+    None where the server has no model: then the holders say it."""
     kept: float | None
     """The share of the remainder that comes out of the layer, over validation rows; 1 is all. None
     where there is no remainder, or no rows."""
@@ -143,7 +185,8 @@ class ModuleRecord(Record):
     truncated: float
     """What the method left out of this round's remainder on purpose, as a share of the ideal."""
     placement: str
-    """Where the remainder lives: ``fold``, in the frozen weight, or ``side``, beside it."""
+    """Where the remainder lives: ``fold``, in the frozen weight, or ``side``, beside it;
+    ``clients`` where the server has no model."""
     remainder: str
     """How the cumulative remainder is held: ``none``, ``rank N`` or ``dense``."""
 
@@ -164,9 +207,11 @@ class CertificateRecord(Record):
     """All modules together, and the dense tensors."""
 
     placement: str
-    """Where the remainder lives: ``fold``, ``side``, or ``fold and side`` by module."""
+    """Where the remainder lives: ``fold``, ``side``, or ``fold and side`` by module; ``clients``
+    where the server has no model."""
     error: float
-    """|applied - ideal| / |ideal| over all modules."""
+    """|applied - ideal| / |ideal| over all modules; that of the step where the server has no model,
+    and what holders make of it is in the round's ``holders``."""
     bound: float
     """What that is at most."""
     allowed: float
@@ -175,10 +220,10 @@ class CertificateRecord(Record):
     """What the method left out of this round's remainder on purpose, as a share of the ideal."""
     worst_module: str
     worst_error: float
-    forward: float
+    forward: float | None
     """The modules' ``forward`` over all modules."""
-    worst_forward_module: str
-    worst_forward: float
+    worst_forward_module: str | None
+    worst_forward: float | None
     kept: float | None
     """The modules' ``kept`` over all modules."""
     kept_error: float | None
@@ -227,6 +272,8 @@ class RoundRecord(Record):
     scores: ScoresRecord | None = Field(default=None, exclude_if=_absent)
     """By the clients, of the version that the round started from; absent where clients do not
     score, or did not in this round."""
+    holders: HoldersRecord | None = Field(default=None, exclude_if=_absent)
+    """The clients' half of the certificate; absent where the server has a model."""
     seconds: dict[str, float]
     """Wall-clock seconds by phase."""
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.errors import UpdateError
-from fedexlora.exchange.records import ClientScores
+from fedexlora.exchange.holders import holder_from
+from fedexlora.exchange.records import ClientScores, HolderRecord
 from fedexlora.exchange.scores import scores_from, scores_header
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
 from fedexlora.exchange.untrusted import LARGEST, short
@@ -42,6 +43,8 @@ class ClientUpdate:
     tensors: Mapping[str, Tensor]
     scores: ClientScores | None = None
     """Of the version that it was trained from, on the client's own rows, where clients score."""
+    holder: HolderRecord | None = None
+    """Of the client's model at that version, where the server has none."""
 
     def factors(self, module: str, held: Factors) -> Factors:
         """The trained factors of ``module``; a factor that is frozen comes from ``held``."""
@@ -61,6 +64,8 @@ class ClientUpdate:
         }
         if self.scores is not None:
             header["scores"] = scores_header(self.scores)
+        if self.holder is not None:
+            header["holder"] = self.holder.model_dump()
         return pack(self.tensors, header)
 
 
@@ -77,7 +82,13 @@ def largest_update(spec: AdapterSpec) -> int:
 
 
 def decode_update(
-    message: bytes, spec: AdapterSpec, round_: int, client: str, metrics: Collection[str] = ()
+    message: bytes,
+    spec: AdapterSpec,
+    round_: int,
+    client: str,
+    metrics: Collection[str] = (),
+    *,
+    holder: bool = False,
 ) -> ClientUpdate:
     """The update in ``message``, which came from ``client`` in ``round_``; not yet checked.
 
@@ -89,10 +100,11 @@ def decode_update(
         round_: the round, which errors name.
         client: who sent it.
         metrics: the scores that it must have; none if not given.
+        holder: whether it must have the client's half of the certificate.
 
     Raises:
         UpdateError: if the message is too large or damaged, its header lacks a field or has another
-            type, or its scores are not finite numbers under these names.
+            type, or its figures are not finite numbers under known names.
     """
     sizes = {
         "an update": (len(message), largest_update(spec)),
@@ -126,12 +138,16 @@ def decode_update(
     if metrics:
         scores, more = scores_from(header.pop("scores", None), metrics)
         faults += more
+    half = None
+    if holder:
+        half, more = holder_from(header.pop("holder", None))
+        faults += more
     if unknown := header.keys() - fields.keys():
         faults.append(f"header: unexpected {short(sorted(unknown))}")
     if faults:
         raise UpdateError(round_, client, faults)
     values: dict[str, Any] = header
-    return ClientUpdate(**values, tensors=tensors, scores=scores)
+    return ClientUpdate(**values, tensors=tensors, scores=scores, holder=half)
 
 
 def check_update(

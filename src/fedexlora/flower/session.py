@@ -28,6 +28,8 @@ from fedexlora.flower.frames import PROTOCOL, Frame
 from fedexlora.flower.node import Node
 from fedexlora.flower.permission import local_recipe
 from fedexlora.local.clients import LocalClients
+from fedexlora.peft_bridge.export import origin_of
+from fedexlora.peft_bridge.origin import Statement
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare_client
 
@@ -48,12 +50,14 @@ class Session:
         self._last_answer = AnswerFile(node)
         self._recipe: Mapping[str, Any] | None = None
         self._trainer: LocalClients | None = None
+        self._origin: tuple[Statement, bytes] | None = None
         self._held = _read(stored)
 
     def answer(self, frame: Frame) -> Frame:
         """The reply to one of the server's requests; it never raises, and says faults as codes."""
         kinds: Mapping[object, Callable[[Frame], Frame]]
         kinds = {"hello": self._hello, "train": self._train, "score": self._score}
+        kinds |= {"origin": self._send_origin}
         try:
             _check_peer(frame.header)
             kind = frame.header.get("kind")
@@ -68,7 +72,25 @@ class Session:
         trainer, client = self._ready(frame.header), self.node.client
         rows = trainer.num_examples[client]
         _log.info("ready as %r: %d rows, base %s", client, rows, trainer.model.base_fingerprint)
-        return Frame({"client": client, "rows": rows})
+        said: dict[str, Any] = {"client": client, "rows": rows}
+        if frame.header.get("base") is None:
+            said["origin"] = self._begun()[0].header()
+        return Frame(said)
+
+    def _send_origin(self, frame: Frame) -> Frame:
+        """Send version 0, as this node has it, to a server without a model."""
+        self._ready(frame.header)
+        return Frame({}, {"origin": self._begun()[1]})
+
+    def _begun(self) -> tuple[Statement, bytes]:
+        """Version 0, as it was when the model was loaded.
+
+        Raises:
+            NodeError: if the recipe has the server score, which then has a model of its own.
+        """
+        if self._origin is None:
+            raise NodeError(NodeFault.REQUEST_INVALID, "the server should have the base model")
+        return self._origin
 
     def _train(self, frame: Frame) -> Frame:
         """Train and send; a request that comes again gets the same answer again.
@@ -124,7 +146,11 @@ class Session:
                 self._trainer = prepare_client(
                     recipe, client, share, Observer(), own_validation=own
                 )
-            self._recipe = sent
+            self._recipe, self._origin = sent, None
+            if recipe.evaluation.where != "server":
+                self._origin = origin_of(self._trainer.model).encode()
+        if header.get("base") is None and header.get("kind") == "hello":
+            return self._trainer  # nobody has said yet which base it is to be
         found, wanted = self._trainer.model.base_fingerprint, header.get("base")
         if found != wanted:
             said = f"the base model is another one: {found} here, {short(wanted)} at the server"

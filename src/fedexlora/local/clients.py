@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import RecipeError
+from fedexlora.exchange.records import HolderRecord
 from fedexlora.exchange.scores import ScoreReport
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
@@ -22,6 +23,8 @@ from fedexlora.local.trainer import Collator, rehearse, train_locally
 from fedexlora.peft_bridge.model import AdaptedModel
 
 Found = TypeVar("Found")
+Measure = Callable[[AdaptedModel, GlobalState, Dataset], HolderRecord]
+"""A model as a client's, at a version, and rows of that client: its half of the certificate."""
 
 
 class LocalClients:
@@ -38,6 +41,7 @@ class LocalClients:
         seed: the federation's.
         specs: the adapters of the clients that have another one than the model, by client.
         held_out: rows that are scored and not trained on, where clients score.
+        measure: what the holder of a model says of it, where the server has none.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class LocalClients:
         seed: int,
         specs: Mapping[str, AdapterSpec],
         held_out: HeldOut | None = None,
+        measure: Measure | None = None,
     ) -> None:
         self.model = model
         self._rows = rows
@@ -60,6 +65,7 @@ class LocalClients:
         self._seed = seed
         self._specs = specs
         self._held_out = held_out
+        self._measure = measure
         self._applied: Mapping[str, LowRank] | None = None
 
     def rehearse(self) -> None:
@@ -104,6 +110,9 @@ class LocalClients:
             scores = self.as_client(client, held, partial(held_out.scores, client))
         self._enter(client, held)
         rows = self.rows_of(client)
+        holder = None
+        if self._measure is not None:
+            holder = self._measure(self.model, held, rows)
         loss = train_locally(
             self.model.peft_model,
             rows,
@@ -121,6 +130,7 @@ class LocalClients:
             base=self.model.base_fingerprint,
             tensors=self.model.update_tensors(),
             scores=scores,
+            holder=holder,
         ).encode()
 
     def as_client(self, client: str, held: GlobalState, work: Callable[[Module], Found]) -> Found:

@@ -20,6 +20,7 @@ from fedexlora.peft_bridge.global_writer import write_factors, write_global
 from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
 from fedexlora.peft_bridge.modules import EmbeddingModule
 from fedexlora.peft_bridge.names import PREFIX
+from fedexlora.peft_bridge.origin import Origin
 
 
 def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> WrittenError:
@@ -54,6 +55,17 @@ def layout_of(model: AdaptedModel) -> AdapterLayout:
         for name, module in model.modules.items()
     }
     return AdapterLayout(model.spec, _config(model), file_names(model), modules, model.taken_out)
+
+
+def origin_of(model: AdaptedModel) -> Origin:
+    """Where a run begins with a model that is as it was loaded.
+
+    Raises:
+        BridgeError: as :func:`file_names`.
+    """
+    first = model.initial_state()
+    base, precision = model.base_fingerprint, model.precision()
+    return Origin(layout_of(model), base, precision, first.adapter, first.dense)
 
 
 def file_names(model: AdaptedModel) -> dict[str, str]:

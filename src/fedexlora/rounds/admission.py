@@ -91,6 +91,7 @@ class Admission:
         spool: where updates are put.
         access: whom the recipe admits; by default everybody.
         metrics: by version, what clients that train from it score it by; nothing by default.
+        holders: whether clients send their half of the certificate.
     """
 
     def __init__(
@@ -103,6 +104,8 @@ class Admission:
         spool: Spool,
         access: AccessList | None = None,
         metrics: Callable[[int], Collection[str]] | None = None,
+        *,
+        holders: bool = False,
     ) -> None:
         self._transport = transport
         self._rule = rule
@@ -114,6 +117,7 @@ class Admission:
         self._spool = spool
         self._access = access or AccessList()
         self._metrics = metrics or _no_metrics
+        self._holders = holders
         self._delivered: set[str] = set()
         self._waiting = dict(transport.waiting)
         self._deliveries: dict[tuple[int | None, bool], Delivery] = {}
@@ -279,8 +283,8 @@ class Admission:
             self._refuse(client, reply.failure or reply.missed)
         start = self._before if reply.round >= self._round else self._stale_start(reply)
         spec = self._form.spec_of(client)
-        metrics = self._metrics(start.version)
-        update = decode_update(reply.message or b"", spec, self._round, client, metrics)
+        metrics, message = self._metrics(start.version), reply.message or b""
+        update = decode_update(message, spec, self._round, client, metrics, holder=self._holders)
         check_update(
             update,
             spec,
@@ -307,6 +311,7 @@ class Admission:
             uploaded_bytes=len(reply.message or b""),
             seconds=reply.seconds,
             scores=update.scores,
+            holder=update.holder,
         )
 
     def _stale_start(self, reply: Reply) -> GlobalState:

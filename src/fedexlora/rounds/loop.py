@@ -19,9 +19,8 @@ from fedexlora.exchange.files import new_folder, replace_bytes, writing
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.records import FinishRecord, RoundRecord
 from fedexlora.exchange.state import GlobalState
-from fedexlora.local.arguments import training_arithmetic
-from fedexlora.peft_bridge.export import save_factors, save_global
-from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.peft_bridge.adapter_layout import AdapterLayout
+from fedexlora.peft_bridge.global_writer import write_factors, write_global
 from fedexlora.rounds.best import Selection
 from fedexlora.rounds.divergence import check_finite, check_score
 from fedexlora.rounds.environment import (
@@ -32,10 +31,9 @@ from fedexlora.rounds.environment import (
 from fedexlora.rounds.finish import Finish
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.observer import Observer, RunInfo
-from fedexlora.rounds.preparation import Prepared
+from fedexlora.rounds.prepared import Prepared
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.round import Federation, run_round
-from fedexlora.rounds.scoring import all_scorers, scoring_arithmetic
 from fedexlora.rounds.spool import SpooledUpdate
 from fedexlora.rounds.transport import Transport
 
@@ -55,6 +53,20 @@ class RunResult:
     """How the adapted frozen weights are stored."""
     records: Sequence[RoundRecord]
     """Read from the folder one at a time."""
+    finish: FinishRecord | None = None
+    """Where clients score: what followed the last round."""
+
+    def scores(self) -> dict[int, dict[str, float]]:
+        """By version that was scored, by the server or by the clients: its scores."""
+        found = {0: dict(self.initial_metrics)} if self.initial_metrics else {}
+        for record in self.records:
+            if record.scores is not None:
+                found[record.scores.version] = record.scores.metrics
+            if record.metrics:
+                found[record.round] = record.metrics
+        if self.finish is not None and self.finish.scores is not None:
+            found[self.finish.version] = self.finish.scores.metrics
+        return found
 
 
 def run_federation(
@@ -109,7 +121,8 @@ def run_federation(
         with settled_heap():
             records = _rounds(prepared, folder, progress, header, connect, keep_updates, observer)
     metrics, precision = header["initial_metrics"], header["precision"]
-    return RunResult(folder.path, folder.adapter, metrics, precision, records)
+    finish = folder.read_finish() if recipe.client_metrics else None
+    return RunResult(folder.path, folder.adapter, metrics, precision, records, finish)
 
 
 def _rounds(
@@ -126,14 +139,15 @@ def _rounds(
     records = progress.records if progress else ()
     selection = Selection.of(recipe, header["initial_metrics"], records)
     if progress is None:
-        initial = model.initial_state(prepared.specs, recipe.federation.seed)
+        initial = prepared.initial()
         history = History(recipe.federation.history, folder.store, {0: initial.id})
         progress = Progress(initial, (), Holdings({}, history))
         folder.begin(initial, progress.holdings)
     else:
         folder.settle(progress, selection.kept)
     state, holdings = progress.state, progress.holdings
-    model.apply(state)
+    if model is not None:
+        model.apply(state)
     observer.started(_info(prepared, header, len(progress.records)))
     keep = partial(_keep, folder, prepared) if keep_updates else _forget
     federation = Federation(
@@ -153,6 +167,7 @@ def _rounds(
         forwards=prepared.forwards,
         scored=recipe.scored,
         metrics=recipe.metrics_of,
+        origin=prepared.origin,
     )
     while state.version < recipe.federation.rounds and not selection.exhausted:
         shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
@@ -165,12 +180,12 @@ def _rounds(
     if recipe.client_metrics:
         finish = _finish(federation, folder, state, holdings, recipe.client_metrics)
         selection.see_finish(finish)
-    _write_adapters(model, folder, state, selection, observer)
+    _write_adapters(prepared.layout, folder, state, selection, observer)
     return folder.read_records(state.version)
 
 
 def _write_adapters(
-    model: AdaptedModel,
+    layout: AdapterLayout,
     folder: RunFolder,
     state: GlobalState,
     selection: Selection,
@@ -178,7 +193,7 @@ def _write_adapters(
 ) -> None:
     """Write the final global model, and the best one, with what is known of both."""
     with writing(folder.adapter), new_folder(folder.adapter) as path:
-        written = save_global(model, state, path)
+        written = write_global(layout, state, path)
     said: dict[str, Any] = {"version": state.version, "stopped": selection.exhausted}
     said |= {"worst_module": written.module, "worst_error": written.error}
     if selection.best is not None:
@@ -189,7 +204,7 @@ def _write_adapters(
             observer.passed_over(f"{folder.best_adapter} is not written: {error}")
         else:
             with writing(folder.best_adapter), new_folder(folder.best_adapter) as path:
-                save_global(model, found, path)
+                write_global(layout, found, path)
             said["best"] = asdict(best)
     with writing(folder.adapter_record):
         replace_bytes(folder.adapter_record, json.dumps(said, indent=2).encode())
@@ -209,9 +224,8 @@ def _finish(
     last = folder.read_records(state.version)[-1]
     asked = sorted({x.client for x in last.clients} | {x.client for x in last.left_out})
     federation.observer.phase(state.version, "finish")
-    base = federation.model.base_fingerprint
     deadline = federation.participation.deadline
-    finish = Finish(federation.transport, state, holdings, base, metrics, deadline)
+    finish = Finish(federation.transport, state, holdings, federation.base, metrics, deadline)
     record = finish.record(asked)
     folder.write_finish(record)
     federation.observer.finished_run(record)
@@ -241,7 +255,7 @@ def _check_enough_clients(recipe: Recipe, clients: Mapping[str, int]) -> None:
 
 def _check_keep(prepared: Prepared) -> None:
     """Refuse to keep updates from which nobody could recompute the aggregate."""
-    if prepared.model.taken_out:
+    if prepared.layout.taken_out:
         raise BridgeError(
             "--keep-updates: factors on a base that their initialisation changed are no adapters",
             ["leave it out, or set lora.init_lora_weights = true"],
@@ -260,13 +274,14 @@ def _check_keep(prepared: Prepared) -> None:
 
 def _keep(folder: RunFolder, prepared: Prepared, updates: Sequence[SpooledUpdate]) -> None:
     """Store what clients sent so that anyone can recompute the aggregate without our code."""
+    layout = prepared.layout
     for update in updates:
         sent = update.form.sent(update)
         dense = {name: update.head(name) for name in update.form.before.dense}
         round_ = update.form.before.version + 1
         kept = folder.round_updates(round_) / update.client
         with writing(kept), new_folder(kept) as path:
-            save_factors(prepared.model, sent, dense, path, prepared.specs.get(update.client))
+            write_factors(layout, sent, dense, path, prepared.specs.get(update.client))
             said = {"client": update.client, "round": round_, "weight": update.weight}
             (path / "client.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
 
@@ -278,7 +293,7 @@ def _forget(updates: Sequence[SpooledUpdate]) -> None:
 def _check_header(folder: RunFolder, header: Mapping[str, Any] | None, prepared: Prepared) -> None:
     if header is None:
         return
-    here = {"data": prepared.data_fingerprint, "base": prepared.model.base_fingerprint}
+    here = {"data": prepared.data_fingerprint, "base": prepared.base, **prepared.stated()}
     faults = [
         f"{key}: {header.get(key)} there, {value} here"
         for key, value in here.items()
@@ -303,32 +318,29 @@ def _header(
     return {
         **describe_environment(prepared.model),
         "data": prepared.data_fingerprint,
-        "base": prepared.model.base_fingerprint,
-        "precision": prepared.model.precision(),
-        "arithmetic": {
-            "training": str(training_arithmetic(prepared.recipe.training)),
-            "scoring": str(scoring_arithmetic(prepared.recipe)),
-        },
+        "base": prepared.base,
+        **prepared.stated(),
+        "precision": prepared.precision,
+        "arithmetic": prepared.arithmetic,
         "clients": dict(rows),
-        **prepared.summary.record(),
+        **prepared.summed_up(),
         "validation_rows": prepared.validation_rows,
         "headline": prepared.recipe.headline,
-        "scorers": all_scorers(prepared.recipe),
-        "model_config": dict(prepared.task.model_config),
+        "scorers": prepared.scorers(),
+        "model_config": {} if prepared.task is None else dict(prepared.task.model_config),
         "initial_metrics": dict(initial_metrics),
     }
 
 
 def _info(prepared: Prepared, header: Mapping[str, Any], finished: int) -> RunInfo:
-    parameters = prepared.model.peft_model.parameters()
     return RunInfo(
         method=prepared.recipe.federation.method,
         rounds=prepared.recipe.federation.rounds,
         clients=header["clients"],
         validation_rows=header["validation_rows"],
-        modules=len(prepared.model.modules),
+        modules=len(prepared.spec.modules),
         precision=header["precision"],
-        trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        trained_parameters=prepared.trained_parameters,
         headline=header["headline"],
         initial_metrics=header["initial_metrics"],
         finished=finished,

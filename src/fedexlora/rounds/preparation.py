@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_utils import PreTrainedModel
@@ -29,52 +27,17 @@ from fedexlora.local.arguments import (
 )
 from fedexlora.local.clients import LocalClients
 from fedexlora.local.scoring import HeldOut, RowScorer
-from fedexlora.peft_bridge.arithmetic import Arithmetic
-from fedexlora.peft_bridge.export import file_names
+from fedexlora.peft_bridge.export import file_names, origin_of
 from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes, resolve_source
 from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.rounds.holder import HolderMeasure
 from fedexlora.rounds.observer import Observer
+from fedexlora.rounds.prepared import Prepared, check_clients, check_reduction_device
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.recipe_tables import ClientTable
-from fedexlora.rounds.rows import RowSummary, check_rows
-from fedexlora.rounds.scoring import Scoring, load_sets, prepare_scoring, scoring_arithmetic
-
-_ROWS_READ = 8
-"""Validation rows over which is measured what comes out of the layers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What the server's side of a recipe names, loaded and checked; nothing is written yet."""
-
-    recipe: Recipe
-    task: Task
-    """With what it learned from the rows and the model."""
-    scoring: Scoring | None
-    """None where the server does not score."""
-    model: AdaptedModel
-    specs: Mapping[str, AdapterSpec]
-    """The adapters of the clients that have another one than the model, by client."""
-    data_fingerprint: str
-    summary: RowSummary
-
-    @property
-    def validation_rows(self) -> int:
-        """How many the server scores on."""
-        return 0 if self.scoring is None else len(self.scoring.validation)
-
-    def evaluate(self, observer: Observer) -> dict[str, float]:
-        """Scores of the model as it is now; none where the server does not score."""
-        return {} if self.scoring is None else self.scoring.scores(self.model.peft_model, observer)
-
-    @property
-    def forwards(self) -> dict[Arithmetic, Callable[[], None]]:
-        """By arithmetic in which the model is used: it reads some validation rows."""
-        if self.scoring is None:
-            return {}
-        read, model = self.scoring.read_rows, self.model.peft_model
-        return {how: partial(read, model, how, _ROWS_READ) for how in self.model.arithmetics}
+from fedexlora.rounds.rows import check_rows
+from fedexlora.rounds.scoring import load_sets, prepare_scoring, scoring_arithmetic
 
 
 def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]:
@@ -108,10 +71,18 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
     # Every row that a number of the run comes from is part of its data.
     others = [own.rows for own in sets.values()]
     data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
-    prepared = Prepared(recipe, task, scoring, model, specs, data, summary)
     held_out = _held_out(recipe, task, tokenizer, rows, parted)
     clients = _clients(recipe, task, tokenizer, model, rows, parted, specs, held_out)
-    return prepared, clients
+    prepared = Prepared(
+        recipe,
+        specs,
+        task,
+        scoring,
+        data_fingerprint=data,
+        summary=summary,
+        arithmetic=_arithmetic(recipe),
+    )
+    return _with_model(prepared, model), clients
 
 
 def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
@@ -134,7 +105,16 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
         recipe, task, model.peft_model, tokenizer, tokenized, [note, *scoring.notes], observer
     )
     data = fingerprint(rows, *(own.rows for own in sets.values()))
-    return Prepared(recipe, task, scoring, model, specs, data, summary)
+    return Prepared(
+        recipe,
+        specs,
+        task,
+        scoring,
+        model,
+        data_fingerprint=data,
+        summary=summary,
+        arithmetic=_arithmetic(recipe),
+    )
 
 
 def prepare_client(
@@ -199,19 +179,6 @@ def client_rows(recipe: Recipe) -> dict[str, int]:
     return {name: len(share) for name, share in _parted(recipe, shares).train.items()}
 
 
-def check_clients(recipe: Recipe, clients: Sequence[str]) -> None:
-    """Refuse a recipe that says something of a client that there is not.
-
-    Raises:
-        RecipeError: naming every such client.
-    """
-    if unknown := [client for client in recipe.clients if client not in clients]:
-        raise RecipeError(
-            "the recipe names clients that there are not",
-            [f'clients."{client}": expected one of {", ".join(clients)}' for client in unknown],
-        )
-
-
 def _admitted(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """The shares of the clients that ``[federation]`` admits; nobody gets those of the others.
 
@@ -232,6 +199,19 @@ def _admitted(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list
     if faults:
         raise RecipeError("the recipe admits clients that there are not", faults)
     return admitted
+
+
+def _with_model(prepared: Prepared, model: AdaptedModel) -> Prepared:
+    """The server's side of a run in one process: the model is the clients' where these score."""
+    if prepared.scoring is not None:
+        return replace(prepared, model=model)
+    first = model.initial_state(prepared.specs, prepared.recipe.federation.seed)
+    return replace(prepared, origin=origin_of(model), first=first)
+
+
+def _arithmetic(recipe: Recipe) -> dict[str, str]:
+    trained = str(training_arithmetic(recipe.training))
+    return {"training": trained, "scoring": str(scoring_arithmetic(recipe))}
 
 
 def _run_splits(recipe: Recipe) -> Splits:
@@ -275,7 +255,12 @@ def _clients(
     held_out: HeldOut | None,
 ) -> LocalClients:
     collator, seed = task.collator(tokenizer), recipe.federation.seed
-    return LocalClients(model, rows, parted.train, collator, recipe.training, seed, specs, held_out)
+    measure = None
+    if recipe.evaluation.where != "server":
+        measure = HolderMeasure(task, tokenizer, recipe.evaluation.batch_size)
+    return LocalClients(
+        model, rows, parted.train, collator, recipe.training, seed, specs, held_out, measure
+    )
 
 
 def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
@@ -283,26 +268,12 @@ def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
     return split_clients(rows, recipe.partition, default_column=column, seed=seed)
 
 
-def _check_reduction_device(recipe: Recipe) -> None:
-    """Refuse a device that this machine has not.
-
-    Raises:
-        RecipeError: if it has not.
-    """
-    found, wanted = torch.cuda.device_count(), torch.device(recipe.federation.reduce_on)
-    if wanted.type == "cuda" and (wanted.index or 0) >= found:
-        raise RecipeError(
-            "this machine cannot reduce updates there",
-            [f"federation.reduce_on: {wanted} is asked for, there are {found} CUDA device(s)"],
-        )
-
-
 def _load_model(
     recipe: Recipe, task: Task, own: Mapping[str, ClientTable], observer: Observer
 ) -> tuple[Task, Any, AdaptedModel, dict[str, AdapterSpec], str | None]:
     """What a base makes of a task: its labels' order, tokenizer, model, own specs, and a note."""
     check_training_device(recipe.training)
-    _check_reduction_device(recipe)
+    check_reduction_device(recipe)
     seed = recipe.federation.seed
     task, tokenizer, base, new, note = load_task_base(recipe, task, observer)
     shapes = _client_shapes(recipe, own, base, task.peft_task_type)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -30,6 +30,9 @@ from fedexlora.rounds.recipe_tables import (
 )
 from fedexlora.rounds.screening import Screening
 from fedexlora.rounds.set_mean import MEAN, mean_faults
+
+_TRAINING_LIBRARIES = ("transformers", "peft", "accelerate", "datasets")
+"""What the extra ``train`` brings, and a server without a model has not."""
 
 
 class Recipe(Table):
@@ -152,6 +155,12 @@ class Recipe(Table):
         ]
 
 
+_NO_MODEL_HERE = (
+    "evaluation.where: 'server' needs the model here, and with it transformers and PEFT: "
+    "pip install 'fedexlora[train]', or have nodes score, evaluation.where = 'clients'"
+)
+
+
 def load_recipe(
     path: Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None
 ) -> Recipe:
@@ -176,27 +185,43 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
     Raises:
         RecipeError: with every fault.
     """
-    # PEFT and transformers take seconds to import, so only a command that runs a recipe does so.
-    from fedexlora.local.arguments import training_faults
-    from fedexlora.peft_bridge.load import lora_faults
-
     faults: list[str] = []
     recipe = None
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
         faults += [_describe(e["type"], e["loc"], e["msg"], e["input"]) for e in error.errors()]
-    for table, check in (("training", training_faults), ("lora", lora_faults)):
+    checks = _library_checks()
+    for table, check in checks.items():
         if isinstance(document.get(table), dict):
-            faults += check(document[table])
+            faults += check(document[table], table)
     faults += method_faults(document.get("federation", {}))
     if recipe is not None:
         faults += table_faults(recipe) + (_set_faults(recipe) or mean_faults(recipe))
-        for client, own in recipe.clients.items():
-            faults += lora_faults({**recipe.lora, **own.lora}, f'clients."{client}".lora')
+        for client, own in recipe.clients.items() if checks else ():
+            faults += checks["lora"]({**recipe.lora, **own.lora}, f'clients."{client}".lora')
+        if not checks and recipe.evaluation.where == "server":
+            faults.append(_NO_MODEL_HERE)
     if faults or recipe is None:
         raise RecipeError(f"recipe {name}: {len(faults)} fault(s)", faults)
     return recipe
+
+
+def _library_checks() -> Mapping[str, Callable[[Mapping[str, Any], str], list[str]]]:
+    """By table whose keys are a library's: finds its faults.
+
+    None where these libraries are not installed, as at a server without a model: every node holds
+    the recipe against its own.
+    """
+    try:
+        # They take seconds to import, so only a command that runs a recipe does so.
+        from fedexlora.local.arguments import training_faults
+        from fedexlora.peft_bridge.load import lora_faults
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _TRAINING_LIBRARIES:
+            raise
+        return {}
+    return {"training": lambda found, _: training_faults(found), "lora": lora_faults}
 
 
 def _set_faults(recipe: Recipe) -> list[str]:
