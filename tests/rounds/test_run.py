@@ -55,6 +55,7 @@ def test_a_run_leaves_what_the_design_says(document, whole):
         "versions",
         "adapter",
         "adapter.json",
+        "adapter-best",
         "updates",
     }
     assert names == wanted | {".lock"}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +28,7 @@ from fedexlora.peft_bridge.adapter_config import TENSORS
 from fedexlora.peft_bridge.arithmetic import Width
 from fedexlora.peft_bridge.inspect import base_name
 from fedexlora.peft_bridge.options import option_faults
-from fedexlora.peft_bridge.source import locate
+from fedexlora.peft_bridge.source import refuse_adapter
 
 Quantization = Literal["int8", "nf4", "fp4"]
 
@@ -57,44 +55,6 @@ _TYPES: Mapping[str, Any] = {
     "init_lora_weights": bool | str,  # names with a number in them too
 }
 """What ``LoraConfig`` takes where its annotations say otherwise."""
-
-
-def resolve_source(source: str) -> str:
-    """The folder or hub name of the base model that a recipe's ``model.source`` means.
-
-    Raises:
-        BridgeError: as :func:`locate`, or if it is an adapter.
-    """
-    found = locate(source)
-    refuse_adapter(source, Path(found))
-    return found
-
-
-def refuse_adapter(source: str, folder: Path) -> None:
-    """Refuse an adapter as a base: transformers loads it with its own base, and PEFT loses it.
-
-    Raises:
-        BridgeError: if it is one; says the command that makes a base of it.
-    """
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        return
-    try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        named = None
-    base, merged = shlex.quote(str(named or "BASE")), f"{folder.resolve().name}-merged"
-    out = shlex.quote(f"./{merged}")
-    command = (
-        f"fedexlora aggregate {shlex.quote(str(folder))} --as merged --base {base} --out {out}"
-    )
-    raise BridgeError(
-        f"model.source {source!r} is an adapter ({path.name}), not a base model",
-        [
-            f"merge it first: {command}",
-            f"then set model.source = {json.dumps('./' + merged)}",
-        ],
-    )
 
 
 def load_base(

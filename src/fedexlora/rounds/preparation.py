@@ -29,8 +29,9 @@ from fedexlora.local.clients import LocalClients
 from fedexlora.local.scoring import HeldOut, RowScorer
 from fedexlora.peft_bridge.export import file_names, origin_of
 from fedexlora.peft_bridge.inspect import check_new_weights
-from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes, resolve_source
+from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes
 from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.peft_bridge.source import resolve_source
 from fedexlora.rounds.holder import HolderMeasure
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.prepared import Prepared, check_clients, check_reduction_device

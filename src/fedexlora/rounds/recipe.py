@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fedexlora.data.config import DataConfig, TaskConfig
 from fedexlora.data.partition_config import PartitionConfig
-from fedexlora.errors import RecipeError
+from fedexlora.errors import RecipeError, of_training
 from fedexlora.methods import METHODS, Method
 from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.arithmetic import Width
@@ -30,9 +30,6 @@ from fedexlora.rounds.recipe_tables import (
 )
 from fedexlora.rounds.screening import Screening
 from fedexlora.rounds.set_mean import MEAN, mean_faults
-
-_TRAINING_LIBRARIES = ("transformers", "peft", "accelerate", "datasets")
-"""What the extra ``train`` brings, and a server without a model has not."""
 
 
 class Recipe(Table):
@@ -218,7 +215,7 @@ def _library_checks() -> Mapping[str, Callable[[Mapping[str, Any], str], list[st
         from fedexlora.local.arguments import training_faults
         from fedexlora.peft_bridge.load import lora_faults
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _TRAINING_LIBRARIES:
+        if not of_training(error):
             raise
         return {}
     return {"training": lambda found, _: training_faults(found), "lora": lora_faults}
