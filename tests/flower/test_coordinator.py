@@ -114,6 +114,18 @@ def test_the_adapter_and_the_scores_are_those_of_a_server_with_the_model(
     assert finish.scores.rows == 3 * header["validation_rows"]
 
 
+@pytest.mark.usefixtures("modelless")
+def test_without_scores_the_adapter_is_that_of_a_server_with_the_model(
+    document, whole, loaded, tmp_path
+):
+    result = start(grid_of(loaded), document | {"evaluation": {"where": "none"}}, tmp_path / "run")
+    assert files(result.adapter) == files(whole / "adapter")
+    assert result.scores() == {}
+    assert result.records[-1].holders.clients == 3
+    assert not (tmp_path / "run" / "adapter-best").exists()
+    assert not (tmp_path / "run" / "finish.json").exists()
+
+
 def odd(one: Session, **changes: object) -> object:
     """A node that states something else."""
 

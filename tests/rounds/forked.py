@@ -113,7 +113,7 @@ class Moments:
             *((files, name) for name in ("_sync", "sync_folder")),
             *((Path, name) for name in ("replace", "unlink", "mkdir")),
             (shutil, "rmtree"),
-            (round_module, "certify"),
+            (round_module, "_certified"),
             *((Admission, name) for name in ("draw", "ask", "receive", "_hear")),
             (Reducer, "reduce"),
             (AdaptedModel, "apply"),
@@ -175,6 +175,8 @@ def quick(made: tuple[Prepared, LocalClients] | None, failing: float = 0.0) -> N
         return float("inf") if way == "loss" else 1.0
 
     def score(self, observer):
+        if self.model is None:
+            return {}
         parameters = self.model.peft_model.parameters()
         return {"accuracy": float(sum(p.detach().double().sum() for p in parameters))}
 

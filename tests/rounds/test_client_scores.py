@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import replace
 from math import fsum, inf, nan
 
 import pytest
 import torch
 
+from fedexlora.algebra.factors import Factors
 from fedexlora.data.holdout import hold_out
 from fedexlora.errors import DataError, RecipeError, UpdateError
 from fedexlora.exchange.records import ClientScores
@@ -22,6 +24,7 @@ from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare
 from fedexlora.rounds.recipe import Recipe, parse_recipe
 from fedexlora.rounds.run import run
+from fedexlora.rounds.scoring import mean_of_clients
 from tests.models import adapted
 from tests.rounds.conftest import files, recipe_document, records_without_times
 from tests.rounds.forked import Moments, count, forked, quick
@@ -78,7 +81,7 @@ def test_scores_are_those_of_the_client_s_own_rows(bert, data_folder, scored):
             held = clients._held_out
             rows = held.rows.select(held.shares[client.client])
             clients._enter(client.client, state)
-            model = prepared.model.peft_model
+            model = clients.model.peft_model
             wanted = prepared.task.evaluate(model, rows, held.scorer.tokenizer, 64)
             assert client.scores.metrics == wanted
             assert client.scores.rows == len(rows)
@@ -173,6 +176,27 @@ def test_a_kill_after_the_last_round_loses_no_scores(bert, data_folder, tmp_path
         assert scores_of(out) == scores_of(tmp_path / "whole")
 
 
+def test_clients_with_adapters_of_their_own_are_scored_on_the_server_s_rows(
+    bert, data_folder, tmp_path
+):
+    """Each in the model that it would train; where all hold one model, all scores are its."""
+    document = recipe_document(bert, data_folder)
+    document["federation"] |= {"rounds": 1}
+    recipe = parse_recipe(document, "test")
+    prepared, clients = prepare(recipe, Observer())
+    result = run(recipe, tmp_path / "run")
+    state = RunFolder(tmp_path / "run").store.state(1)
+    everybody = dict.fromkeys(clients.num_examples, state)
+    found = mean_of_clients(prepared.scoring, clients, everybody, Observer())
+    assert found == pytest.approx(result.records[0].metrics)
+    other = {name: Factors(0.1 + pair.A, 0.1 + pair.B) for name, pair in state.adapter.items()}
+    apart = everybody | {"site-west": replace(state, adapter=other)}
+    alone = mean_of_clients(prepared.scoring, clients, {"x": apart["site-west"]}, Observer())
+    mixed = mean_of_clients(prepared.scoring, clients, apart, Observer())
+    assert alone["loss"] != found["loss"]
+    assert mixed["loss"] == pytest.approx((2 * found["loss"] + alone["loss"]) / 3)
+
+
 HOSTILE = {
     "none": None,
     "a list": [1.0],
@@ -264,7 +288,7 @@ def test_the_loss_of_a_language_model_is_pooled_by_targets(gpt2, data_folder, tm
     held = clients._held_out
     every = [row for client in held.shares for row in held.shares[client]]
     rows = held.rows.select(every)
-    model = prepared.model.peft_model
+    model = clients.model.peft_model
     wanted = prepared.task.evaluate(model, rows, held.scorer.tokenizer, 64)
     run(recipe, tmp_path / "run")
     found = RunFolder(tmp_path / "run").read_records(1)[0].scores
