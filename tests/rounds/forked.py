@@ -117,7 +117,8 @@ class Moments:
             *((Admission, name) for name in ("draw", "ask", "receive", "_hear")),
             (Reducer, "reduce"),
             (AdaptedModel, "apply"),
-            *((loop, name) for name in ("run_round", "write_global", "write_factors")),
+            (loop, "run_round"),
+            *((written, name) for name in ("write_global", "write_factors")),
         ):
             self.before(owner, name)
 

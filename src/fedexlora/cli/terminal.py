@@ -138,6 +138,10 @@ def closing(result: RunResult, recipe: Recipe) -> None:
     for label, text in _verdict(result, method):
         print_entry(console, label, text)
     console.print(f"adapter      [bold]{plain(result.adapter)}[/]", soft_wrap=True)
+    if result.best is not None and result.best.version < len(result.records):
+        best, folder = result.best, result.folder / "adapter-best"
+        said = f"version {best.version}, {best.metric} {best.score:.4f}: {folder}"
+        print_entry(console, "best", plain(said))
     console.print("next", style="bold")
     for what, command in _next_commands(result, recipe):
         console.print(f"  {what}\n    {plain(command)}", soft_wrap=True)
@@ -181,6 +185,8 @@ def _verdict(result: RunResult, method: Method) -> list[tuple[str, str]]:
     lost = max(record.deviation for record in result.records)
     up = sum(record.bytes.up for record in result.records)
     down = sum(record.bytes.down for record in result.records)
+    if result.finish is not None:
+        up, down = up + result.finish.bytes.up, down + result.finish.bytes.down
     return [
         ("certificate", _certificate(result, method)),
         ("arithmetic", _arithmetic(result)),

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedexlora.errors import BridgeError, RecipeError, ResumeError, VersionError
-from fedexlora.exchange.files import new_folder, replace_bytes, writing
+from fedexlora.errors import RecipeError, ResumeError
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.records import FinishRecord, RoundRecord
 from fedexlora.exchange.state import GlobalState
-from fedexlora.peft_bridge.adapter_layout import AdapterLayout
-from fedexlora.peft_bridge.global_writer import write_factors, write_global
-from fedexlora.rounds.best import Selection
+from fedexlora.rounds.best import BestVersion, Selection
 from fedexlora.rounds.divergence import check_finite, check_score
 from fedexlora.rounds.environment import (
-    describe_environment,
     environment_changes,
     resumed_header,
 )
 from fedexlora.rounds.finish import Finish
 from fedexlora.rounds.folder import Progress, RunFolder
-from fedexlora.rounds.observer import Observer, RunInfo
+from fedexlora.rounds.header import check_header, run_header, run_info
+from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.prepared import Prepared
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.round import Federation, run_round
-from fedexlora.rounds.spool import SpooledUpdate
 from fedexlora.rounds.transport import Transport
+from fedexlora.rounds.written import check_keep, forget_sent, keep_sent, write_adapters
 
 Connect = Callable[[Progress], Transport]
 """Makes the transport of a run that stands where it does."""
@@ -55,6 +51,8 @@ class RunResult:
     """Read from the folder one at a time."""
     finish: FinishRecord | None = None
     """Where clients score: what followed the last round."""
+    best: BestVersion | None = None
+    """The version with the best headline score, whose adapter lies beside the final one."""
 
     def scores(self) -> dict[int, dict[str, float]]:
         """By version that was scored, by the server or by the clients: its scores."""
@@ -96,12 +94,12 @@ def run_federation(
         RunError: if the run stops; its last version is intact.
     """
     if keep_updates:
-        _check_keep(prepared)
+        check_keep(prepared)
     recipe = prepared.recipe
     _check_enough_clients(recipe, rows)
     with folder.locked():
         header = folder.read_header() if continued else None
-        _check_header(folder, header, prepared)
+        check_header(folder, header, prepared)
         progress = folder.load(recipe.federation.history) if continued else None
         _check_rounds(progress, recipe)
         folder.start(recipe)
@@ -109,7 +107,7 @@ def run_federation(
             observer.passed_over(fault)
         if header is None:
             observer.preparing("scoring the model before round 1")
-            header = _header(prepared, rows, prepared.evaluate(observer))
+            header = run_header(prepared, rows, prepared.evaluate(observer))
             check_score("before round 1", header["initial_metrics"], ())
             folder.write_header(header)
         elif changes := environment_changes(header, prepared.model):
@@ -119,10 +117,12 @@ def run_federation(
             header = resumed_header(header, finished, prepared.model)
             folder.write_header(header)
         with settled_heap():
-            records = _rounds(prepared, folder, progress, header, connect, keep_updates, observer)
+            records, best = _rounds(
+                prepared, folder, progress, header, connect, keep_updates, observer
+            )
     metrics, precision = header["initial_metrics"], header["precision"]
     finish = folder.read_finish() if recipe.client_metrics else None
-    return RunResult(folder.path, folder.adapter, metrics, precision, records, finish)
+    return RunResult(folder.path, folder.adapter, metrics, precision, records, finish, best)
 
 
 def _rounds(
@@ -133,8 +133,8 @@ def _rounds(
     connect: Connect,
     keep_updates: bool,
     observer: Observer,
-) -> Sequence[RoundRecord]:
-    """Run what is left of the rounds and write the adapter."""
+) -> tuple[Sequence[RoundRecord], BestVersion | None]:
+    """Run what is left of the rounds and write the adapters; the records, and the best version."""
     recipe, model = prepared.recipe, prepared.model
     records = progress.records if progress else ()
     selection = Selection.of(recipe, header["initial_metrics"], records)
@@ -148,8 +148,8 @@ def _rounds(
     state, holdings = progress.state, progress.holdings
     if model is not None:
         model.apply(state)
-    observer.started(_info(prepared, header, len(progress.records)))
-    keep = partial(_keep, folder, prepared) if keep_updates else _forget
+    observer.started(run_info(prepared, header, len(progress.records)))
+    keep = partial(keep_sent, folder, prepared) if keep_updates else forget_sent
     federation = Federation(
         method=recipe.method,
         model=model,
@@ -180,34 +180,8 @@ def _rounds(
     if recipe.client_metrics:
         finish = _finish(federation, folder, state, holdings, recipe.client_metrics)
         selection.see_finish(finish)
-    _write_adapters(prepared.layout, folder, state, selection, observer)
-    return folder.read_records(state.version)
-
-
-def _write_adapters(
-    layout: AdapterLayout,
-    folder: RunFolder,
-    state: GlobalState,
-    selection: Selection,
-    observer: Observer,
-) -> None:
-    """Write the final global model, and the best one, with what is known of both."""
-    with writing(folder.adapter), new_folder(folder.adapter) as path:
-        written = write_global(layout, state, path)
-    said: dict[str, Any] = {"version": state.version, "stopped": selection.exhausted}
-    said |= {"worst_module": written.module, "worst_error": written.error}
-    if selection.best is not None:
-        best = selection.best
-        try:
-            found = state if best.version == state.version else folder.store.state(best.version)
-        except (VersionError, OSError) as error:
-            observer.passed_over(f"{folder.best_adapter} is not written: {error}")
-        else:
-            with writing(folder.best_adapter), new_folder(folder.best_adapter) as path:
-                write_global(layout, found, path)
-            said["best"] = asdict(best)
-    with writing(folder.adapter_record):
-        replace_bytes(folder.adapter_record, json.dumps(said, indent=2).encode())
+    write_adapters(prepared.layout, folder, state, selection, observer)
+    return folder.read_records(state.version), selection.best
 
 
 def _finish(
@@ -253,95 +227,9 @@ def _check_enough_clients(recipe: Recipe, clients: Mapping[str, int]) -> None:
         raise RecipeError("a round has too few clients", [f"federation.robust: {short}"])
 
 
-def _check_keep(prepared: Prepared) -> None:
-    """Refuse to keep updates from which nobody could recompute the aggregate."""
-    if prepared.layout.taken_out:
-        raise BridgeError(
-            "--keep-updates: factors on a base that their initialisation changed are no adapters",
-            ["leave it out, or set lora.init_lora_weights = true"],
-        )
-    if prepared.recipe.federation.stale == "accept":
-        raise RecipeError(
-            "--keep-updates: a late update is a change of an earlier version, not an adapter",
-            ["leave it out, or set federation.stale = 'refuse'"],
-        )
-    if prepared.recipe.federation.robust == "clip":
-        raise RecipeError(
-            "--keep-updates: a clipped update counts in part, and no adapter holds the rest",
-            ["leave it out, or choose another federation.robust"],
-        )
-
-
-def _keep(folder: RunFolder, prepared: Prepared, updates: Sequence[SpooledUpdate]) -> None:
-    """Store what clients sent so that anyone can recompute the aggregate without our code."""
-    layout = prepared.layout
-    for update in updates:
-        sent = update.form.sent(update)
-        dense = {name: update.head(name) for name in update.form.before.dense}
-        round_ = update.form.before.version + 1
-        kept = folder.round_updates(round_) / update.client
-        with writing(kept), new_folder(kept) as path:
-            write_factors(layout, sent, dense, path, prepared.specs.get(update.client))
-            said = {"client": update.client, "round": round_, "weight": update.weight}
-            (path / "client.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
-
-
-def _forget(updates: Sequence[SpooledUpdate]) -> None:
-    """Keep nothing of the updates."""
-
-
-def _check_header(folder: RunFolder, header: Mapping[str, Any] | None, prepared: Prepared) -> None:
-    if header is None:
-        return
-    here = {"data": prepared.data_fingerprint, "base": prepared.base, **prepared.stated()}
-    faults = [
-        f"{key}: {header.get(key)} there, {value} here"
-        for key, value in here.items()
-        if header.get(key) != value
-    ]
-    if faults:
-        raise ResumeError(f"{folder.path} was started on other data or another base model", faults)
-
-
 def _check_rounds(progress: Progress | None, recipe: Recipe) -> None:
     if progress is not None and progress.state.version > recipe.federation.rounds:
         raise ResumeError(
             f"the run has finished {progress.state.version} rounds already",
             [f"federation.rounds: expected at least that, found {recipe.federation.rounds}"],
         )
-
-
-def _header(
-    prepared: Prepared, rows: Mapping[str, int], initial_metrics: Mapping[str, float]
-) -> dict[str, Any]:
-    """What holds for the whole run and is not in its recipe."""
-    return {
-        **describe_environment(prepared.model),
-        "data": prepared.data_fingerprint,
-        "base": prepared.base,
-        **prepared.stated(),
-        "precision": prepared.precision,
-        "arithmetic": prepared.arithmetic,
-        "clients": dict(rows),
-        **prepared.summed_up(),
-        "validation_rows": prepared.validation_rows,
-        "headline": prepared.recipe.headline,
-        "scorers": prepared.scorers(),
-        "model_config": {} if prepared.task is None else dict(prepared.task.model_config),
-        "initial_metrics": dict(initial_metrics),
-    }
-
-
-def _info(prepared: Prepared, header: Mapping[str, Any], finished: int) -> RunInfo:
-    return RunInfo(
-        method=prepared.recipe.federation.method,
-        rounds=prepared.recipe.federation.rounds,
-        clients=header["clients"],
-        validation_rows=header["validation_rows"],
-        modules=len(prepared.spec.modules),
-        precision=header["precision"],
-        trained_parameters=prepared.trained_parameters,
-        headline=header["headline"],
-        initial_metrics=header["initial_metrics"],
-        finished=finished,
-    )
