@@ -154,7 +154,8 @@ def play(prepared, rows, state, attack, rule, trained):
     model.apply(state)
     records = []
     federation = Federation(
-        method=prepared.recipe.method,
+        method=prepared.recipe.method.name,
+        rule=prepared.recipe.rule,
         model=model,
         specs={},
         seed=prepared.recipe.federation.seed,

@@ -192,7 +192,8 @@ def registered(task: dict) -> dict:
 
     transport = InProcessTransport(Trainer())
     federation = Federation(
-        method=METHODS["fedex"],
+        method="fedex",
+        rule=METHODS["fedex"].default,
         model=model,
         specs={},
         seed=0,

@@ -250,7 +250,7 @@ def test_what_needs_a_model_at_the_server_is_refused(document):
     changed = {
         **document,
         "lora": document["lora"] | {"init_lora_weights": "pissa"},
-        "federation": document["federation"] | {"next_adapter": "reinit"},
+        "method": {"next_adapter": "reinit"},
         "clients": {"site-west": {"lora": {"r": 1}}},
         "task": {k: v for k, v in document["task"].items() if k != "labels"},
     }

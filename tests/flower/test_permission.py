@@ -51,7 +51,8 @@ def sent(**changes: object) -> dict:
         "partition": {"kind": "iid", "clients": 2},
         "lora": {"r": 2, "target_modules": ["query"]},
         "training": {"learning_rate": 1e-3, "use_cpu": True},
-        "federation": {"method": "fedex", "seed": 1},
+        "method": {"name": "fedex"},
+        "federation": {"seed": 1},
     }
     for key, value in changes.items():
         table, _, field = key.partition("__")

@@ -46,20 +46,24 @@ FEDERATIONS: dict[str, tuple[str, Document]] = {
         GPT2 | {"lora": GPT2["lora"] | {"r": 2}, "federation": {"robust": "clip"}},
     ),
     "mean-bfloat16": ("bert", {"model": {"dtype": "bfloat16"}}),
-    "svd-aligned": ("bert", {"federation": {"next_adapter": "svd_aligned"}}),
+    "svd-aligned": ("bert", {"method": {"next_adapter": "svd_aligned"}}),
     "svd-aligned-ranks-conv1d": (
         "gpt2",
         GPT2
-        | {"clients": RANKS, "federation": {"next_adapter": "svd_aligned", "placement": "side"}},
+        | {
+            "clients": RANKS,
+            "method": {"next_adapter": "svd_aligned"},
+            "federation": {"placement": "side"},
+        },
     ),
     "keep-some": (
         "bert",
-        {"federation": {"next_adapter": "keep", "clients_per_round": 2, "rounds": 4}},
+        {"method": {"next_adapter": "keep"}, "federation": {"clients_per_round": 2, "rounds": 4}},
     ),
-    "reinit": ("bert", {"federation": {"next_adapter": "reinit"}}),
-    "truncated": ("bert", {"federation": {"remainder_rank": 1}}),
-    "fedit": ("bert", {"federation": {"method": "fedit"}}),
-    "ffa": ("bert", {"federation": {"method": "ffa"}}),
+    "reinit": ("bert", {"method": {"next_adapter": "reinit"}}),
+    "truncated": ("bert", {"method": {"remainder_rank": 1}}),
+    "fedit": ("bert", {"method": {"name": "fedit"}}),
+    "ffa": ("bert", {"method": {"name": "ffa"}}),
 }
 """By name: the base, and how the recipe differs from that of `tests.rounds`.
 

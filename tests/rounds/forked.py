@@ -24,6 +24,7 @@ from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds import loop
 from fedexlora.rounds import round as round_module
 from fedexlora.rounds import run as run_module
+from fedexlora.rounds import written as written_module
 from fedexlora.rounds.admission import Admission
 from fedexlora.rounds.prepared import Prepared
 from fedexlora.rounds.reduction import Reducer
@@ -118,7 +119,7 @@ class Moments:
             (Reducer, "reduce"),
             (AdaptedModel, "apply"),
             (loop, "run_round"),
-            *((written, name) for name in ("write_global", "write_factors")),
+            *((written_module, name) for name in ("write_global", "write_factors")),
         ):
             self.before(owner, name)
 

@@ -80,9 +80,13 @@ def test_scores_are_those_of_the_client_s_own_rows(bert, data_folder, scored):
         for client in record.clients:
             held = clients._held_out
             rows = held.rows.select(held.shares[client.client])
-            clients._enter(client.client, state)
-            model = clients.model.peft_model
-            wanted = prepared.task.evaluate(model, rows, held.scorer.tokenizer, 64)
+            wanted = clients.as_client(
+                client.client,
+                state,
+                lambda model, rows=rows, held=held: prepared.task.evaluate(
+                    model, rows, held.scorer.tokenizer, 64
+                ),
+            )
             assert client.scores.metrics == wanted
             assert client.scores.rows == len(rows)
             assert client.num_examples == len(clients.rows_of(client.client))

@@ -87,7 +87,7 @@ def aggregate_adapters(
     _check_arguments(method, rank, tolerance)
     sources = open_sources(adapters, weights, base=base, task=task, allow_missing=allow_missing)
     rule = METHODS[method]
-    if "A" not in rule.trained:
+    if "A" not in rule.default.factors:
         _check_shared(sources, rule)
     if faults := tokenizer_faults(sources.adapters):
         raise AdapterError("the tokenizers beside these adapters differ", faults)

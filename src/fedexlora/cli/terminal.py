@@ -14,7 +14,7 @@ from fedexlora.cli.tables import print_blocks, print_entry
 from fedexlora.cli.text import make_console, plain
 from fedexlora.exchange.records import MOST_FORWARD, RoundRecord, score_text
 from fedexlora.local.threads import describe_threads
-from fedexlora.methods import METHODS, Method
+from fedexlora.methods import METHODS
 from fedexlora.rounds.loop import RunResult
 from fedexlora.rounds.observer import Observer, RunInfo
 from fedexlora.rounds.recipe import Recipe
@@ -133,9 +133,8 @@ def _score(record: RoundRecord, headline: str) -> str:
 def closing(result: RunResult, recipe: Recipe) -> None:
     """The table at the end of a run, where the adapter is, and what to do next."""
     console = make_console()
-    method = recipe.method
-    _print_table(console, result, method.title)
-    for label, text in _verdict(result, method):
+    _print_table(console, result, METHODS[recipe.method.name].title)
+    for label, text in _verdict(result, recipe):
         print_entry(console, label, text)
     console.print(f"adapter      [bold]{plain(result.adapter)}[/]", soft_wrap=True)
     if result.best is not None and result.best.version < len(result.records):
@@ -180,7 +179,7 @@ def _folding(result: RunResult) -> str:
     return f"{result.precision} weights round away what is folded into them"
 
 
-def _verdict(result: RunResult, method: Method) -> list[tuple[str, str]]:
+def _verdict(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:
     """Whether the model was the clients' mean in every round, what averaging costs, the traffic."""
     lost = max(record.deviation for record in result.records)
     up = sum(record.bytes.up for record in result.records)
@@ -188,7 +187,7 @@ def _verdict(result: RunResult, method: Method) -> list[tuple[str, str]]:
     if result.finish is not None:
         up, down = up + result.finish.bytes.up, down + result.finish.bytes.down
     return [
-        ("certificate", _certificate(result, method)),
+        ("certificate", _certificate(result, recipe)),
         ("arithmetic", _arithmetic(result)),
         (
             "averaging",
@@ -198,18 +197,27 @@ def _verdict(result: RunResult, method: Method) -> list[tuple[str, str]]:
     ]
 
 
-def _certificate(result: RunResult, method: Method) -> str:
+def _certificate(result: RunResult, recipe: Recipe) -> str:
+    rule, name = recipe.rule, recipe.method.name
+    if rule.personal:
+        return f"none: {name} has one model a client, and none that is that of all"
     modules = [module for record in result.records for module in record.modules]
     worst = max(modules, key=lambda module: module.error / module.allowed)
     broken = sum(not record.certificate.held for record in result.records)
     if broken:
-        why = f"{method.name} drops the residual" if not method.certified else _folding(result)
+        why = f"{name} drops the residual" if not rule.certified else _folding(result)
         off = max(record.certificate.error for record in result.records)
         return (
             f"[yellow]not exact[/]: {why}; in {broken} of {len(result.records)} rounds the model "
             f"was not the clients' mean: off by up to {off:.1%} of it"
         )
-    if method.truncates:
+    if (added := max(module.added for module in modules)) > 0.0:
+        return (
+            f"[green]as stated[/]: in every round the model applied the clients' mean update and "
+            f"the momentum that {name} adds, up to {added:.1%} of a module's update; worst module "
+            f"off by {worst.error:.1e}, allowed {worst.allowed:.1e}"
+        )
+    if not rule.exact and rule.certified:
         left_out = max(record.certificate.truncated for record in result.records)
         return (
             f"[yellow]truncated[/], as asked: rounds left out up to {left_out:.2%} of the update "
@@ -261,12 +269,12 @@ def _next_commands(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:
     keep = " --keep-updates" if kept else ""
     resume = f"fedexlora run {recipe_word} --out {out} --resume{keep}"
     commands = [("two more rounds:", f"{resume} --set federation.rounds={more}")]
-    if recipe.federation.method == "fedex":
+    if recipe.method.name == "fedex":
         other = shlex.quote(f"{result.folder}-fedit")
         commands.append(
             (
                 "the same with plain averaging:",
-                f"fedexlora run {recipe_word} --out {other} --set federation.method=fedit",
+                f"fedexlora run {recipe_word} --out {other} --set method.name=fedit",
             )
         )
     if kept:

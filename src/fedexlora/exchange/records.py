@@ -128,6 +128,9 @@ class ClientRecord(Record):
     uploaded_bytes: int
     seconds: float
     """Local training, and scoring before it."""
+    memory: int | None = None
+    """The round of what the client remembered of the method when it began, 0 for nothing; None
+    where the method remembers nothing."""
     scores: ClientScores | None = Field(default=None, exclude_if=_absent)
     """Of the version that it was trained from; absent where clients do not score."""
     holder: HolderRecord | None = Field(default=None, exclude_if=_absent)
@@ -184,6 +187,12 @@ class ModuleRecord(Record):
     """|R| / |M|: the share of this round's mean product that averaging the factors loses."""
     truncated: float
     """What the method left out of this round's remainder on purpose, as a share of the ideal."""
+    added: float = 0.0
+    """What the method added to this round's mean update on purpose, as momentum, as a share of the
+    ideal, which it is part of."""
+    memory_error: float = 0.0
+    """What the server's memory of the module lacks, as it is held at a lower rank, as a share of
+    the ideal; the next round adds that much less."""
     placement: str
     """Where the remainder lives: ``fold``, in the frozen weight, or ``side``, beside it;
     ``clients`` where the server has no model."""

@@ -45,6 +45,9 @@ class ClientUpdate:
     """Of the version that it was trained from, on the client's own rows, where clients score."""
     holder: HolderRecord | None = None
     """Of the client's model at that version, where the server has none."""
+    memory: int | None = None
+    """The round of what the client remembered of the method when it began, 0 for nothing; None
+    where the method remembers nothing."""
 
     def factors(self, module: str, held: Factors) -> Factors:
         """The trained factors of ``module``; a factor that is frozen comes from ``held``."""
@@ -66,6 +69,8 @@ class ClientUpdate:
             header["scores"] = scores_header(self.scores)
         if self.holder is not None:
             header["holder"] = self.holder.model_dump()
+        if self.memory is not None:
+            header["memory"] = self.memory
         return pack(self.tensors, header)
 
 
@@ -89,8 +94,16 @@ def decode_update(
     metrics: Collection[str] = (),
     *,
     holder: bool = False,
+    remembers: bool = False,
 ) -> ClientUpdate:
     """The update in ``message``, which came from ``client`` in ``round_``; not yet checked.
+
+    Args:
+        message: what arrived.
+        spec: what it must contain.
+        round_: the round that is open.
+        client: who sent it.
+        remembers: whether clients remember something of the method, and say of which round.
 
     Nothing of a message is read that is larger than what ``spec`` asks for.
 
@@ -128,6 +141,7 @@ def decode_update(
         "num_examples": int,
         "loss": float,
         "base": str,
+        **({"memory": int} if remembers else {}),
     }
     faults = [
         f"header {key!r}: expected {kind.__name__}, found {short(header.get(key))}"

@@ -21,8 +21,8 @@ def check_coordinator(recipe: Recipe) -> None:
     initial = recipe.lora.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith((*MUTATING, *INITIALISED_FROM_DATA)):
         faults.append(f"lora.init_lora_weights: {initial!r} makes version 0 of the base's weights")
-    if recipe.federation.next_adapter == "reinit":
-        faults.append("federation.next_adapter: 'reinit' draws new factors for the model's layers")
+    if recipe.method.options.get("next_adapter") == "reinit":
+        faults.append("method.next_adapter: 'reinit' draws new factors for the model's layers")
     faults += [
         f'clients."{name}".lora: a rank of its own is that of the model\'s layers'
         for name in recipe.clients
@@ -54,7 +54,7 @@ def begun(recipe: Recipe, transport: FlowerTransport, wait: float) -> Prepared:
         stated = transport.agreement.stated[client]
         try:
             message = transport.fetch_origin(client, stated.size, wait)
-            trained, base = recipe.method.trained, _base_name(recipe.model.source)
+            trained, base = recipe.rule.factors, _base_name(recipe.model.source)
             return Prepared(recipe, origin=decode_origin(message, stated, trained, base))
         except ValueError as error:
             faults.append(f"{client}: {error}")

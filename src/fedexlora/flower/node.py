@@ -29,7 +29,7 @@ from fedexlora.exchange.untrusted import CLIENT_NAME
 if TYPE_CHECKING:
     from fedexlora.rounds.recipe import Recipe
 
-_FEDERATION = ("method", "next_adapter", "placement", "seed")
+_FEDERATION = ("placement", "seed")
 """What of the federation's table concerns a client: it need not load anew when the rest changes."""
 EVALUATION = ("where", "holdout", "every", "batch_size", "dtype")
 """What of the evaluation's table concerns a client, where the server does not score."""

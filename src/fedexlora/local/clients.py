@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from datasets import Dataset
+from torch import Tensor
 from torch.nn import Module
 
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import RecipeError
+from fedexlora.exchange.layout import adapter_tensors, dense_tensors
 from fedexlora.exchange.records import HolderRecord
 from fedexlora.exchange.scores import ScoreReport
 from fedexlora.exchange.seeds import derive_seed
@@ -18,8 +21,10 @@ from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.local.arguments import full_batches_only
+from fedexlora.local.memory import ClientMemory, Remembered
 from fedexlora.local.scoring import HeldOut
 from fedexlora.local.trainer import Collator, rehearse, train_locally
+from fedexlora.methods.rule import ClientRound, Rule, Trainables
 from fedexlora.peft_bridge.model import AdaptedModel
 
 Found = TypeVar("Found")
@@ -30,7 +35,8 @@ Measure = Callable[[AdaptedModel, GlobalState, Dataset], HolderRecord]
 class LocalClients:
     """One resident model that trains any of the clients that are given to it.
 
-    ``num_examples`` has the rows by client, in the order of the partition.
+    ``num_examples`` has the rows by client, in the order of the partition; ``rule`` is that of the
+    method.
 
     Args:
         model: the model; it is left as some client's.
@@ -40,6 +46,7 @@ class LocalClients:
         options: fields of ``TrainingArguments``.
         seed: the federation's.
         specs: the adapters of the clients that have another one than the model, by client.
+        rule: what clients do by the method.
         held_out: rows that are scored and not trained on, where clients score.
         measure: what the holder of a model says of it, where the server has none.
     """
@@ -53,6 +60,7 @@ class LocalClients:
         options: Mapping[str, Any],
         seed: int,
         specs: Mapping[str, AdapterSpec],
+        rule: Rule,
         held_out: HeldOut | None = None,
         measure: Measure | None = None,
     ) -> None:
@@ -64,6 +72,7 @@ class LocalClients:
         self._options = options
         self._seed = seed
         self._specs = specs
+        self.rule = rule
         self._held_out = held_out
         self._measure = measure
         self._applied: Mapping[str, LowRank] | None = None
@@ -94,6 +103,7 @@ class LocalClients:
         held: GlobalState,
         round_: int,
         progress: Callable[[str, int, int], None],
+        memory: ClientMemory | None = None,
     ) -> bytes:
         """Train one client from the version that it holds, and encode what it learned.
 
@@ -104,23 +114,27 @@ class LocalClients:
             held: the version, with the client's own adapter if it has one.
             round_: the round, from 1.
             progress: told of the client, steps done and steps in all.
+            memory: what clients remember of the method; None where it remembers nothing.
+
+        Raises:
+            OSError: if what the client remembers cannot be written.
         """
-        scores, held_out = None, self._held_out
-        if held_out is not None and held.version % held_out.every == 0:
-            scores = self.as_client(client, held, partial(held_out.scores, client))
-        self._enter(client, held)
-        rows = self.rows_of(client)
-        holder = None
+        at, since = self._client_round(client, held, round_, memory)
+        entered = self._enter(held, at)
+        rows, live, holder, scores = self.rows_of(client), self.model.peft_model, None, None
         if self._measure is not None:
-            holder = self._measure(self.model, held, rows)
-        loss = train_locally(
-            self.model.peft_model,
-            rows,
-            self._collator,
-            self._options,
-            seed=derive_seed(self._seed, round_, client),
-            progress=lambda done, steps: progress(client, done, steps),
-        )
+            holder = self._measure(self.model, entered, rows)
+        if self._held_out is not None and held.version % self._held_out.every == 0:
+            scores = self._held_out.scores(client, live)
+        with self.model.training_only(self.rule.trains(round_)):
+            loss = train_locally(
+                live,
+                rows,
+                self._collator,
+                self._options,
+                seed=derive_seed(self._seed, round_, client),
+                progress=lambda done, steps: progress(client, done, steps),
+            )
         return ClientUpdate(
             client=client,
             round=round_,
@@ -128,25 +142,31 @@ class LocalClients:
             num_examples=len(rows),
             loss=loss,
             base=self.model.base_fingerprint,
-            tensors=self.model.update_tensors(),
+            tensors=self._leave(at, memory),
+            memory=since,
             scores=scores,
             holder=holder,
         ).encode()
 
-    def as_client(self, client: str, held: GlobalState, work: Callable[[Module], Found]) -> Found:
-        """What comes of work on the model as a client has it; the model is left as the client's.
-
-        Every score by a client, or of one, goes through here.
+    def as_client(
+        self,
+        client: str,
+        held: GlobalState,
+        work: Callable[[Module], Found],
+        memory: ClientMemory | None = None,
+    ) -> Found:
+        """What comes of work on the model that a client would train from a version.
 
         Args:
             client: the client.
             held: the version that it holds, with its own adapter if it has one.
             work: given the live model; it trains nothing.
+            memory: what clients remember of the method; None where it remembers nothing.
         """
-        self._enter(client, held)
+        self._enter(held, self._client_round(client, held, held.version + 1, memory)[0])
         return work(self.model.peft_model)
 
-    def report(self, client: str, held: GlobalState) -> bytes:
+    def report(self, client: str, held: GlobalState, memory: ClientMemory | None = None) -> bytes:
         """Score the version that a client holds on its own rows, and encode what it found.
 
         Raises:
@@ -154,12 +174,46 @@ class LocalClients:
         """
         if self._held_out is None:
             raise RecipeError("evaluation.where: clients do not score in this run")
-        scores = self.as_client(client, held, partial(self._held_out.scores, client))
+        scores = self.as_client(client, held, partial(self._held_out.scores, client), memory)
         return ScoreReport(client, held.id, self.model.base_fingerprint, scores).encode()
 
-    def _enter(self, client: str, held: GlobalState) -> None:
-        """Make the resident model the client's, at the version that it holds."""
+    def _client_round(
+        self, client: str, held: GlobalState, round_: int, memory: ClientMemory | None
+    ) -> tuple[ClientRound, int | None]:
+        """What the method sees of a client on entering a round, and the round of its memory."""
+        remembered, since = Remembered(), None
+        if memory is not None and self.rule.remembers_at_clients:
+            remembered = memory.read(client, round_)
+            since = remembered.round
+        received = Trainables(held.adapter_of(client), held.dense)
+        spec = self._specs.get(client, self.model.spec)
+        seed = derive_seed(self._seed, round_, f"{client}\0fresh")
+        fresh = partial(self.model.fresh, spec, seed)
+        return ClientRound(client, round_, received, remembered.tensors, fresh), since
+
+    def _enter(self, held: GlobalState, at: ClientRound) -> GlobalState:
+        """Have the model be what the client starts from; that, as the client's own version."""
         if self._applied is not held.total:
             self.model.apply(held)
             self._applied = held.total
+        rule, client = self.rule.client, at.client
+        if rule is not None:
+            start = rule.enter(at)
+            factors, own = start.factors, held.own
+            if client in own:
+                held = replace(held, own={client: factors}, dense=start.heads)
+            else:
+                held = replace(held, adapter=factors, dense=start.heads)
         self.model.enter(held, client, self._specs.get(client))
+        return held
+
+    def _leave(self, at: ClientRound, memory: ClientMemory | None) -> dict[str, Tensor]:
+        """What the client sends, by the names of ``AdapterSpec.tensors``; it remembers the rest."""
+        trained = Trainables(self.model.factors(), self.model.dense())
+        if self.rule.client is not None:
+            trained, remembered = self.rule.client.leave(at, trained)
+            if memory is not None and remembered:
+                memory.write(at.client, at.round, remembered)
+        found = adapter_tensors(trained.factors) | dense_tensors(trained.heads)
+        wanted = self.rule.upload_spec(self.model.spec, at.round)
+        return {name: found[name] for name in wanted.tensors()}

@@ -9,6 +9,8 @@ run-id          over Flower, what tells the run from others of the same recipe
 adapter.json    which version it is, and its worst module, read back from its files
 adapter-best/   the version with the best headline score, if there are scores
 finish.json     where clients score: what they say of the final version
+memory/         of simulated clients, what they remember of the method
+adapters/       of a method without a global model, every client's own PEFT adapter
 """
 
 from __future__ import annotations
@@ -82,6 +84,16 @@ class RunFolder:
     def adapter_record(self) -> Path:
         """What is said of both."""
         return self.path / "adapter.json"
+
+    @property
+    def memory(self) -> Path:
+        """What simulated clients remember of the method."""
+        return self.path / "memory"
+
+    @property
+    def adapters(self) -> Path:
+        """Where there is no global model: the clients' own, as PEFT adapters."""
+        return self.path / "adapters"
 
     @property
     def spool(self) -> Path:

@@ -54,7 +54,7 @@ def run_header(
 def run_info(prepared: Prepared, header: Mapping[str, Any], finished: int) -> RunInfo:
     """What is known before the first round."""
     return RunInfo(
-        method=prepared.recipe.federation.method,
+        method=prepared.recipe.method.name,
         rounds=prepared.recipe.federation.rounds,
         clients=header["clients"],
         validation_rows=header["validation_rows"],

@@ -31,7 +31,13 @@ from fedexlora.rounds.prepared import Prepared
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.round import Federation, run_round
 from fedexlora.rounds.transport import Transport
-from fedexlora.rounds.written import check_keep, forget_sent, keep_sent, write_adapters
+from fedexlora.rounds.written import (
+    check_keep,
+    forget_sent,
+    keep_sent,
+    write_adapters,
+    write_personal,
+)
 
 Connect = Callable[[Progress], Transport]
 """Makes the transport of a run that stands where it does."""
@@ -43,7 +49,8 @@ class RunResult:
 
     folder: Path
     adapter: Path
-    """The final global model as a PEFT adapter."""
+    """The final global model as a PEFT adapter; of a method without one, the folder of those of its
+    clients."""
     initial_metrics: Mapping[str, float]
     precision: str
     """How the adapted frozen weights are stored."""
@@ -122,7 +129,8 @@ def run_federation(
             )
     metrics, precision = header["initial_metrics"], header["precision"]
     finish = folder.read_finish() if recipe.client_metrics else None
-    return RunResult(folder.path, folder.adapter, metrics, precision, records, finish, best)
+    adapter = folder.adapters if recipe.rule.personal else folder.adapter
+    return RunResult(folder.path, adapter, metrics, precision, records, finish, best)
 
 
 def _rounds(
@@ -151,7 +159,8 @@ def _rounds(
     observer.started(run_info(prepared, header, len(progress.records)))
     keep = partial(keep_sent, folder, prepared) if keep_updates else forget_sent
     federation = Federation(
-        method=recipe.method,
+        method=recipe.method.name,
+        rule=recipe.rule,
         model=model,
         specs=prepared.specs,
         seed=recipe.federation.seed,
@@ -180,6 +189,9 @@ def _rounds(
     if recipe.client_metrics:
         finish = _finish(federation, folder, state, holdings, recipe.client_metrics)
         selection.see_finish(finish)
+    if recipe.rule.personal:
+        write_personal(prepared, folder, state)
+        return folder.read_records(state.version), None
     write_adapters(prepared.layout, folder, state, selection, observer)
     return folder.read_records(state.version), selection.best
 

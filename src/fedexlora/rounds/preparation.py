@@ -260,7 +260,16 @@ def _clients(
     if recipe.evaluation.where != "server":
         measure = HolderMeasure(task, tokenizer, recipe.evaluation.batch_size)
     return LocalClients(
-        model, rows, parted.train, collator, recipe.training, seed, specs, held_out, measure
+        model,
+        rows,
+        parted.train,
+        collator,
+        recipe.training,
+        seed,
+        specs,
+        recipe.rule,
+        held_out,
+        measure,
     )
 
 
@@ -283,7 +292,7 @@ def _load_model(
         peft_model.to(training_device(recipe.training))
     arithmetics = training_arithmetic(recipe.training), scoring_arithmetic(recipe)
     placement = recipe.federation.placement
-    model = AdaptedModel(peft_model, recipe.method.trained, placement, arithmetics)
+    model = AdaptedModel(peft_model, recipe.rule.factors, placement, arithmetics)
     specs = _reshaped(model.spec, shapes)
     check_new_weights(new, model.spec.dense)
     file_names(model)  # refused now, not when the adapter is written

@@ -14,8 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from fedexlora.data.config import DataConfig, TaskConfig
 from fedexlora.data.partition_config import PartitionConfig
 from fedexlora.errors import RecipeError, of_training
-from fedexlora.methods import METHODS, Method
-from fedexlora.methods.options import with_options
+from fedexlora.methods import METHODS, Rule
 from fedexlora.peft_bridge.arithmetic import Width
 from fedexlora.rounds.participation import AccessList, Participation
 from fedexlora.rounds.recipe_faults import method_faults, table_faults
@@ -25,6 +24,7 @@ from fedexlora.rounds.recipe_tables import (
     ClientTable,
     EvaluationTable,
     FederationTable,
+    MethodTable,
     ModelTable,
     Table,
 )
@@ -43,6 +43,7 @@ class Recipe(Table):
     """Fields of PEFT's ``LoraConfig``."""
     training: dict[str, Any] = Field(default_factory=dict)
     """Fields of transformers' ``TrainingArguments`` for the local training of one round."""
+    method: MethodTable = MethodTable()
     federation: FederationTable = FederationTable()
     evaluation: EvaluationTable = EvaluationTable()
     clients: dict[str, ClientTable] = Field(default_factory=dict)
@@ -54,6 +55,16 @@ class Recipe(Table):
         if self.evaluation.dtype is None:
             scoring = self.evaluation.model_copy(update={"dtype": self.model.dtype})
             object.__setattr__(self, "evaluation", scoring)
+        return self
+
+    @model_validator(mode="after")
+    def _method_is_resolved(self) -> Self:
+        """Options that are not given are stated with their defaults."""
+        if faults := method_faults(self.method.model_dump()):
+            raise ValueError("; ".join(faults))
+        options = METHODS[self.method.name].options.model_validate(self.method.options)
+        stated = MethodTable(name=self.method.name, **options.model_dump())
+        object.__setattr__(self, "method", stated)
         return self
 
     @property
@@ -104,12 +115,9 @@ class Recipe(Table):
         return Recipe.model_validate(document)
 
     @property
-    def method(self) -> Method:
-        """How adapters are aggregated, with everything that ``[federation]`` says about it."""
-        table = self.federation
-        return with_options(
-            METHODS[table.method], table.next_adapter, table.remainder_rank, table.remainder_energy
-        )
+    def rule(self) -> Rule:
+        """What clients and server do by the method and its options."""
+        return METHODS[self.method.name].rule_of(self.method.options)
 
     @property
     def participation(self) -> Participation:
@@ -187,12 +195,14 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        faults += [_describe(e["type"], e["loc"], e["msg"], e["input"]) for e in error.errors()]
+        # Faults between tables have no place; those of the method are said below, one by one.
+        found = [e for e in error.errors() if e["loc"]]
+        faults += [_describe(e["type"], e["loc"], e["msg"], e["input"]) for e in found]
     checks = _library_checks()
     for table, check in checks.items():
         if isinstance(document.get(table), dict):
             faults += check(document[table], table)
-    faults += method_faults(document.get("federation", {}))
+    faults += method_faults(document.get("method", {}))
     if recipe is not None:
         faults += table_faults(recipe) + (_set_faults(recipe) or mean_faults(recipe))
         for client, own in recipe.clients.items() if checks else ():

@@ -24,7 +24,7 @@ from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.step_writer import StepSink
 from fedexlora.exchange.version import Adapter
-from fedexlora.methods import Method
+from fedexlora.methods import Rule
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.origin import Origin
 from fedexlora.rounds.admission import Admission, Intake, require_enough
@@ -45,7 +45,10 @@ if TYPE_CHECKING:  # it needs PEFT
 class Federation:
     """What every round of a run has in common."""
 
-    method: Method
+    method: str
+    """Its name."""
+    rule: Rule
+    """What clients and server do by it."""
     model: AdaptedModel | None
     """The server's copy of the global model, if it has one."""
     specs: Mapping[str, AdapterSpec]
@@ -122,7 +125,7 @@ def run_round(
     """
     round_, clock = before.version + 1, _Clock()
     model, observer, rule = federation.model, federation.observer, federation.participation
-    form = CommonForm(before, federation.spec, federation.specs)
+    form = CommonForm(before, *_upload_specs(federation, round_))
     spool = Spool(federation.spool, round_, form)
     admission = Admission(
         federation.transport,
@@ -132,6 +135,7 @@ def run_round(
         federation.base,
         spool,
         federation.access,
+        federation.rule.client.memory if federation.rule.client else "none",
         federation.metrics,
         holders=model is None,
     )
@@ -152,7 +156,13 @@ def run_round(
     with clock.phase("aggregate"), closing(sink):  # steps 4 and 5, module by module
         fresh = partial(federation.fresh, seed=derive_seed(federation.seed, round_, ""))
         reducer = Reducer(
-            form, federation.method, fresh, federation.seed, intake.stay, federation.device
+            form,
+            federation.rule,
+            fresh,
+            federation.seed,
+            intake.stay,
+            federation.device,
+            holdings.history.store.memory(before.version) if federation.rule.remembers else {},
         )
         counted = [WeightedUpdate(x, x.weight) for x in intake.updates]
         reduction = reducer.reduce(counted, sink, held)
@@ -163,7 +173,7 @@ def run_round(
             model.apply(state)
     with clock.phase("certify"):  # step 7
         certificate = _certified(federation, state, reduction)
-        if federation.method.certified and not (model is not None and model.lossy_fold):
+        if federation.rule.certified and not (model is not None and model.lossy_fold):
             enforce(certificate, round_, partial(strained, intake, form))
     metrics: Mapping[str, float] = {}
     with clock.phase("evaluate"):
@@ -194,9 +204,23 @@ def _sink(
     """What takes in the round's step."""
     kept, shared = each_once(federation.specs)
     owners = {client: client for client in kept} | shared
-    if federation.method.own_adapters:
+    if federation.rule.own_adapters:
         owners = {update.client: update.client for update in intake.updates}
-    return holdings.history.store.sink(before, federation.method.trained, owners, held)
+    letters = federation.rule.steps(before.version + 1)
+    return holdings.history.store.sink(before, letters, owners, held)
+
+
+def _upload_specs(
+    federation: Federation, round_: int
+) -> tuple[AdapterSpec, Mapping[str, AdapterSpec]]:
+    """What updates of a round contain: of all clients, and of those with an adapter of their own.
+
+    Specs that clients share stay one object.
+    """
+    kept, shared = each_once(federation.specs)
+    own = {client: federation.rule.upload_spec(spec, round_) for client, spec in kept.items()}
+    own |= {client: own[name] for client, name in shared.items()}
+    return federation.rule.upload_spec(federation.spec, round_), own
 
 
 def _record(
@@ -221,7 +245,7 @@ def _record(
     return RoundRecord(
         round=round_,
         registered=len(federation.transport.clients),
-        method=federation.method.name,
+        method=federation.method,
         clients=clients,
         left_out=tuple(intake.left_out),
         stay=intake.stay / whole,

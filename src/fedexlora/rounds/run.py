@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedexlora.local.memory import ClientMemory
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.in_process import InProcessTransport
 from fedexlora.rounds.loop import RunResult, run_federation, settled_heap
@@ -47,6 +48,7 @@ def run(
             trainer,
             held=progress.holdings.ids(),
             keep_late=table.stale == "accept",
+            memory=ClientMemory(folder.memory),
         )
 
     return run_federation(

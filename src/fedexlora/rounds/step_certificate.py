@@ -137,6 +137,8 @@ def _module(name: str, spec: AdapterSpec, state: GlobalState, reduction: Reducti
         kept_error=None,
         deviation=figures.deviation.relative,
         truncated=truncated,
+        added=ratio(figures.added, figures.ideal),
+        memory_error=ratio(figures.memory_error, figures.ideal),
         placement=AT_CLIENTS,
         remainder=form_of(state.total[name]),
     )

@@ -10,11 +10,13 @@ from typing import Any
 from fedexlora.errors import BridgeError, RecipeError, VersionError
 from fedexlora.exchange.files import new_folder, replace_bytes, writing
 from fedexlora.exchange.state import GlobalState
+from fedexlora.local.memory import ClientMemory
 from fedexlora.peft_bridge.adapter_layout import AdapterLayout
 from fedexlora.peft_bridge.global_writer import write_factors, write_global
 from fedexlora.rounds.best import Selection
 from fedexlora.rounds.folder import RunFolder
 from fedexlora.rounds.observer import Observer
+from fedexlora.rounds.personal import personal_adapters
 from fedexlora.rounds.prepared import Prepared
 from fedexlora.rounds.spool import SpooledUpdate
 
@@ -43,6 +45,17 @@ def write_adapters(
             said["best"] = asdict(best)
     with writing(folder.adapter_record):
         replace_bytes(folder.adapter_record, json.dumps(said, indent=2).encode())
+
+
+def write_personal(prepared: Prepared, folder: RunFolder, state: GlobalState) -> None:
+    """Write the adapters of the clients whose memory is here, where each has a model of its own."""
+    layout = prepared.layout
+    found = personal_adapters(prepared.recipe.rule, state, ClientMemory(folder.memory))
+    with writing(folder.adapters), new_folder(folder.adapters) as path:
+        for client, own in found.items():
+            (path / client).mkdir()
+            spec = prepared.specs.get(client)
+            write_factors(layout, own.factors, own.heads, path / client, spec)
 
 
 def check_keep(prepared: Prepared) -> None:
