@@ -125,7 +125,7 @@ def test_the_installed_program_exits_with_the_code_that_is_documented(tmp_path):
             "not exact: bfloat16 weights round away what is folded into them",
         ),
         (["method.remainder_rank=1"], "truncated, as asked: rounds left out up to"),
-        (["model.dtype=bfloat16"], "exact: in every round"),
+        (["model.dtype=bfloat16", "training.schedule=run"], "exact: in every round"),
     ],
 )
 def test_the_verdict_says_what_the_model_is(recipe_file, tmp_path, changes, verdict):
@@ -133,6 +133,9 @@ def test_the_verdict_says_what_the_model_is(recipe_file, tmp_path, changes, verd
     done = fedexlora("run", recipe_file, "--out", tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     assert verdict in done.stdout
+    assert "trained and scored on cpu" in done.stdout
+    # With one schedule over the run, more rounds would be refused.
+    assert ("two more rounds:" in done.stdout) == ("training.schedule=run" not in changes)
 
 
 def test_recipes_are_listed_and_written_to_be_run(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from fedexlora.local.job import JobResult, LocalJob
 from fedexlora.rounds.recipe import Recipe, parse_recipe
 from fedexlora.rounds.run import run
 from tests.conftest import save_bert, save_gpt2
@@ -103,7 +104,7 @@ def play(recipe: Recipe) -> Document:
 def stand_in() -> Iterator[None]:
     """New factors and what clients train are fractions of 512."""
     with (
-        patch("fedexlora.local.clients.train_locally", _step),
+        patch("fedexlora.local.trainer.TrainerJob.train", _step),
         patch("torch.nn.init.kaiming_uniform_", _start),
     ):
         yield
@@ -116,11 +117,11 @@ def _start(parameter: Tensor, **_: object) -> Tensor:
 
 
 @torch.no_grad()
-def _step(model: nn.Module, rows: Dataset, *_: object, seed: int, **__: object) -> float:
+def _step(_job: LocalJob, model: nn.Module, rows: Dataset, *, seed: int, **_: object) -> JobResult:
     """Move every trained parameter; the loss is one that nobody could take for another client's."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             step = torch.randint(-64, 65, parameter.shape, generator=generator)
             parameter.add_((step / 512).to(parameter.dtype))
-    return 1.0 / len(rows)
+    return JobResult(1.0 / len(rows), 1, len(rows))

@@ -21,10 +21,10 @@ from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.finish import Finish
 from fedexlora.rounds.folder import RunFolder
 from fedexlora.rounds.observer import Observer
+from fedexlora.rounds.personal import mean_of_clients
 from fedexlora.rounds.preparation import prepare
 from fedexlora.rounds.recipe import Recipe, parse_recipe
 from fedexlora.rounds.run import run
-from fedexlora.rounds.scoring import mean_of_clients
 from tests.models import adapted
 from tests.rounds.conftest import files, recipe_document, records_without_times
 from tests.rounds.forked import Moments, count, forked, quick

@@ -20,8 +20,8 @@ _TABLES = {
     "evaluation": "where holdout every batch_size dtype sets mean",
 }
 KEYS = tuple(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys.split())
-_OPEN = ("lora.", "training.")
-"""Tables whose keys are those of PEFT and transformers."""
+_OPEN = ("lora.", "training.", "training.schedule=", "training.device=")
+"""Tables whose keys are those of PEFT and transformers, and the keys in them that are ours."""
 
 
 def override(incomplete: str) -> list[str]:

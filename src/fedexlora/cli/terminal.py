@@ -74,7 +74,7 @@ class Terminal(Observer):
             f"{info.modules} adapted modules in {info.precision}, "
             f"{info.trained_parameters:,} trained parameters"
         )
-        self.console.print(_threads(), soft_wrap=True)
+        self.console.print(_place(info.device), soft_wrap=True)
         if info.finished:
             self.console.print(f"resumed after round {info.finished}")
         else:
@@ -168,11 +168,14 @@ def _print_table(console: Console, result: RunResult, title: str) -> None:
     print_blocks(console, f"{title}, scores on {where}", header, rows)
 
 
-def _threads() -> str:
+def _place(device: str) -> str:
     threads = describe_threads()
     waiting = [f"{name}={value}" for name, value in threads["thread_waiting"].items()]
     told = plain(f" ({', '.join(waiting)})") if waiting else ""
-    return f"PyTorch's processor threads: {threads['torch_threads']}{told}; --threads changes that"
+    return (
+        f"trained and scored on {plain(device)}; PyTorch's processor threads: "
+        f"{threads['torch_threads']}{told}; --threads changes that"
+    )
 
 
 def _folding(result: RunResult) -> str:
@@ -268,7 +271,9 @@ def _next_commands(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:
     kept = (result.folder / "updates").is_dir()
     keep = " --keep-updates" if kept else ""
     resume = f"fedexlora run {recipe_word} --out {out} --resume{keep}"
-    commands = [("two more rounds:", f"{resume} --set federation.rounds={more}")]
+    commands = []
+    if recipe.training["schedule"] == "round":  # else those that are over had other learning rates
+        commands.append(("two more rounds:", f"{resume} --set federation.rounds={more}"))
     if recipe.method.name == "fedex":
         other = shlex.quote(f"{result.folder}-fedit")
         commands.append(

@@ -45,6 +45,7 @@ TRAINING_OPTIONS = frozenset(
         "optim",
         "optim_args",
         "per_device_train_batch_size",
+        "schedule",
         "train_sampling_strategy",
         "use_cpu",
         "warmup_ratio",
@@ -52,7 +53,7 @@ TRAINING_OPTIONS = frozenset(
         "weight_decay",
     }
 )
-"""Fields of ``TrainingArguments`` that a server may set: numbers and names, no paths or hosts."""
+"""Keys of ``[training]`` that a server may set: numbers and names, no paths, hosts or devices."""
 LORA_OPTIONS = frozenset(
     {
         "alpha_pattern",

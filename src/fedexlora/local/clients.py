@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from datasets import Dataset
 from torch import Tensor
@@ -20,10 +20,9 @@ from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
-from fedexlora.local.arguments import full_batches_only
+from fedexlora.local.job import LocalJob
 from fedexlora.local.memory import ClientMemory, Remembered
 from fedexlora.local.scoring import HeldOut
-from fedexlora.local.trainer import Collator, rehearse, train_locally
 from fedexlora.methods.rule import ClientRound, Rule, Trainables
 from fedexlora.peft_bridge.model import AdaptedModel
 
@@ -42,8 +41,7 @@ class LocalClients:
         model: the model; it is left as some client's.
         rows: the tokenised rows of all clients.
         shares: by client, which of them it has.
-        collator: rows to a padded batch.
-        options: fields of ``TrainingArguments``.
+        job: trains one of them.
         seed: the federation's.
         specs: the adapters of the clients that have another one than the model, by client.
         rule: what clients do by the method.
@@ -56,8 +54,7 @@ class LocalClients:
         model: AdaptedModel,
         rows: Dataset,
         shares: Mapping[str, Sequence[int]],
-        collator: Collator,
-        options: Mapping[str, Any],
+        job: LocalJob,
         seed: int,
         specs: Mapping[str, AdapterSpec],
         rule: Rule,
@@ -68,8 +65,7 @@ class LocalClients:
         self._rows = rows
         self._shares = shares
         self.num_examples = {client: len(share) for client, share in shares.items()}
-        self._collator = collator
-        self._options = options
+        self._job = job
         self._seed = seed
         self._specs = specs
         self.rule = rule
@@ -83,15 +79,14 @@ class LocalClients:
         Raises:
             RecipeError: naming the clients that would drop all of their rows; or if it fails.
         """
-        least = full_batches_only(self._options)
+        least = self._job.least_rows
         if short := [name for name, rows in self.num_examples.items() if rows < least]:
             raise RecipeError(
                 f"training.dataloader_drop_last leaves these clients nothing to train on, as they "
                 f"have fewer rows than training.per_device_train_batch_size = {least}",
                 [f"{name}: {self.num_examples[name]} row(s)" for name in short],
             )
-        model = self.model.peft_model
-        rehearse(model, self._rows, self._collator, self._options)
+        self._job.rehearse(self.model.peft_model, self._rows)
 
     def rows_of(self, client: str) -> Dataset:
         """The tokenised rows of one client, selected anew: of many clients, few are at work."""
@@ -127,20 +122,19 @@ class LocalClients:
         if self._held_out is not None and held.version % self._held_out.every == 0:
             scores = self._held_out.scores(client, live)
         with self.model.training_only(self.rule.trains(round_)):
-            loss = train_locally(
+            done = self._job.train(
                 live,
                 rows,
-                self._collator,
-                self._options,
                 seed=derive_seed(self._seed, round_, client),
-                progress=lambda done, steps: progress(client, done, steps),
+                round_=round_,
+                on_step=lambda done, steps: progress(client, done, steps),
             )
         return ClientUpdate(
             client=client,
             round=round_,
             version=held.id,
             num_examples=len(rows),
-            loss=loss,
+            loss=done.loss,
             base=self.model.base_fingerprint,
             tensors=self._leave(at, memory),
             memory=since,

@@ -19,12 +19,19 @@ if TYPE_CHECKING:  # it needs PEFT
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors")
 
 
+def device_of(model: AdaptedModel) -> torch.device:
+    """The one device that a model is on, trained and scored."""
+    device: torch.device = next(model.peft_model.parameters()).device
+    return device
+
+
 def describe_environment(model: AdaptedModel | None) -> dict[str, Any]:
     """Versions and machine of this process, for ``run.json``.
 
     Args:
         model: the server's model, trained and scored on one device; None where it has none.
     """
+    device = None if model is None else device_of(model)
     return {
         "fedexlora": __version__,
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -34,8 +41,10 @@ def describe_environment(model: AdaptedModel | None) -> dict[str, Any]:
             "processor": platform.machine(),
             "cores": os.cpu_count(),
             **describe_threads(),
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "device": str(next(model.peft_model.parameters()).device) if model else None,
+            "cuda": torch.cuda.get_device_name(device)
+            if device and device.type == "cuda"
+            else None,
+            "device": str(device) if device else None,
         },
     }
 

@@ -38,12 +38,13 @@ from fedexlora.rounds.store import VersionStore
 
 LOCK, FINISH = ".lock", "finish.json"
 _CHANGEABLE = (
-    "federation.rounds:",
     "federation.patience:",
     "federation.allow:",
     "federation.exclude:",
+    "training.device:",
 )
 """Keys in which a resumed run may differ from the one that is in the folder."""
+_ROUNDS = "federation.rounds:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +131,8 @@ class RunFolder:
     def check_same(self, recipe: Recipe) -> bool:
         """Whether there is a run to continue.
 
-        The number of rounds may differ, as a run may be continued for longer, and so may the
-        clients that are admitted.
+        The number of rounds may differ, as a run may be continued for longer, unless they share one
+        learning-rate schedule; and so may the clients that are admitted, and the device.
 
         Returns:
             False if the folder is empty or absent, so that the run starts from the beginning.
@@ -148,9 +149,17 @@ class RunFolder:
         except (ValueError, OSError) as error:
             raise ResumeError(f"{path} cannot be read: {error}") from error
         differences = [
-            line for line in held.differences(recipe) if not line.startswith(_CHANGEABLE)
+            line
+            for line in held.differences(recipe)
+            if not line.startswith(_CHANGEABLE)
+            and not (line.startswith(_ROUNDS) and recipe.training["schedule"] == "round")
         ]
         if differences:
+            if any(line.startswith(_ROUNDS) for line in differences):
+                differences.append(
+                    "training.schedule: 'run' has one schedule over all rounds; those that were "
+                    "run would have had other learning rates"
+                )
             raise ResumeError(f"{self.path} holds a run of another recipe", differences)
         return True
 

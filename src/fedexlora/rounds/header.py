@@ -64,4 +64,5 @@ def run_info(prepared: Prepared, header: Mapping[str, Any], finished: int) -> Ru
         headline=header["headline"],
         initial_metrics=header["initial_metrics"],
         finished=finished,
+        device=prepared.device,
     )

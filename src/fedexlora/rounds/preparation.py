@@ -11,27 +11,22 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_utils import PreTrainedModel
 
-from fedexlora.data.capacity import check_config, load_config
-from fedexlora.data.head import head_labels, head_note, in_head_order
 from fedexlora.data.holdout import Holdout, hold_out
 from fedexlora.data.load import Splits, fingerprint, load_splits, load_train, load_validation
 from fedexlora.data.partition import client_values, split_clients
 from fedexlora.data.task import Task, prepare_task
-from fedexlora.data.tokenizer import prepare_tokenizer
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
-from fedexlora.local.arguments import (
-    check_training_device,
-    training_arithmetic,
-    training_device,
-)
+from fedexlora.local.arguments import check_training_device, training_arithmetic
 from fedexlora.local.clients import LocalClients
+from fedexlora.local.job import LocalJob
+from fedexlora.local.jobs import local_job
 from fedexlora.local.scoring import HeldOut, RowScorer
+from fedexlora.peft_bridge.device import find_device
 from fedexlora.peft_bridge.export import file_names, origin_of
 from fedexlora.peft_bridge.inspect import check_new_weights
-from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes
+from fedexlora.peft_bridge.load import attach_lora, probe_shapes
 from fedexlora.peft_bridge.model import AdaptedModel
-from fedexlora.peft_bridge.source import resolve_source
 from fedexlora.rounds.holder import HolderMeasure
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.prepared import Prepared, check_clients, check_reduction_device
@@ -39,6 +34,7 @@ from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.recipe_tables import ClientTable
 from fedexlora.rounds.rows import check_rows
 from fedexlora.rounds.scoring import load_sets, prepare_scoring, scoring_arithmetic
+from fedexlora.rounds.task_base import load_task_base
 
 
 def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]:
@@ -168,6 +164,10 @@ def prepare_client(
     return _clients(recipe, task, tokenizer, model, tokenized["training"], parted, specs, held_out)
 
 
+def _job(recipe: Recipe, task: Task, tokenizer: Tokenizer) -> LocalJob:
+    return local_job(recipe.training, task.collator(tokenizer), recipe.federation.rounds)
+
+
 def client_rows(recipe: Recipe) -> dict[str, int]:
     """The clients of a recipe and their training rows.
 
@@ -255,7 +255,6 @@ def _clients(
     specs: Mapping[str, AdapterSpec],
     held_out: HeldOut | None,
 ) -> LocalClients:
-    collator, seed = task.collator(tokenizer), recipe.federation.seed
     measure = None
     if recipe.evaluation.where != "server":
         measure = HolderMeasure(task, tokenizer, recipe.evaluation.batch_size)
@@ -263,9 +262,8 @@ def _clients(
         model,
         rows,
         parted.train,
-        collator,
-        recipe.training,
-        seed,
+        _job(recipe, task, tokenizer),
+        recipe.federation.seed,
         specs,
         recipe.rule,
         held_out,
@@ -289,7 +287,7 @@ def _load_model(
     shapes = _client_shapes(recipe, own, base, task.peft_task_type)
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
     if recipe.model.quantization is None:
-        peft_model.to(training_device(recipe.training))
+        peft_model.to(find_device(recipe.device))
     arithmetics = training_arithmetic(recipe.training), scoring_arithmetic(recipe)
     placement = recipe.federation.placement
     model = AdaptedModel(peft_model, recipe.rule.factors, placement, arithmetics)
@@ -311,42 +309,6 @@ def _reshaped(
             made[key] = spec.reshaped(shape)
         found[client] = made[key]
     return found
-
-
-def load_task_base(
-    recipe: Recipe, task: Task, observer: Observer
-) -> tuple[Task, Any, PreTrainedModel, frozenset[str], str | None]:
-    """A recipe's untouched base with a head for its task, on the processor unless it is quantised.
-
-    Returns:
-        The task with its labels in the order of the base's head, the tokenizer, the base, the
-        names of its parameters that its files lack, and a note.
-
-    Raises:
-        DataError: if the task does not fit the base.
-        BridgeError: if it cannot be loaded.
-    """
-    observer.preparing("loading the model")
-    source, revision = resolve_source(recipe.model.source), recipe.model.revision
-    own_config, tokenizer = load_config(source, revision), prepare_tokenizer(source, revision)
-    check_config(recipe.task, task.model_config.get("num_labels"), own_config, tokenizer)
-    head = head_labels(own_config)
-    stated, task = task, in_head_order(task, head)
-    config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
-    base, new = load_base(
-        source,
-        revision,
-        task.peft_task_type,
-        config,
-        recipe.federation.seed,
-        dtype=recipe.model.dtype,
-        quantization=recipe.model.quantization,
-        unquantised=recipe.lora.get("modules_to_save") or (),
-        device=training_device(recipe.training),
-    )
-    inside = f"{base.base_model_prefix}."
-    note = head_note(stated, task, head, trained=all(x.startswith(inside) for x in new))
-    return task, tokenizer, base, new, note
 
 
 def _client_shapes(

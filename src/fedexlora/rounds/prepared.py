@@ -14,6 +14,7 @@ from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.peft_bridge.adapter_layout import AdapterLayout
 from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.device import find_device
 from fedexlora.peft_bridge.origin import Origin
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.recipe import Recipe
@@ -81,6 +82,11 @@ class Prepared:
         if self.model is not None:
             return sum(p.numel() for p in self.model.peft_model.parameters() if p.requires_grad)
         return sum(spec.numel for spec in self.spec.tensors().values())
+
+    @property
+    def device(self) -> str:
+        """Where the model is trained and scored; empty where that is on other machines."""
+        return "" if self.task is None else str(find_device(self.recipe.device))
 
     @property
     def validation_rows(self) -> int:

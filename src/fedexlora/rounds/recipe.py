@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import tomlkit
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fedexlora.data.config import DataConfig, TaskConfig
 from fedexlora.data.partition_config import PartitionConfig
 from fedexlora.errors import RecipeError, of_training
+from fedexlora.local.own_keys import stated_device, with_own_keys
 from fedexlora.methods import METHODS, Rule
 from fedexlora.peft_bridge.arithmetic import Width
 from fedexlora.rounds.participation import AccessList, Participation
@@ -41,13 +42,19 @@ class Recipe(Table):
     partition: PartitionConfig
     lora: dict[str, Any]
     """Fields of PEFT's ``LoraConfig``."""
-    training: dict[str, Any] = Field(default_factory=dict)
-    """Fields of transformers' ``TrainingArguments`` for the local training of one round."""
+    training: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    """Fields of transformers' ``TrainingArguments`` for the local training of one round, and
+    ``schedule`` and ``device``."""
     method: MethodTable = MethodTable()
     federation: FederationTable = FederationTable()
     evaluation: EvaluationTable = EvaluationTable()
     clients: dict[str, ClientTable] = Field(default_factory=dict)
     """By client: what it has otherwise than the others."""
+
+    @field_validator("training")
+    @classmethod
+    def _own_keys_have_values(cls, training: dict[str, Any]) -> dict[str, Any]:
+        return with_own_keys(training)
 
     @model_validator(mode="after")
     def _scoring_has_a_dtype(self) -> Self:
@@ -66,6 +73,11 @@ class Recipe(Table):
         stated = MethodTable(name=self.method.name, **options.model_dump())
         object.__setattr__(self, "method", stated)
         return self
+
+    @property
+    def device(self) -> str:
+        """The name of the device that the model is on, trained and scored."""
+        return stated_device(self.training)
 
     @property
     def scoring_dtype(self) -> Width:
@@ -167,7 +179,7 @@ _NO_MODEL_HERE = (
 
 
 def load_recipe(
-    path: Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None
+    path: str | Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Read and check a recipe.
 
@@ -181,7 +193,7 @@ def load_recipe(
             valid ones), missing keys and invalid values at once.
     """
     over = {"model": model} if model else {}
-    return parse_recipe(read_document(path, overrides, over), str(path))
+    return parse_recipe(read_document(Path(path), overrides, over), str(path))
 
 
 def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:

@@ -15,7 +15,7 @@ from fedexlora.rounds.recipe import Recipe
 
 def run(
     recipe: Recipe,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     keep_updates: bool = False,
@@ -36,7 +36,7 @@ def run(
         RunError: if the run stops; its last version is intact.
     """
     observer = observer or Observer()
-    folder, table = RunFolder(out), recipe.federation
+    folder, table = RunFolder(Path(out)), recipe.federation
     continued = folder.check_same(recipe) if resume else folder.check_new()
     prepared, trainer = prepare(recipe, observer)
     observer.preparing("rehearsing a step")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import fsum, isfinite
+from math import isfinite
 
 import torch
 from datasets import Dataset
@@ -16,10 +16,8 @@ from fedexlora.data.choices import Choices, prepare_choices
 from fedexlora.data.generation import Generation, check_metrics, prepare_generation, scorers
 from fedexlora.data.load import Splits, load_validation
 from fedexlora.data.task import Task, prepare_task
-from fedexlora.exchange.state import GlobalState
-from fedexlora.local.arguments import training_device
-from fedexlora.local.clients import LocalClients
 from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.device import find_device
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.set_mean import MEAN, mean_score
@@ -145,26 +143,6 @@ def _of_set(
     return scoring
 
 
-def mean_of_clients(
-    scoring: Scoring, clients: LocalClients, held: Mapping[str, GlobalState], observer: Observer
-) -> dict[str, float]:
-    """The plain mean of every client's scores on the server's rows, where there is no one model.
-
-    Args:
-        scoring: the rows, and how they are scored.
-        clients: each scores in the model that it would train.
-        held: by client, at least one, the version that it holds, with its own adapter.
-        observer: told of progress.
-    """
-    each = [
-        clients.as_client(client, state, lambda model: scoring.scores(model, observer))
-        for client, state in held.items()
-    ]
-    # A score that some client has not, as where its program failed, has no mean.
-    names = set.intersection(*(set(scores) for scores in each))
-    return {name: fsum(x[name] for x in each) / len(each) for name in sorted(names)}
-
-
 def all_scorers(recipe: Recipe) -> dict[str, dict[str, str]]:
     """By metric of generated texts, of sets too, and the mean: what computes it, with versions."""
     found = scorers(recipe.task)
@@ -179,7 +157,7 @@ def all_scorers(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 def scoring_device(recipe: Recipe) -> torch.device:
     """Where the model is when it is scored: where it is trained."""
-    return training_device(recipe.training)
+    return find_device(recipe.device)
 
 
 def scoring_arithmetic(recipe: Recipe) -> Arithmetic:
