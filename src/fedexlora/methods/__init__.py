@@ -22,27 +22,26 @@ from fedexlora.methods.rbla import RBLA
 from fedexlora.methods.rolora import ROLORA
 from fedexlora.methods.rule import Rule
 
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        m.name: m
-        for m in (
-            FEDEX,
-            FEDIT,
-            FFA,
-            ROLORA,
-            FEDSA,
-            FEDROT,
-            FEDAVGM,
-            FLORA,
-            FLORIST,
-            FLEXLORA,
-            RBLA,
-            HETLORA,
-            FEDMOMENTUM,
-            FEDSVD,
-        )
-    }
-)
+_TABLE = {
+    m.name: m
+    for m in (
+        FEDEX,
+        FEDIT,
+        FFA,
+        ROLORA,
+        FEDSA,
+        FEDROT,
+        FEDAVGM,
+        FLORA,
+        FLORIST,
+        FLEXLORA,
+        RBLA,
+        HETLORA,
+        FEDMOMENTUM,
+        FEDSVD,
+    )
+}
+METHODS: Mapping[str, Method] = MappingProxyType(_TABLE)
 """Every method by the name that recipes use."""
 
 __all__ = ["METHODS", "Method", "Rule"]
