@@ -237,7 +237,9 @@ def test_energy_keeps_at_least_its_share(energy, dense):
     assert difference == pytest.approx(lacks, rel=1e-5, abs=1e-5)
 
 
-def test_the_energy_of_a_dense_remainder_is_held_by_the_fewest_directions():
+@pytest.mark.parametrize("small", [0, 1024])
+def test_the_energy_of_a_dense_remainder_is_held_by_the_fewest_directions(monkeypatch, small):
+    monkeypatch.setattr(assignment, "_SMALL", small)
     b, a = (torch.linalg.qr(draw(size, 60, seed=size)).Q for size in (70, 90))
     values = 0.7 ** torch.arange(60)
     whole = LowRank((b * values) @ a.T)

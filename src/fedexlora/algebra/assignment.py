@@ -8,7 +8,7 @@ randomised subspace iteration.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import sqrt
 
@@ -19,6 +19,9 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank, break_even, stack
 from fedexlora.algebra.moments import Moments
 from fedexlora.algebra.product import Truncated, balanced, compact, svd, truncate, truncate_share
+
+_SMALL = 1024
+"""The shorter side up to which a dense matrix is decomposed whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +176,8 @@ def truncate_to_rank(rank: int) -> RemainderRule:
 def truncate_to_energy(energy: float) -> RemainderRule:
     """The fewest directions that hold a share ``energy`` of the remainder's squared norm.
 
-    Of a dense remainder that needs more than half of its directions, all are kept.
+    Of a dense remainder of more than 1,024 rows and columns that needs more than half of its
+    directions, all are kept: factors of them would be no smaller.
 
     >>> whole = LowRank(Factors(torch.diag(torch.tensor([3.0, 4.0])), torch.eye(2)))
     >>> [truncate_to_energy(share)(whole)[0].value.rank for share in (0.6, 0.7)]  # 16 of 25 is 0.64
@@ -184,15 +188,15 @@ def truncate_to_energy(energy: float) -> RemainderRule:
         share = sqrt(1.0 - energy)
         if isinstance(remainder.value, Factors):
             return _bounded(truncate_share(remainder.value, share))
-        whole, rank = sqrt(remainder.squared_norm()), 16
-        while rank < min(remainder.shape) // 2:
-            u, s, vh = _directions(remainder, rank)
-            left = whole**2 - s.square().cumsum(0)
-            count = int((left > (share * whole) ** 2).sum()) + 1
+        whole = remainder.squared_norm()
+        for u, s, vh in _ever_more(remainder):
+            left = whole - s.square().cumsum(0)
+            count = int((left > share**2 * whole).sum()) + 1
             if count <= len(s):
                 kept = balanced(u[:, :count], s[:count], vh[:count], torch.float64)
-                return _approximated(remainder, kept)
-            rank *= 2
+                low, lacks = _approximated(remainder, kept)
+                smaller = count < break_even(*remainder.shape)
+                return low if smaller else LowRank(low.dense(remainder.value.dtype)), lacks
         return remainder, 0.0
 
     return rule
@@ -229,6 +233,17 @@ def _directions(matrix: LowRank, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     floor = s[:1] * torch.finfo(torch.float32).eps
     count = min(rank, int((s > floor).sum()))
     return u[:, :count], s[:count], vh[:count]
+
+
+def _ever_more(matrix: LowRank) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Singular directions of a dense matrix: all of a small one, and up to half of a large one."""
+    if min(matrix.shape) <= _SMALL:
+        yield torch.linalg.svd(matrix.dense(), full_matrices=False)
+        return
+    rank = 16
+    while rank < min(matrix.shape) // 2:
+        yield _directions(matrix, rank)
+        rank *= 2
 
 
 def _randomised(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,9 @@ starts a round from an A of its own and ``B = 0``. Of the stacked update, module
 
 the first ``k`` directions go to the frozen weight, and the rest is left out, by how much is stated.
 With ``energy = 1`` it is FLoRA. The paper decomposes the stacks of A and of B and then a core; here
-it is one QR of each, which is the same decomposition. Its two variants, -O and -E, are two choices
+it is one QR of each, which is the same decomposition. Where clients are so many that the update is
+dense, has more than 1,024 rows and columns and needs more than half of its directions, all of it is
+kept, as factors would be no smaller. Its two variants, -O and -E, are two choices
 of the energy. Any ranks fit, and scalings may differ, as in FLoRA.
 
 Other copies: the authors tell A from B by which side is as long as the rank, which is wrong where
