@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -262,6 +265,11 @@ def test_every_row_says_what_people_ask(name):
     assert set(method.default.factors) <= {"A", "B"}
     for field in method.options.model_fields.values():
         assert field.description, "an option says what it does"
+    page = Path(__file__).parents[2] / "docs" / "methods.md"
+    section = page.read_text(encoding="utf-8").partition(f"\n## `{name}`: {method.title}\n")[2]
+    said = section.partition("\n## ")[0]
+    assert re.findall(r"arXiv:[0-9.]+", method.paper)[0] in said
+    assert all(f"`{option}`" in said for option in method.options.model_fields)
 
 
 def test_options_that_a_method_does_not_have_are_all_named_with_the_nearest():
