@@ -116,6 +116,11 @@ def serve(
         InputError: before any node is asked, if the recipe names something that is not there.
         RunError: if too few nodes are ready, or the run stops; its last version is intact.
     """
+    if recipe.rule.personal and recipe.evaluation.where == "server":
+        raise RecipeError(
+            f"{recipe.method.name} has one model a client; the server has none of them to score",
+            ["set evaluation.where = 'clients' or 'none'"],
+        )
     folder = RunFolder(settings.out)
     continued = folder.check_same(recipe) if settings.resume else folder.check_new()
     owners = Names(folder.path / names.FILE if settings.authenticated and not simulated else None)
