@@ -19,6 +19,7 @@ from fedexlora.exchange.files import new_folder, replace_bytes, writing
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.local.arguments import training_arithmetic
+from fedexlora.peft_bridge.base_norms import base_norms
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.rounds.divergence import check_finite, check_score
 from fedexlora.rounds.environment import (
@@ -249,6 +250,7 @@ def _header(
         "data": prepared.data_fingerprint,
         "base": prepared.model.base_fingerprint,
         "precision": prepared.model.precision(),
+        "weights": base_norms(prepared.model),
         "arithmetic": {
             "training": str(training_arithmetic(prepared.recipe.training)),
             "scoring": str(scoring_arithmetic(prepared.recipe)),
