@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -119,14 +120,16 @@ class Terminal(Observer):
         self._progress.update(self._rounds, completed=record.round)
 
 
-def closing(result: RunResult, recipe: Recipe) -> None:
-    """The table at the end of a run, where the adapter is, and what to do next."""
+def closing(result: RunResult, recipe: Recipe, report: Path | None) -> None:
+    """The table at the end of a run, where adapter and report are, and what to do next."""
     console = make_console()
     method = recipe.method
     _print_table(console, result, method.title)
     for label, text in _verdict(result, method):
         print_entry(console, label, text)
     console.print(f"adapter      [bold]{plain(result.adapter)}[/]", soft_wrap=True)
+    if report is not None:
+        console.print(f"report       [bold]{plain(report)}[/]", soft_wrap=True)
     console.print("next", style="bold")
     for what, command in _next_commands(result, recipe):
         console.print(f"  {what}\n    {plain(command)}", soft_wrap=True)
