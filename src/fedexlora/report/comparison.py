@@ -25,7 +25,7 @@ def comparison_table(runs: RunSet) -> Table:
     columns = [Column("arm"), Column("runs", "count")]
     columns += [Column(name, "spread") for name in names]
     if baseline is not None:
-        columns.append(Column(f"{runs.headline} against {baseline}", "spread"))
+        columns.append(Column(f"{runs.headline} against the baseline", "spread"))
     columns += [Column("bytes", "spread"), Column("time", "spread")]
     columns += [Column("worst error", "error"), Column("averaging loses, at most", "share")]
     return Table.of(columns, [_row(runs, arm, names, baseline) for arm in runs.arms])

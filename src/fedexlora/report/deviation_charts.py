@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ from fedexlora.report.tables import Column, Table
 
 _MOST = 36
 """Maps of one figure."""
+_TITLE = 18
+"""Letters above one of three maps."""
 _ROUNDS = 24
 """Columns of a map over rounds."""
 _BAR = "% of the module's ideal update that averaging the factors loses"
@@ -74,6 +77,8 @@ def draw_analysis(runs: RunSet, path: Path) -> None:
     if not drawn:
         raise InputError("--plot: no run has a finished round")
     grids = _first_and_last(drawn[0]) if len(drawn) == 1 else _first_rounds(drawn)[:3]
+    grids = [replace(grid, title=f"{grid.title}, round 1" if len(drawn) > 1 else grid.title)
+             for grid in grids]  # fmt: skip
     found = [(panel, lines) for panel in PANELS if (lines := curves(runs, panel.read))]
     epochs = by_epochs(runs)
     count = len(grids) + len(found) + bool(epochs)
@@ -87,7 +92,9 @@ def draw_analysis(runs: RunSet, path: Path) -> None:
         labels: list[str] = []
         for panel, lines in found:
             axes = places.pop(0)
-            handles, labels = plot_arms(axes, runs, lines)
+            drawn_arms = plot_arms(axes, runs, lines)
+            if len(drawn_arms[1]) > len(labels):
+                handles, labels = drawn_arms
             axes.set_title(panel.title, fontsize=9)
             finish_axes(axes, "round", panel.up)
         if epochs:
@@ -138,7 +145,8 @@ def _maps(grids: Sequence[Grid], *, name: str, title: str, description: str) -> 
     """Maps side by side; None without any."""
     if not grids:
         return None
-    shown = grids[:_MOST]
+    shown, key = _titled(grids[:_MOST])
+    description += key
     if len(shown) < len(grids):
         description += f" Of {len(grids)} runs the first {_MOST} are drawn; the table has all."
     across = len(shown) if len(shown) <= 2 else 3
@@ -150,6 +158,16 @@ def _maps(grids: Sequence[Grid], *, name: str, title: str, description: str) -> 
 
     height = 0.85 + down * max(each, 1.1)
     return draw(name, title, description, _grid_table(grids), paint, height=height)
+
+
+def _titled(grids: Sequence[Grid]) -> tuple[list[Grid], str]:
+    """The maps under numbers where their titles have no room, and what the numbers stand for."""
+    room = _TITLE if len(grids) > 2 else 2 * _TITLE
+    if all(len(grid.title) <= room for grid in grids):
+        return list(grids), ""
+    numbered = [replace(grid, title=f"({i})") for i, grid in enumerate(grids, 1)]
+    key = "; ".join(f"({i}) {grid.title}" for i, grid in enumerate(grids, 1))
+    return numbered, f" The maps: {key}."
 
 
 def _grid_table(grids: Sequence[Grid]) -> Table:

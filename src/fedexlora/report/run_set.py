@@ -190,7 +190,8 @@ def _arm_names(runs: Sequence[RunRecords]) -> list[str]:
         differing = _varying([runs[place].recipe for place in places])
         settings = {k: v for k, v in differing.items() if k not in (_SEED, *_METHOD)}
         for i, place in enumerate(places):
-            said = (f"{k.split('.')[-1]}={_short(v[i])}" for k, v in settings.items())
+            own = ((k, v[i]) for k, v in settings.items() if v[i] is not None)
+            said = (f"{k.split('.')[-1]}={cut(str(value), 24)}" for k, value in own)
             names[place] = ", ".join((method, *said))
     return names
 
@@ -217,12 +218,6 @@ def _varying(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[object]]:
 def _packages(headers: Sequence[Any]) -> list[tuple[str, list[object]]]:
     names = dict.fromkeys(name for h in headers if h for name in h.packages)
     return [(name, [h and h.packages.get(name) for h in headers]) for name in names]
-
-
-def _short(value: object) -> str:
-    if value is None:
-        return "(unset)"
-    return cut(str(value), 24)
 
 
 def _listed(names: Sequence[str]) -> str:
