@@ -17,6 +17,7 @@ _TABLES = {
     "clients_per_round fraction min_updates deadline stale weighting weight_cap robust clip_norm "
     "bad_share history allow exclude rounds seed",
     "evaluation": "every batch_size dtype sets mean",
+    "tracking": "trackers project",
 }
 KEYS = tuple(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys.split())
 _OPEN = ("lora.", "training.")

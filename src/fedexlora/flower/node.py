@@ -156,7 +156,9 @@ def recipe_for_nodes(recipe: Recipe, task: Mapping[str, Any]) -> dict[str, Any]:
         recipe: the server's.
         task: the task's table.
     """
-    document = recipe.model_dump(mode="json", exclude_none=True, exclude={"data", "evaluation"})
+    document = recipe.model_dump(
+        mode="json", exclude_none=True, exclude={"data", "evaluation", "tracking"}
+    )
     federation = {key: document["federation"][key] for key in _FEDERATION}
     learned = {key: value for key, value in task.items() if key not in TASK_OF_SERVER}
     return {**document, "task": learned, "federation": federation}

@@ -7,6 +7,7 @@ spool/          what clients have sent in the round that is open
 clients.jsonl   over Flower, the key that each client's name belongs to
 run-id          over Flower, what tells the run from others of the same recipe
 adapter.json    its worst module, read back from its files
+report.html     the run as one page        tracking.json with trackers, what they have been told
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fedexlora.rounds.record_lines import RecordLines
 from fedexlora.rounds.store import VersionStore
 
 LOCK = ".lock"
-_CHANGEABLE = ("federation.rounds:", "federation.allow:", "federation.exclude:")
+_CHANGEABLE = ("federation.rounds:", "federation.allow:", "federation.exclude:", "tracking.")
 """Keys in which a resumed run may differ from the one that is in the folder."""
 
 

@@ -27,6 +27,7 @@ from fedexlora.rounds.recipe_tables import (
     FederationTable,
     ModelTable,
     Table,
+    TrackingTable,
 )
 from fedexlora.rounds.screening import Screening
 from fedexlora.rounds.set_mean import MEAN, mean_faults
@@ -45,6 +46,7 @@ class Recipe(Table):
     """Fields of transformers' ``TrainingArguments`` for the local training of one round."""
     federation: FederationTable = FederationTable()
     evaluation: EvaluationTable = EvaluationTable()
+    tracking: TrackingTable = TrackingTable()
     clients: dict[str, ClientTable] = Field(default_factory=dict)
     """By client: what it has otherwise than the others."""
 

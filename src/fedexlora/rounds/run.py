@@ -10,6 +10,7 @@ from fedexlora.rounds.loop import RunResult, run_federation, settled_heap
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare
 from fedexlora.rounds.recipe import Recipe
+from fedexlora.rounds.tracking import check_trackers, tracked
 
 
 def run(
@@ -34,6 +35,7 @@ def run(
             cannot be aggregated exactly, or ``out`` holds something else.
         RunError: if the run stops; its last version is intact.
     """
+    check_trackers(recipe)
     observer = observer or Observer()
     folder, table = RunFolder(out), recipe.federation
     continued = folder.check_same(recipe) if resume else folder.check_new()
@@ -49,12 +51,13 @@ def run(
             keep_late=table.stale == "accept",
         )
 
-    return run_federation(
-        prepared,
-        folder,
-        trainer.num_examples,
-        connect,
-        continued=continued,
-        keep_updates=keep_updates,
-        observer=observer,
-    )
+    with tracked(recipe, out, observer) as watching:
+        return run_federation(
+            prepared,
+            folder,
+            trainer.num_examples,
+            connect,
+            continued=continued,
+            keep_updates=keep_updates,
+            observer=watching,
+        )
