@@ -75,9 +75,12 @@ _GONE = tuple(
         r" ?font-family: [^;\"]*;",
         r' transform="rotate\(-0 [^"]*"',
         r'<path d="[^"]*" style="fill: none"/>',
-        r" ?stroke-line(?:cap|join): (?:square|miter);?",
+        r" ?stroke-line(?:cap|join): (?:square|miter|round);?",
+        r"font-size: 10px; ?",
+        rf"(?<=\"|;| )(?:fill: {LIGHT['ink']})(?=\" x=)",
     )
 )
+_USES = re.compile(r'(<g(?: clip-path="[^"]*")?)>((?:<use [^>]*/>){2,})')
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -178,12 +181,14 @@ def draw(
     with new_figure(WIDTH, height) as figure:
         paint(figure)
         svg = _svg(figure, name)
-    texts = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+    named, described = escape(printable(title)), escape(printable(description))
+    texts = f"<title>{named}</title><desc>{described}</desc>"
     box = _view_box(svg)
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{box}" font-family="sans-serif" role="img" aria-label="{escape(title)}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" '
+        f'viewBox="{box}" font-family="sans-serif" font-size="10" fill="{LIGHT["ink"]}" '
+        f'role="img" aria-label="{named}">'
     )
     return Chart(name, title, description, f"{head}{texts}{body}", table)
 
@@ -239,9 +244,12 @@ def legend_height(labels: Sequence[str]) -> float:
 
 
 def _as_written(figure: Figure) -> None:
-    """A name is somebody else's, and a $ in it begins no formula."""
+    """A name is somebody else's, and a $ in it begins no formula; grids need no clipping."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
+    for axes in figure.axes:
+        for line in (*axes.get_xgridlines(), *axes.get_ygridlines()):
+            line.set_clip_on(False)  # they end where the axes do
 
 
 def _svg(figure: Figure, name: str) -> str:
@@ -270,13 +278,43 @@ def _smaller(svg: str) -> str:
         svg = gone.sub("", svg)
     svg = re.sub(r' (d|x|y|points|transform|style)="([^"]*)"', _rounded, svg)
     svg = re.sub(r">\s+<", "><", svg)
-    while svg != (svg := re.sub(r"<g></g>|<g/>|<defs></defs>|<g>(<text[^>]*>[^<]*</text>)</g>",
-                                r"\1", svg)):  # fmt: skip
-        pass
+    svg = _USES.sub(_one_style, svg)
+    svg = _unwrapped(svg).replace("<defs></defs>", "").replace("xlink:href", "href")
     return svg.strip()
 
 
+def _unwrapped(svg: str) -> str:
+    """Without groups that say nothing of what is in them."""
+    kept: list[str] = []
+    said: list[bool] = []
+    for part in re.split(r"(<g[^>]*>|</g>)", svg):
+        if part == "</g>":
+            wanted = said.pop()
+        elif part.startswith("<g") and part.endswith("/>"):
+            wanted = False
+        elif part.startswith("<g"):
+            said.append(wanted := part != "<g>")
+        else:
+            wanted = True
+        if wanted:
+            kept.append(part)
+    return "".join(kept)
+
+
+def _one_style(match: re.Match[str]) -> str:
+    """The markers of a line with the style that they have in common said once."""
+    styles = set(re.findall(r' style="([^"]*)"/>', match[2]))
+    if len(styles) != 1:
+        return match[0]
+    uses = re.sub(r' style="[^"]*"/>', "/>", match[2])
+    return f'{match[1]} style="{styles.pop()}">{uses}'
+
+
 def _rounded(match: re.Match[str]) -> str:
-    text = re.sub(r"(\.[0-9]{2})[0-9]+", r"\1", match[2])
+    text = re.sub(
+        r"(\.[0-9])[0-9]+" if match[1] != "style" else r"(\.[0-9]{2})[0-9]+", r"\1", match[2]
+    )
+    if match[1] == "d":
+        text = re.sub(r"\s*([A-Za-z])\s*", r"\1", text).replace(".0 ", " ")
     text = re.sub(r"([:;]) ", r"\1", text) if match[1] == "style" else " ".join(text.split())
     return f' {match[1]}="{text}"'

@@ -81,6 +81,12 @@ def paint_grids(figure: Figure, grids: Sequence[Grid], columns: int, bar: str) -
             each.set_visible(False)
             continue
         image = paint_grid(each, grids[place], top, written=across <= 2)
+        same = grids[place].rows == grids[place - 1].rows if place else False
+        if across > 2 and same and place % across:
+            each.set_yticks([])
+        below = grids[place + across : place + across + 1]
+        if across > 2 and below and below[0].columns == grids[place].columns:
+            each.set_xticks([])
     if image is not None:
         scale = figure.colorbar(
             image, ax=axes, location="bottom", aspect=40, format=lambda x, _: f"{100 * x:.3g}"
@@ -103,10 +109,13 @@ def _ticks(axes: Axes, grid: Grid) -> None:
 
 
 def _ink(place: float) -> str:
-    """Black or white, whichever is the clearer on a colour of the map: at least 4.5 to 1."""
+    """Black or white, whichever is the clearer on a colour of the map: at least 4.5 to 1.
+
+    Neither is quite, because no scheme of the reader's may take its place.
+    """
     red, green, blue, _ = matplotlib.colormaps[_MAP](place)
     light = 0.2126 * _linear(red) + 0.7152 * _linear(green) + 0.0722 * _linear(blue)
-    return "#000000" if (light + 0.05) / 0.05 >= 1.05 / (light + 0.05) else "#ffffff"
+    return "#000001" if (light + 0.05) / 0.05 >= 1.05 / (light + 0.05) else "#fffffe"
 
 
 def _linear(part: float) -> float:

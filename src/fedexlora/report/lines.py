@@ -15,6 +15,10 @@ from fedexlora.report.chart import Chart, draw, label, legend_below, legend_heig
 from fedexlora.report.run_set import Cell, RunSet
 from fedexlora.report.tables import Column, Form, Table
 
+SINGLE = 12
+"""Runs whose single lines are still told apart; of more, means alone are drawn."""
+_MARKED = 30
+"""Points of a line that are still marked."""
 Curve = Mapping[float, float]
 """By round, or whatever stands on the horizontal axis, a value."""
 
@@ -39,12 +43,15 @@ def plot_arms(
     handles: list[Artist] = []
     for pairs in found.values():
         style = series(runs.place(pairs[0][0]))
-        if len(pairs) > 1:
+        if len(pairs) > 1 and len(runs.cells) <= SINGLE:
             for _, curve in pairs:
                 axes.plot(
                     list(curve), list(curve.values()), color=style["color"], lw=0.8, alpha=0.4
                 )
-        handles += axes.plot(*mean_curve([curve for _, curve in pairs]), **style)
+        across, up = mean_curve([curve for _, curve in pairs])
+        if len(across) > _MARKED:
+            style = {**style, "marker": None}
+        handles += axes.plot(across, up, **style)
     return handles, [label(arm) for arm in found]
 
 

@@ -20,11 +20,15 @@ from fedexlora.report.chart import DARK, LIGHT, Chart
 from fedexlora.report.run_set import RunSet, read_runs
 from fedexlora.report.sections import facts, report_command, sections, title
 from fedexlora.report.tables import Table
+from fedexlora.texts import printable
 
 LARGEST = 300_000
 """Bytes of a page."""
-_ROWS = (400, 120, 40, 12, 4)
-"""Rows of a table, as many as leave the page small enough; files have them all."""
+_LONGEST = 1_000_000
+"""Letters of one text, such as a recipe."""
+_ROWS = ((400, 400), (120, 400), (40, 120), (12, 60), (6, 40), (3, 30), (3, 6))
+"""Rows of a figure's table and of one that stands alone, as many as leave the page small enough;
+files have them all."""
 
 
 def write_report(folders: Sequence[Path], out: Path, figures: Path | None = None) -> None:
@@ -55,7 +59,7 @@ def write_report(folders: Sequence[Path], out: Path, figures: Path | None = None
 def render(runs: RunSet, made: Sequence[Section]) -> str:
     """The page, with as many rows in its tables as it has room for."""
     template = _templates().get_template("report.html.jinja")
-    for most in _ROWS:
+    for most_of_figure, most in _ROWS:
         page = template.render(
             title=title(runs),
             facts=facts(runs),
@@ -64,6 +68,7 @@ def render(runs: RunSet, made: Sequence[Section]) -> str:
             dark=DARK,
             version=__version__,
             most=most,
+            most_of_figure=most_of_figure,
             inline=_inline,
         )
         if len(page.encode()) < LARGEST:
@@ -75,10 +80,16 @@ def _templates() -> Environment:
     return Environment(
         loader=PackageLoader("fedexlora.report"),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _shown(value: object) -> object:
+    """A text without what turns its direction or hides in it; markup is made here."""
+    return printable(value, _LONGEST) if type(value) is str else value
 
 
 def _inline(chart: Chart) -> Markup:

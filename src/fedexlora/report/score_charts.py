@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 
 from fedexlora.report.chart import Chart
-from fedexlora.report.lines import Curve, line_chart
+from fedexlora.report.lines import SINGLE, Curve, line_chart
 from fedexlora.report.run_set import Cell, RunSet
 
 _MOST = 4
@@ -70,7 +70,7 @@ def _score_chart(runs: RunSet, metric: str) -> Chart | None:
         name="score" if headline else f"score-{_file_name(metric)}",
         title=f"{metric} by round",
         description=f"{metric} of the global model after each round; round 0 is before training."
-        + (" Faint lines are single seeds, the strong one is their mean." if _seeds(runs) else ""),
+        + _seeds(runs),
         form="score",
         up=metric,
     )
@@ -97,8 +97,13 @@ def _by_bytes(cell: Cell, metric: str) -> Curve:
     return found
 
 
-def _seeds(runs: RunSet) -> bool:
-    return any(len(cells) > 1 for cells in runs.arms.values())
+def _seeds(runs: RunSet) -> str:
+    """How seeds are drawn, where there are several."""
+    if all(len(cells) == 1 for cells in runs.arms.values()):
+        return ""
+    if len(runs.cells) > SINGLE:
+        return " Lines are means over seeds; the table has each."
+    return " Faint lines are single seeds, the strong one is their mean."
 
 
 def _file_name(metric: str) -> str:
