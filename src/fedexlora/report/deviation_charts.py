@@ -36,7 +36,7 @@ from fedexlora.report.tables import Column, Table
 
 _MOST = 36
 """Maps of one figure."""
-_TITLE = 18
+_TITLE = 21
 """Letters above one of three maps."""
 _ROUNDS = 24
 """Columns of a map over rounds."""

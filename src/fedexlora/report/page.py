@@ -26,7 +26,7 @@ LARGEST = 300_000
 """Bytes of a page."""
 _LONGEST = 1_000_000
 """Letters of one text, such as a recipe."""
-_ROWS = ((400, 400), (120, 400), (40, 120), (12, 60), (6, 40), (3, 30), (3, 6))
+_ROWS = ((400, 400), (120, 400), (40, 120), (20, 90), (10, 60), (5, 40), (3, 30), (3, 6))
 """Rows of a figure's table and of one that stands alone, as many as leave the page small enough;
 files have them all."""
 

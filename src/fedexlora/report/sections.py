@@ -157,6 +157,8 @@ def _runs_table(runs: RunSet) -> Table:
 
 
 def _curves(runs: RunSet) -> list[Block]:
+    if not any(cell.run.rounds for cell in runs.cells):
+        return []
     charts = score_charts(runs)
     last = last_scores_table(runs)
     blocks: list[Block] = [Figures(charts)] if charts else []
