@@ -43,7 +43,7 @@ frame.onload = () => {
     if (!own || ["title", "desc"].includes(element.tagName)) continue;
     const style = view.getComputedStyle(element), svg = element.namespaceURI.endsWith("svg");
     const colour = svg ? style.fill : style.color;
-    if (/^rgb\\(0, 0, 1\\)|^rgb\\(255, 255, 254\\)/.test(colour)) continue;  // on a map's own colours
+    if (/^rgb\\(0, 0, 1\\)|^rgb\\(255, 255, 254\\)/.test(colour)) continue;  // on a map
     texts += 1;
     const [x, y] = [luminance(colour), luminance(ground(element, view))].sort((a, b) => b - a);
     const contrast = (x + 0.05) / (y + 0.05);

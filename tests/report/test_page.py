@@ -138,11 +138,11 @@ def test_thirty_cells_with_all_sections_are_one_small_page(tmp_path):
 
 
 def test_a_long_run_of_a_large_model_is_a_small_page_and_says_what_it_leaves_out(tmp_path):
-    folder = write_run(tmp_path / "run", rounds=120, layers=32)
+    folder = write_run(tmp_path / "run", rounds=450, layers=32)
     found = page([folder], tmp_path / "report.html", figures=tmp_path / "figures")
     assert "more rows are in the CSV files" in found.text
     rows = list(csv.reader((tmp_path / "figures" / "score.csv").open()))
-    assert len(rows) == 122
+    assert len(rows) == 452
 
 
 def test_figures_are_files_too(alone):

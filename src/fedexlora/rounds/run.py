@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedexlora.local.memory import ClientMemory
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.in_process import InProcessTransport
 from fedexlora.rounds.loop import RunResult, run_federation, settled_heap
@@ -15,7 +16,7 @@ from fedexlora.rounds.tracking import check_trackers, tracked
 
 def run(
     recipe: Recipe,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     keep_updates: bool = False,
@@ -37,7 +38,7 @@ def run(
     """
     check_trackers(recipe)
     observer = observer or Observer()
-    folder, table = RunFolder(out), recipe.federation
+    folder, table = RunFolder(Path(out)), recipe.federation
     continued = folder.check_same(recipe) if resume else folder.check_new()
     prepared, trainer = prepare(recipe, observer)
     observer.preparing("rehearsing a step")
@@ -49,9 +50,10 @@ def run(
             trainer,
             held=progress.holdings.ids(),
             keep_late=table.stale == "accept",
+            memory=ClientMemory(folder.memory),
         )
 
-    with tracked(recipe, out, observer) as watching:
+    with tracked(recipe, folder.path, observer) as watching:
         return run_federation(
             prepared,
             folder,
