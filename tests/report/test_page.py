@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fedexlora.cli.report import add_report
 from fedexlora.errors import InputError
 from fedexlora.exchange.comparison_records import ComparisonRecord
 from fedexlora.report.page import LARGEST, write_report
@@ -221,6 +222,45 @@ def test_older_records_lack_norms_and_have_a_report_without_them(tmp_path):
     found = page([write_run(tmp_path / "run", norms=False)], tmp_path / "report.html")
     assert tuple(found.sections) == SECTIONS
     assert "Size of the remainder" not in found.text
+
+
+def test_scores_on_the_clients_own_rows_are_shown_by_client(tmp_path):
+    folder = write_run(tmp_path / "run", header={"initial_metrics": {}})
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    unscored = "".join(f"{json.dumps({**line, 'metrics': {}})}\n" for line in lines)
+    (folder / "rounds.jsonl").write_text(unscored)
+    clients = [
+        {"client": name, "since": 2, "scores": {"rows": 7, "targets": 7, "metrics": metrics}}
+        for name, metrics in (("site-north", {"accuracy": 0.75}), ("site-west", {"accuracy": 0.25}))
+    ]
+    scores = {"version": 3, "pooled": {"accuracy": 0.5125}, "mean_of_clients": {}}
+    finish = {"version": 3, "clients": clients, "scores": scores, "left_out": []}
+    (folder / "finish.json").write_text(json.dumps(finish))
+    found = page([folder], tmp_path / "report.html")
+    assert "own-rows" in found.sections
+    words = " ".join(found.words)
+    assert "accuracy by client" in words
+    assert "0.7500" in words
+    assert "last accuracy 0.5125" in re.sub(r"\s+", " ", words)
+
+
+def test_a_run_that_ended_early_as_its_recipe_says_is_whole(tmp_path):
+    folder = write_run(tmp_path / "run", rounds=2, planned=9)
+    (folder / "adapter.json").write_text(json.dumps({"stopped": True, "version": 2}))
+    run = read_runs([folder]).cells[0].run
+    assert run.whole
+    assert "ended early" in run.state
+
+
+def test_a_report_that_cannot_be_drawn_is_said_and_loses_nothing(tmp_path, monkeypatch, capsys):
+    def fails(*args: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("fedexlora.report.page.write_report", fails)
+    assert add_report(tmp_path) is None
+    said = capsys.readouterr()
+    assert "no report: RuntimeError: no font" in said.err
+    assert not said.out
 
 
 def comparison(folder, cells) -> ComparisonRecord:

@@ -178,7 +178,5 @@ def _by_seed(cells: Sequence[Cell], name: str) -> dict[int, list[float]]:
 
 def _last(cell: Cell) -> tuple[int | None, dict[str, float]]:
     """The last round with scores, and those."""
-    for record in reversed(cell.run.rounds):
-        if record.metrics:
-            return record.round, record.metrics
-    return None, {}
+    found = [(version, dict(x)) for version, x in cell.run.scored.items() if version]
+    return found[-1] if found else (None, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedexlora.report.chart import Chart
+from fedexlora.report.clientside import Holders
 from fedexlora.report.lines import Curve, line_chart
 from fedexlora.report.run_set import Cell, RunSet
 from fedexlora.report.tables import Column, Table, Value
@@ -26,7 +27,7 @@ def exactness_charts(runs: RunSet) -> list[Chart]:
         ),
         line_chart(
             runs,
-            lambda cell: _by_round(cell, "worst_forward"),
+            _forward,
             name="certificate-forward",
             title="Forward: as the layers multiply",
             description="The same once every operand is rounded as its layer rounds it; the worst "
@@ -37,7 +38,7 @@ def exactness_charts(runs: RunSet) -> list[Chart]:
         ),
         line_chart(
             runs,
-            lambda cell: _by_round(cell, "kept"),
+            _kept,
             name="certificate-kept",
             title="Kept: what comes out of the remainder",
             description="The share of the remainder that comes out of the layers over validation "
@@ -121,15 +122,14 @@ def _certificate_row(cell: Cell) -> tuple[Value, ...]:
     place = np.unravel_index(
         np.argmax(figures["error"] / figures["allowed"]), figures["error"].shape
     )
-    kept = [r.certificate.kept for r in records if r.certificate.kept is not None]
     return (
         cell.label,
         ", ".join(dict.fromkeys(record.certificate.placement for record in records)),
         f"{sum(record.certificate.held for record in records)} of {len(records)}",
         float(figures["error"][place]),
         float(figures["allowed"][place]),
-        max(record.certificate.worst_forward for record in records),
-        max(kept, key=lambda share: abs(share - 1.0), default=None),
+        max(_forward(cell).values(), default=None),
+        max(_kept(cell).values(), key=lambda share: abs(share - 1.0), default=None),
         max(record.certificate.truncated for record in records),
     )
 
@@ -138,9 +138,28 @@ def _worst(cell: Cell) -> Curve:
     return {float(r.round): r.certificate.worst_error for r in cell.run.rounds}
 
 
-def _by_round(cell: Cell, name: str) -> Curve:
-    found = {float(r.round): getattr(r.certificate, name) for r in cell.run.rounds}
-    return {round_: value for round_, value in found.items() if value is not None}
+def _forward(cell: Cell) -> Curve:
+    """Of the server's model; where it has none, the worst of the clients'."""
+    found = {float(r.round): r.certificate.worst_forward for r in cell.run.rounds}
+    for version, holders in _holders(cell):
+        if found.get(version) is None:
+            found[version] = holders.forward
+    return {x: y for x, y in sorted(found.items()) if y is not None}
+
+
+def _kept(cell: Cell) -> Curve:
+    """The same of what comes out of the remainder."""
+    found = {float(r.round): r.certificate.kept for r in cell.run.rounds}
+    for version, holders in _holders(cell):
+        if found.get(version) is None:
+            found[version] = holders.kept
+    return {x: y for x, y in sorted(found.items()) if y is not None}
+
+
+def _holders(cell: Cell) -> list[tuple[float, Holders]]:
+    """What clients say of their models, by the version that they hold: that before the round."""
+    said = enumerate(cell.run.clientside)
+    return [(float(before), x.holders) for before, x in said if x.holders is not None and before]
 
 
 def _known(value: float) -> float | None:

@@ -18,6 +18,7 @@ from fedexlora.errors import InputError
 from fedexlora.exchange.module_names import split_name
 from fedexlora.exchange.records import ModuleRecord, RoundRecord
 from fedexlora.exchange.untrusted import json_object, short
+from fedexlora.report.clientside import NOTHING, Clientside, said_in
 
 Numbers = NDArray[np.float64]
 _FIGURES = (
@@ -131,6 +132,12 @@ class RunRecords:
     modules: Modules
     cut: bool
     """Whether the last line of the records is half written."""
+    clientside: tuple[Clientside, ...] = ()
+    """What clients say, by round; of the version that the round started from."""
+    finish: Clientside = NOTHING
+    """What they say of the last version, once no round follows."""
+    stopped: bool = False
+    """Whether the run ended early because its recipe says so."""
 
     @property
     def planned(self) -> int | None:
@@ -159,6 +166,8 @@ class RunRecords:
         said = f"{done} of {planned} rounds" if planned else f"{done} rounds"
         if not done:
             said = "no finished round"
+        if self.stopped:
+            said += ", ended early as its recipe says"
         if self.cut:
             said += "; the record of the round after is cut off"
         return said
@@ -166,7 +175,19 @@ class RunRecords:
     @property
     def whole(self) -> bool:
         """Whether every round of the recipe is there."""
-        return not self.cut and len(self.rounds) == self.planned and bool(self.rounds)
+        ended = self.stopped or len(self.rounds) == self.planned
+        return ended and not self.cut and bool(self.rounds)
+
+    @cached_property
+    def scored(self) -> Mapping[int, Mapping[str, float]]:
+        """Scores by version, 0 before round 1: the server's, or else those of the clients."""
+        found: dict[int, Mapping[str, float]] = {
+            x.scores.version: x.scores.metrics for x in (*self.clientside, self.finish) if x.scores
+        }
+        found |= {record.round: record.metrics for record in self.rounds if record.metrics}
+        if self.header is not None and self.header.initial_metrics:
+            found[0] = self.header.initial_metrics
+        return dict(sorted(found.items()))
 
 
 def table(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -192,10 +213,22 @@ def read_run(folder: Path) -> RunRecords:
     header = _header(folder / "run.json", faults)
     reader = _Rounds()
     reader.read(folder / "rounds.jsonl", faults)
+    finish = _finish(folder / "finish.json", faults)
     if faults:
         raise InputError(f"{folder}: the run's records cannot be read", faults)
     modules = reader.modules(header.weights if header else {})
-    return RunRecords(folder, recipe, text, header, tuple(reader.rounds), modules, reader.cut)
+    return RunRecords(
+        folder,
+        recipe,
+        text,
+        header,
+        tuple(reader.rounds),
+        modules,
+        reader.cut,
+        tuple(reader.clientside),
+        finish,
+        _stopped(folder / "adapter.json", len(reader.rounds)),
+    )
 
 
 def _recipe(path: Path, faults: list[str]) -> tuple[str, Mapping[str, Any]]:
@@ -219,11 +252,33 @@ def _header(path: Path, faults: list[str]) -> Header | None:
     return None
 
 
+def _finish(path: Path, faults: list[str]) -> Clientside:
+    if not path.exists():
+        return NOTHING
+    try:
+        return said_in(path.read_bytes())
+    except ValidationError as error:
+        faults += [f"{path.name}: {fault}" for fault in _described(error)]
+    except OSError as error:
+        faults.append(f"{path.name}: {error.strerror}")
+    return NOTHING
+
+
+def _stopped(path: Path, version: int) -> bool:
+    """Whether a run that ends with a version says that it ended early."""
+    try:
+        said = json_object(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return said.get("stopped") is True and said.get("version") == version
+
+
 class _Rounds:
     """Reads records line by line; of the modules it keeps numbers alone."""
 
     def __init__(self) -> None:
         self.rounds: list[RoundRecord] = []
+        self.clientside: list[Clientside] = []
         self.cut = False
         self._names: tuple[str, ...] = ()
         self._rows: list[list[list[float]]] = []
@@ -260,6 +315,7 @@ class _Rounds:
         """Take a line in, or say what is wrong with it."""
         try:
             record = RoundRecord.model_validate_json(line)
+            said = said_in(line)
         except ValidationError as error:
             return _unreadable(line, error)
         if record.round != len(self.rounds) + 1:
@@ -268,6 +324,7 @@ class _Rounds:
         if self.rounds and names != self._names:
             return "other modules than in round 1"
         self._names = names
+        self.clientside.append(said)
         self._rows.append([[_figure(m, name) for name in _FIGURES] for m in record.modules])
         self._ranks.append([_rank(m) for m in record.modules])
         self.rounds.append(record.model_copy(update={"modules": ()}))

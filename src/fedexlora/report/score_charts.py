@@ -47,18 +47,14 @@ def metrics(runs: RunSet) -> list[str]:
     """The names of all scores, the headline first; counts are none."""
     names = dict.fromkeys([runs.headline] if runs.headline else [])
     for cell in runs.cells:
-        for record in cell.run.rounds:
-            names |= dict.fromkeys(name for name in record.metrics if "/" not in name)
+        for found in cell.run.scored.values():
+            names |= dict.fromkeys(name for name in found if "/" not in name)
     return list(names)
 
 
 def scores(cell: Cell, metric: str) -> Curve:
     """A metric by round, that before the first one included."""
-    before = cell.run.header.initial_metrics if cell.run.header else {}
-    found = {0.0: before[metric]} if metric in before else {}
-    for record in cell.run.rounds:
-        if metric in record.metrics:
-            found[float(record.round)] = record.metrics[metric]
+    found = {float(x): by[metric] for x, by in cell.run.scored.items() if metric in by}
     return {x: y for x, y in found.items() if isfinite(y)}
 
 

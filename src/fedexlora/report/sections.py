@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedexlora.report.blocks import Block, Code, Facts, Figures, Notes, Rows, Section, Words
 from fedexlora.report.client_charts import client_table, left_out_table, participation_map
+from fedexlora.report.client_scores import own_score_chart, own_score_table
 from fedexlora.report.comparison import (
     baseline_of,
     comparison_table,
@@ -40,6 +41,7 @@ def sections(runs: RunSet) -> list[Section]:
         Section("certificate", "Certificate", tuple(_certificate(runs))),
         Section("cost", "Bytes and seconds", tuple(_cost(runs))),
         Section("clients", "Who took part", tuple(_clients(runs))),
+        Section("own-rows", "Scores by client", tuple(_own_scores(runs))),
         Section(
             "environment", "Environment", (Rows("Versions and machine", environment_table(runs)),)
         ),
@@ -64,7 +66,7 @@ def facts(runs: RunSet) -> list[tuple[str, str]]:
     found.append(("finished rounds", str(rounds)))
     run = runs.alone
     if run is not None and run.rounds:
-        scores = [r.metrics for r in run.rounds if runs.headline in r.metrics]
+        scores = [x for x in run.scored.values() if runs.headline in x]
         if scores:
             found.append((f"last {runs.headline}", show(scores[-1][runs.headline], "score")))
         worst = max(r.certificate.worst_error for r in run.rounds)
@@ -246,6 +248,14 @@ def _clients(runs: RunSet) -> list[Block]:
     else:
         blocks.append(Words("Nobody was left out of a round."))
     return blocks
+
+
+def _own_scores(runs: RunSet) -> list[Block]:
+    charts, rows = own_score_chart(runs), own_score_table(runs)
+    blocks: list[Block] = [Figures(charts)] if charts else []
+    return (
+        [*blocks, Rows("The last version that each client scored", rows)] if rows.rows else blocks
+    )
 
 
 def _again(runs: RunSet) -> list[Block]:

@@ -158,7 +158,6 @@ def points(record: RoundRecord) -> dict[str, float]:
         "certificate/error": certificate.error,
         "certificate/allowed": certificate.allowed,
         "certificate/worst_module": certificate.worst_error,
-        "certificate/forward": certificate.forward,
         "deviation": record.deviation,
         "bytes/up": float(record.bytes.up),
         "bytes/down": float(record.bytes.down),
@@ -166,8 +165,10 @@ def points(record: RoundRecord) -> dict[str, float]:
         "clients/left_out": float(len(record.left_out)),
         "seconds/round": sum(record.seconds.values()),
     }
-    if certificate.kept is not None:
-        found["certificate/kept"] = certificate.kept
+    # What a server without a model does not know is None.
+    for name, value in (("forward", certificate.forward), ("kept", certificate.kept)):
+        if value is not None:
+            found[f"certificate/{name}"] = value
     return {name: value for name, value in found.items() if isfinite(value)}
 
 
