@@ -22,11 +22,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from fedexlora.errors import InputError
+from fedexlora.report.svg import INK, smaller, view_box
 from fedexlora.report.tables import Table
 from fedexlora.texts import cut, printable
 
 LIGHT = {
-    "ink": "#1b1f24",
+    "ink": INK,
     "soft": "#57606a",
     "grid": "#d5d9de",
     "page": "#ffffff",
@@ -65,22 +66,6 @@ WIDTH = 4.7
 """Inches of a figure, so that text of 10 points is as large on a phone."""
 FORMATS = (".png", ".svg", ".pdf")
 _LONGEST = 60
-_GONE = tuple(
-    re.compile(pattern, re.DOTALL)
-    for pattern in (
-        r"<!--.*?-->",
-        r"<metadata>.*?</metadata>",
-        r"<style type=\"text/css\">.*?</style>",
-        r'(?<=<g) id="[^"]*"',
-        r" ?font-family: [^;\"]*;",
-        r' transform="rotate\(-0 [^"]*"',
-        r'<path d="[^"]*" style="fill: none"/>',
-        r" ?stroke-line(?:cap|join): (?:square|miter|round);?",
-        r"font-size: 10px; ?",
-        rf"(?<=\"|;| )(?:fill: {LIGHT['ink']})(?=\" x=)",
-    )
-)
-_USES = re.compile(r'(<g(?: clip-path="[^"]*")?)>((?:<use [^>]*/>){2,})')
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -183,7 +168,7 @@ def draw(
         svg = _svg(figure, name)
     named, described = escape(printable(title)), escape(printable(description))
     texts = f"<title>{named}</title><desc>{described}</desc>"
-    box = _view_box(svg)
+    box = view_box(svg)
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" '
@@ -259,62 +244,4 @@ def _svg(figure: Figure, name: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.id": name}):
         empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", metadata=empty)
-    return _smaller(out.getvalue())
-
-
-def _view_box(svg: str) -> str:
-    found = re.search(r'viewBox="([0-9. ]+)"', svg)
-    assert found is not None, "matplotlib's SVG has a viewBox"
-    return found[1]
-
-
-def _smaller(svg: str) -> str:
-    """Without comments, names that nothing refers to, digits that nobody sees, and fonts.
-
-    The page's own font takes the place of matplotlib's, which is as wide as any.
-    """
-    svg = svg[svg.index("<svg") :]
-    for gone in _GONE:
-        svg = gone.sub("", svg)
-    svg = re.sub(r' (d|x|y|points|transform|style)="([^"]*)"', _rounded, svg)
-    svg = re.sub(r">\s+<", "><", svg)
-    svg = _USES.sub(_one_style, svg)
-    svg = _unwrapped(svg).replace("<defs></defs>", "").replace("xlink:href", "href")
-    return svg.strip()
-
-
-def _unwrapped(svg: str) -> str:
-    """Without groups that say nothing of what is in them."""
-    kept: list[str] = []
-    said: list[bool] = []
-    for part in re.split(r"(<g[^>]*>|</g>)", svg):
-        if part == "</g>":
-            wanted = said.pop()
-        elif part.startswith("<g") and part.endswith("/>"):
-            wanted = False
-        elif part.startswith("<g"):
-            said.append(wanted := part != "<g>")
-        else:
-            wanted = True
-        if wanted:
-            kept.append(part)
-    return "".join(kept)
-
-
-def _one_style(match: re.Match[str]) -> str:
-    """The markers of a line with the style that they have in common said once."""
-    styles = set(re.findall(r' style="([^"]*)"/>', match[2]))
-    if len(styles) != 1:
-        return match[0]
-    uses = re.sub(r' style="[^"]*"/>', "/>", match[2])
-    return f'{match[1]} style="{styles.pop()}">{uses}'
-
-
-def _rounded(match: re.Match[str]) -> str:
-    text = re.sub(
-        r"(\.[0-9])[0-9]+" if match[1] != "style" else r"(\.[0-9]{2})[0-9]+", r"\1", match[2]
-    )
-    if match[1] == "d":
-        text = re.sub(r"\s*([A-Za-z])\s*", r"\1", text).replace(".0 ", " ")
-    text = re.sub(r"([:;]) ", r"\1", text) if match[1] == "style" else " ".join(text.split())
-    return f' {match[1]}="{text}"'
+    return smaller(out.getvalue())

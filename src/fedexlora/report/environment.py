@@ -7,7 +7,8 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from fedexlora.report.run_records import Environment, RunRecords
+from fedexlora.report.header import Environment
+from fedexlora.report.run_records import RunRecords
 from fedexlora.report.run_set import Cell, RunSet, flat
 from fedexlora.report.tables import Column, Table
 

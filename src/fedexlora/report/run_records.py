@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from fedexlora.errors import InputError
 from fedexlora.exchange.module_names import split_name
 from fedexlora.exchange.records import ModuleRecord, RoundRecord
 from fedexlora.exchange.untrusted import json_object, short
 from fedexlora.report.clientside import NOTHING, Clientside, said_in
+from fedexlora.report.header import Header
 
 Numbers = NDArray[np.float64]
 _FIGURES = (
@@ -32,55 +33,6 @@ _FIGURES = (
     "remainder_norm",
     "bf16_loss",
 )
-
-
-class Machine(BaseModel):
-    """Where a run ran."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    python: str = ""
-    system: str = ""
-    processor: str = ""
-    cores: int | None = None
-    torch_threads: int | None = None
-    cuda: str | None = None
-    device: str = ""
-
-
-class Environment(BaseModel):
-    """Whose code ran a run, and where."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    fedexlora: str = ""
-    packages: dict[str, str] = {}
-    machine: Machine = Machine()
-
-
-class Resumed(Environment):
-    """The same of what a run went on with."""
-
-    after_round: int
-
-
-class Header(Environment):
-    """``run.json``, as far as a report shows it."""
-
-    data: str = ""
-    """Fingerprint of the rows."""
-    base: str = ""
-    """Fingerprint of the base weights."""
-    precision: str = ""
-    clients: dict[str, int] = {}
-    """Training rows by client."""
-    validation_rows: int | None = None
-    headline: str = ""
-    initial_metrics: dict[str, float] = {}
-    notes: tuple[str, ...] = ()
-    weights: dict[str, float] = {}
-    """Norms of the adapted frozen weights; none in records of before."""
-    resumed: tuple[Resumed, ...] = ()
 
 
 @dataclass(frozen=True)
