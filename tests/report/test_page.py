@@ -227,20 +227,30 @@ def test_older_records_lack_norms_and_have_a_report_without_them(tmp_path):
 def test_scores_on_the_clients_own_rows_are_shown_by_client(tmp_path):
     folder = write_run(tmp_path / "run", header={"initial_metrics": {}})
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    unscored = "".join(f"{json.dumps({**line, 'metrics': {}})}\n" for line in lines)
-    (folder / "rounds.jsonl").write_text(unscored)
+    totals = {"rows": 14, "targets": 14, "clients": 2, "mean_of_clients": {}}
+    for version, line in enumerate(lines):
+        line |= {
+            "metrics": {},
+            "scores": {**totals, "version": version, "pooled": {"accuracy": 0.1}},
+        }
+        line["clients"][0]["scores"] = {"rows": 7, "targets": 7, "metrics": {"accuracy": 0.0625}}
+    (folder / "rounds.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     clients = [
-        {"client": name, "since": 2, "scores": {"rows": 7, "targets": 7, "metrics": metrics}}
-        for name, metrics in (("site-north", {"accuracy": 0.75}), ("site-west", {"accuracy": 0.25}))
+        {"client": name, "since": 2, "downloaded_bytes": 1, "uploaded_bytes": 1}
+        | {"scores": {"rows": 7, "targets": 7, "metrics": {"accuracy": score}}}
+        for name, score in (("site-north", 0.75), ("site-west", 0.25))
     ]
-    scores = {"version": 3, "pooled": {"accuracy": 0.5125}, "mean_of_clients": {}}
-    finish = {"version": 3, "clients": clients, "scores": scores, "left_out": []}
+    finish = {
+        "version": 3, "clients": clients, "left_out": [], "bytes": {"up": 2, "down": 2},
+        "scores": {**totals, "version": 3, "pooled": {"accuracy": 0.5125}}, "seconds": 0.1,
+    }  # fmt: skip
     (folder / "finish.json").write_text(json.dumps(finish))
     found = page([folder], tmp_path / "report.html")
     assert "own-rows" in found.sections
     words = " ".join(found.words)
     assert "accuracy by client" in words
     assert "0.7500" in words
+    assert "0.0625" in words
     assert "last accuracy 0.5125" in re.sub(r"\s+", " ", words)
 
 

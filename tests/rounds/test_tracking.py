@@ -57,7 +57,7 @@ def fake(monkeypatch) -> type[FakeTracker]:
     monkeypatch.setattr(FakeTracker, "fail_at", None)
     known = {**accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb": FakeTracker}
     monkeypatch.setattr(accelerate.tracking, "LOGGER_TYPE_TO_CLASS", known)
-    monkeypatch.setattr(tracking, "find_spec", lambda name: name == "wandb" or None)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: name in ("wandb", "accelerate") or None)
     return FakeTracker
 
 
@@ -125,6 +125,7 @@ def test_a_missing_package_is_refused_before_anything_is_written(
     assert error.value.faults == (
         "tracking.trackers: mlflow is not installed: pip install mlflow",
         "tracking.trackers: tensorboard is not installed: pip install tensorboard",
+        "tracking.trackers: accelerate is not installed: pip install accelerate",
     )
     assert not (tmp_path / "run").exists()
 

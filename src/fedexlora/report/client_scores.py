@@ -5,8 +5,8 @@ from __future__ import annotations
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
+from fedexlora.exchange.records import ClientScores
 from fedexlora.report.chart import Chart, draw, label, legend_below, legend_height, series
-from fedexlora.report.clientside import OwnScores
 from fedexlora.report.lines import finish_axes
 from fedexlora.report.run_set import Cell, RunSet
 from fedexlora.report.tables import Column, Table
@@ -78,12 +78,15 @@ def own_score_table(runs: RunSet) -> Table:
     )
 
 
-def _by_client(cell: Cell) -> dict[str, dict[int, OwnScores]]:
+def _by_client(cell: Cell) -> dict[str, dict[int, ClientScores]]:
     """By client and version, its scores; those of a round are of the version before it."""
-    found: dict[str, dict[int, OwnScores]] = {}
-    for version, said in enumerate((*cell.run.clientside, cell.run.finish)):
-        for client in said.clients:
+    found: dict[str, dict[int, ClientScores]] = {}
+    for record in cell.run.rounds:
+        for client in record.clients:
             if client.scores is not None:
-                of = version - client.staleness
-                found.setdefault(client.client, {})[of] = client.scores
+                version = record.round - 1 - client.staleness
+                found.setdefault(client.client, {})[version] = client.scores
+    if (finish := cell.run.finish) is not None:
+        for last in finish.clients:
+            found.setdefault(last.client, {})[finish.version] = last.scores
     return found

@@ -42,7 +42,7 @@ def packages_command(run: RunRecords) -> str | None:
     # A local part, as in 2.9.0+cpu, is of one index alone.
     wanted = {"fedexlora": run.header.fedexlora, **run.header.packages}
     pins = [f"{name}=={version.split('+')[0]}" for name, version in wanted.items()
-            if _VERSION.fullmatch(version)]  # fmt: skip
+            if version and _VERSION.fullmatch(version)]  # fmt: skip
     return shlex.join(["pip", "install", *pins])
 
 
@@ -88,12 +88,12 @@ def _facts(environment: Environment) -> dict[str, str]:
     threads = "" if machine.torch_threads is None else str(machine.torch_threads)
     found = {
         "fedexlora": environment.fedexlora,
-        **environment.packages,
+        **{name: version or "" for name, version in environment.packages.items()},
         "Python": machine.python,
         "system": f"{machine.system} {machine.processor}".strip(),
         "processor cores": "" if machine.cores is None else str(machine.cores),
         "PyTorch's threads": threads,
-        "device": machine.device,
+        "device": machine.device or "",
         "GPU": machine.cuda or "",
     }
     return {key: value for key, value in found.items() if value}

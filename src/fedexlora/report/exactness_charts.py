@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedexlora.exchange.records import HoldersRecord
 from fedexlora.report.chart import Chart
-from fedexlora.report.clientside import Holders
 from fedexlora.report.lines import Curve, line_chart
 from fedexlora.report.run_set import Cell, RunSet
 from fedexlora.report.tables import Column, Table, Value
@@ -156,10 +156,10 @@ def _kept(cell: Cell) -> Curve:
     return {x: y for x, y in sorted(found.items()) if y is not None}
 
 
-def _holders(cell: Cell) -> list[tuple[float, Holders]]:
-    """What clients say of their models, by the version that they hold: that before the round."""
-    said = enumerate(cell.run.clientside)
-    return [(float(before), x.holders) for before, x in said if x.holders is not None and before]
+def _holders(cell: Cell) -> list[tuple[float, HoldersRecord]]:
+    """What clients say of their models, by the version that they hold."""
+    found = (record.holders for record in cell.run.rounds)
+    return [(float(x.version), x) for x in found if x is not None and x.version]
 
 
 def _known(value: float) -> float | None:

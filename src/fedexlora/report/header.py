@@ -16,7 +16,7 @@ class Machine(BaseModel):
     cores: int | None = None
     torch_threads: int | None = None
     cuda: str | None = None
-    device: str = ""
+    device: str | None = None
 
 
 class Environment(BaseModel):
@@ -25,7 +25,7 @@ class Environment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     fedexlora: str = ""
-    packages: dict[str, str] = {}
+    packages: dict[str, str | None] = {}
     machine: Machine = Machine()
 
 
@@ -38,8 +38,8 @@ class Resumed(Environment):
 class Header(Environment):
     """``run.json``, as far as a report shows it."""
 
-    data: str = ""
-    """Fingerprint of the rows."""
+    data: str | None = None
+    """Fingerprint of the rows; None where the server has none."""
     base: str = ""
     """Fingerprint of the base weights."""
     precision: str = ""

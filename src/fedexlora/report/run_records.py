@@ -16,9 +16,8 @@ from pydantic import ValidationError
 
 from fedexlora.errors import InputError
 from fedexlora.exchange.module_names import split_name
-from fedexlora.exchange.records import ModuleRecord, RoundRecord
+from fedexlora.exchange.records import FinishRecord, ModuleRecord, RoundRecord
 from fedexlora.exchange.untrusted import json_object, short
-from fedexlora.report.clientside import NOTHING, Clientside, said_in
 from fedexlora.report.header import Header
 
 Numbers = NDArray[np.float64]
@@ -84,10 +83,8 @@ class RunRecords:
     modules: Modules
     cut: bool
     """Whether the last line of the records is half written."""
-    clientside: tuple[Clientside, ...] = ()
-    """What clients say, by round; of the version that the round started from."""
-    finish: Clientside = NOTHING
-    """What they say of the last version, once no round follows."""
+    finish: FinishRecord | None = None
+    """What clients say of the last version, where they score."""
     stopped: bool = False
     """Whether the run ended early because its recipe says so."""
 
@@ -134,7 +131,9 @@ class RunRecords:
     def scored(self) -> Mapping[int, Mapping[str, float]]:
         """Scores by version, 0 before round 1: the server's, or else those of the clients."""
         found: dict[int, Mapping[str, float]] = {
-            x.scores.version: x.scores.metrics for x in (*self.clientside, self.finish) if x.scores
+            record.scores.version: record.scores.metrics
+            for record in (*self.rounds, self.finish)
+            if record is not None and record.scores is not None
         }
         found |= {record.round: record.metrics for record in self.rounds if record.metrics}
         if self.header is not None and self.header.initial_metrics:
@@ -177,7 +176,6 @@ def read_run(folder: Path) -> RunRecords:
         tuple(reader.rounds),
         modules,
         reader.cut,
-        tuple(reader.clientside),
         finish,
         _stopped(folder / "adapter.json", len(reader.rounds)),
     )
@@ -204,16 +202,16 @@ def _header(path: Path, faults: list[str]) -> Header | None:
     return None
 
 
-def _finish(path: Path, faults: list[str]) -> Clientside:
+def _finish(path: Path, faults: list[str]) -> FinishRecord | None:
     if not path.exists():
-        return NOTHING
+        return None
     try:
-        return said_in(path.read_bytes())
+        return FinishRecord.model_validate_json(path.read_bytes())
     except ValidationError as error:
         faults += [f"{path.name}: {fault}" for fault in _described(error)]
     except OSError as error:
         faults.append(f"{path.name}: {error.strerror}")
-    return NOTHING
+    return None
 
 
 def _stopped(path: Path, version: int) -> bool:
@@ -230,7 +228,6 @@ class _Rounds:
 
     def __init__(self) -> None:
         self.rounds: list[RoundRecord] = []
-        self.clientside: list[Clientside] = []
         self.cut = False
         self._names: tuple[str, ...] = ()
         self._rows: list[list[list[float]]] = []
@@ -267,7 +264,6 @@ class _Rounds:
         """Take a line in, or say what is wrong with it."""
         try:
             record = RoundRecord.model_validate_json(line)
-            said = said_in(line)
         except ValidationError as error:
             return _unreadable(line, error)
         if record.round != len(self.rounds) + 1:
@@ -276,7 +272,6 @@ class _Rounds:
         if self.rounds and names != self._names:
             return "other modules than in round 1"
         self._names = names
-        self.clientside.append(said)
         self._rows.append([[_figure(m, name) for name in _FIGURES] for m in record.modules])
         self._ranks.append([_rank(m) for m in record.modules])
         self.rounds.append(record.model_copy(update={"modules": ()}))
