@@ -16,6 +16,7 @@ from fedexlora.rounds.personal import mean_of_clients
 from fedexlora.rounds.preparation import prepare
 from fedexlora.rounds.prepared import Prepared
 from fedexlora.rounds.recipe import Recipe
+from fedexlora.rounds.tracking import check_trackers, tracked
 
 
 def run(
@@ -40,6 +41,7 @@ def run(
             cannot be aggregated exactly, or ``out`` holds something else.
         RunError: if the run stops; its last version is intact.
     """
+    check_trackers(recipe)
     observer = observer or Observer()
     folder, table = RunFolder(Path(out)), recipe.federation
     continued = folder.check_same(recipe) if resume else folder.check_new()
@@ -56,16 +58,17 @@ def run(
             memory=ClientMemory(folder.memory),
         )
 
-    return run_federation(
-        prepared,
-        folder,
-        trainer.num_examples,
-        connect,
-        continued=continued,
-        keep_updates=keep_updates,
-        observer=observer,
-        scores=_personal_scores(prepared, trainer, folder, observer),
-    )
+    with tracked(recipe, folder.path, observer) as watching:
+        return run_federation(
+            prepared,
+            folder,
+            trainer.num_examples,
+            connect,
+            continued=continued,
+            keep_updates=keep_updates,
+            observer=watching,
+            scores=_personal_scores(prepared, trainer, folder, watching),
+        )
 
 
 def _personal_scores(
