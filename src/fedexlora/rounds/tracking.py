@@ -43,7 +43,7 @@ def check_trackers(recipe: Recipe) -> None:
         RecipeError: naming each, with the command that installs it.
     """
     wanted = recipe.tracking.trackers
-    missing = [name for name in wanted if not any(map(find_spec, _PACKAGES[name]))]
+    missing: list[str] = [x for x in wanted if not any(map(find_spec, _PACKAGES[x]))]
     if wanted and find_spec("accelerate") is None:  # a server without a model need not have it
         missing.append("accelerate")
     if missing:
