@@ -33,6 +33,7 @@ _TABLES = {
     "federation": "placement reduce_on clients_per_round fraction min_updates deadline stale "
     "weighting weight_cap robust clip_norm bad_share history allow exclude rounds patience seed",
     "evaluation": "where holdout every batch_size dtype sets mean",
+    "tracking": "trackers project",
 }
 KEYS = tuple(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys.split())
 _OPEN = ("lora.", "training.", "training.schedule=", "training.device=")

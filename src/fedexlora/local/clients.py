@@ -160,6 +160,13 @@ class LocalClients:
         self._enter(held, self._client_round(client, held, held.version + 1, memory)[0])
         return work(self.model.peft_model)
 
+    def trainables(
+        self, client: str, held: GlobalState, memory: ClientMemory | None = None
+    ) -> Trainables:
+        """What a client would train from a version: of a method without a global model, its own."""
+        at, _ = self._client_round(client, held, held.version + 1, memory)
+        return at.received if self.rule.client is None else self.rule.client.enter(at)
+
     def report(self, client: str, held: GlobalState, memory: ClientMemory | None = None) -> bytes:
         """Score the version that a client holds on its own rows, and encode what it found.
 

@@ -28,6 +28,7 @@ from fedexlora.rounds.recipe_tables import (
     MethodTable,
     ModelTable,
     Table,
+    TrackingTable,
 )
 from fedexlora.rounds.screening import Screening
 from fedexlora.rounds.set_mean import MEAN, mean_faults
@@ -48,6 +49,7 @@ class Recipe(Table):
     method: MethodTable = MethodTable()
     federation: FederationTable = FederationTable()
     evaluation: EvaluationTable = EvaluationTable()
+    tracking: TrackingTable = TrackingTable()
     clients: dict[str, ClientTable] = Field(default_factory=dict)
     """By client: what it has otherwise than the others."""
 
