@@ -167,6 +167,15 @@ def test_such_clients_start_from_their_own_adapter_alone(document, tmp_path):
             assert (module.factors().A == state.own[client][name].A).all()
 
 
+def test_what_such_clients_measure_of_their_models_is_what_they_hold(document, tmp_path):
+    scored = document | {"evaluation": {"where": "clients", "holdout": 0.25}}
+    result = run(parsed(scored, "flexlora", 2), tmp_path / "run")
+    for record in result.records:
+        held = {client.client: client.holder for client in record.clients}
+        assert held.keys() == RANKS.keys()
+        assert all(found.bound <= found.allowed for found in held.values())
+
+
 @pytest.mark.parametrize("name", ["rbla", "hetlora"])
 def test_lower_ranks_start_from_the_first_rows_of_the_common_adapter(document, name):
     prepared, _ = prepare(parsed(document, name, 1), Observer())
