@@ -47,7 +47,11 @@ class ClientUpdate:
 
     def encode(self) -> bytes:
         """This update as one message."""
-        header = {
+        return pack(self.tensors, self.header())
+
+    def header(self) -> dict[str, Any]:
+        """Everything but the tensors, for the message."""
+        return {
             "client": self.client,
             "round": self.round,
             "version": self.version,
@@ -55,7 +59,6 @@ class ClientUpdate:
             "loss": self.loss,
             "base": self.base,
         }
-        return pack(self.tensors, header)
 
 
 def largest_header(spec: AdapterSpec) -> int:

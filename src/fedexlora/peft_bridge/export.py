@@ -21,6 +21,7 @@ from fedexlora.exchange.state import GlobalState
 from fedexlora.peft_bridge.export_check import Terms, WrittenError, check_export
 from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
 from fedexlora.peft_bridge.names import PREFIX, bias_owner, shape_settings
+from fedexlora.peft_bridge.outline import ModelOutline
 
 
 def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> WrittenError:
@@ -93,7 +94,7 @@ def save_factors(
     _write(model, config, factors, dense, folder)
 
 
-def file_names(model: AdaptedModel) -> dict[str, str]:
+def file_names(model: ModelOutline) -> dict[str, str]:
     """The names of PEFT's adapter file for the model, and for each our own.
 
     Raises:
