@@ -9,6 +9,7 @@ import typer
 
 from fedexlora import __version__
 from fedexlora.cli.aggregate import aggregate
+from fedexlora.cli.check import check
 from fedexlora.cli.deviation import deviation
 from fedexlora.cli.evaluate import evaluate
 from fedexlora.cli.export import export
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog=EPILOG)(run)
+app.command()(check)
 app.command()(recipes)
 app.command()(aggregate)
 app.command()(deviation)

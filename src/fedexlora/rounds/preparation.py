@@ -31,6 +31,7 @@ from fedexlora.peft_bridge.export import file_names
 from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes, resolve_source
 from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.peft_bridge.weightless import weightless_base
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.recipe_tables import ClientTable
@@ -93,9 +94,9 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
     sets = load_sets(recipe)
     splits = load_splits(recipe.data, seed)
     task = prepare_task(recipe.task, splits)
-    every = _shares(recipe, task, splits.train)
+    every = partition_shares(recipe, task, splits.train)
     check_clients(recipe, list(every))
-    shares = _admitted(recipe, every)
+    shares = admitted_shares(recipe, every)
     task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
@@ -157,7 +158,7 @@ def prepare_client(
     rows = load_train(recipe.data, seed)
     task = prepare_task(recipe.task, Splits.one("training", rows))
     if share is not None:
-        shares = _shares(recipe, task, rows)
+        shares = partition_shares(recipe, task, rows)
         if share not in shares:
             raise RecipeError(
                 f"the partition has no share {share!r}", [f"expected one of {', '.join(shares)}"]
@@ -182,7 +183,7 @@ def client_rows(recipe: Recipe) -> dict[str, int]:
     """
     splits = load_splits(recipe.data, recipe.federation.seed)
     task = prepare_task(recipe.task, splits)
-    shares = _admitted(recipe, _shares(recipe, task, splits.train))
+    shares = admitted_shares(recipe, partition_shares(recipe, task, splits.train))
     return {name: len(share) for name, share in shares.items()}
 
 
@@ -199,7 +200,7 @@ def check_clients(recipe: Recipe, clients: Sequence[str]) -> None:
         )
 
 
-def _admitted(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list[int]]:
+def admitted_shares(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """The shares of the clients that ``[federation]`` admits; nobody gets those of the others.
 
     Raises:
@@ -221,12 +222,13 @@ def _admitted(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list
     return admitted
 
 
-def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
+def partition_shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
+    """The places of every client's rows, by its name."""
     column, seed = task.partition_column, recipe.federation.seed
     return split_clients(rows, recipe.partition, default_column=column, seed=seed)
 
 
-def _check_reduction_device(recipe: Recipe) -> None:
+def check_reduction_device(recipe: Recipe) -> None:
     """Refuse a device that this machine has not.
 
     Raises:
@@ -245,23 +247,23 @@ def _load_model(
 ) -> tuple[Task, Any, AdaptedModel, dict[str, AdapterSpec], str | None]:
     """What a base makes of a task: its labels' order, tokenizer, model, own specs, and a note."""
     check_training_device(recipe.training)
-    _check_reduction_device(recipe)
+    check_reduction_device(recipe)
     seed = recipe.federation.seed
     task, tokenizer, base, new, note = load_task_base(recipe, task, observer)
-    shapes = _client_shapes(recipe, own, base, task.peft_task_type)
+    shapes = client_shapes(recipe, own, base, task.peft_task_type)
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
     if recipe.model.quantization is None:
         peft_model.to(training_device(recipe.training))
     arithmetics = training_arithmetic(recipe.training), scoring_arithmetic(recipe)
     placement = recipe.federation.placement
     model = AdaptedModel(peft_model, recipe.method.trained, placement, arithmetics)
-    specs = _reshaped(model.spec, shapes)
+    specs = reshaped(model.spec, shapes)
     check_new_weights(new, model.spec.dense)
     file_names(model)  # refused now, not when the adapter is written
     return task, tokenizer, model, specs, note
 
 
-def _reshaped(
+def reshaped(
     spec: AdapterSpec, shapes: Mapping[str, Mapping[str, tuple[int, float]]]
 ) -> dict[str, AdapterSpec]:
     """The adapters of clients with ranks of their own; those with equal ones share one object."""
@@ -276,9 +278,16 @@ def _reshaped(
 
 
 def load_task_base(
-    recipe: Recipe, task: Task, observer: Observer
+    recipe: Recipe, task: Task, observer: Observer, *, weights: bool = True
 ) -> tuple[Task, Any, PreTrainedModel, frozenset[str], str | None]:
     """A recipe's untouched base with a head for its task, on the processor unless it is quantised.
+
+    Args:
+        recipe: the recipe.
+        task: its task, as far as it is known from rows.
+        observer: told of progress.
+        weights: load them; else the base is on torch's meta device, and what its files lack is not
+            known.
 
     Returns:
         The task with its labels in the order of the base's head, the tokenizer, the base, the
@@ -295,23 +304,36 @@ def load_task_base(
     head = head_labels(own_config)
     stated, task = task, in_head_order(task, head)
     config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
-    base, new = load_base(
-        source,
-        revision,
-        task.peft_task_type,
-        config,
-        recipe.federation.seed,
-        dtype=recipe.model.dtype,
-        quantization=recipe.model.quantization,
-        unquantised=recipe.lora.get("modules_to_save") or (),
-        device=training_device(recipe.training),
-    )
+    table, whole = recipe.model, recipe.lora.get("modules_to_save") or ()
+    if weights:
+        base, new = load_base(
+            source,
+            revision,
+            task.peft_task_type,
+            config,
+            recipe.federation.seed,
+            dtype=table.dtype,
+            quantization=table.quantization,
+            unquantised=whole,
+            device=training_device(recipe.training),
+        )
+    else:
+        base = weightless_base(
+            source,
+            revision,
+            task.peft_task_type,
+            config,
+            dtype=table.dtype,
+            quantization=table.quantization,
+            unquantised=whole,
+        )
+        new = frozenset()
     inside = f"{base.base_model_prefix}."
     note = head_note(stated, task, head, trained=all(x.startswith(inside) for x in new))
     return task, tokenizer, base, new, note
 
 
-def _client_shapes(
+def client_shapes(
     recipe: Recipe, own: Mapping[str, ClientTable], base: PreTrainedModel, task_type: str
 ) -> dict[str, dict[str, tuple[int, float]]]:
     """Rank and scaling by client and module, for the clients that have their own."""
