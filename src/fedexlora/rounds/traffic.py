@@ -26,8 +26,8 @@ from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.remainders import Remainders
 from fedexlora.rounds.store import SNAPSHOT_ROUNDS, oldest_kept
 
-_BASE = "0" * 64
-"""As long as the fingerprint of a base."""
+_BASE = "999999999 entries in float32, 0123456789abcdef"
+"""About as long as the fingerprint of a base."""
 
 
 @dataclass(frozen=True)  # no slots: sizes are kept
