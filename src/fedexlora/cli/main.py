@@ -10,6 +10,7 @@ import typer
 from fedexlora import __version__
 from fedexlora.cli.aggregate import aggregate
 from fedexlora.cli.check import check
+from fedexlora.cli.compare import compare
 from fedexlora.cli.deviation import deviation
 from fedexlora.cli.evaluate import evaluate
 from fedexlora.cli.export import export
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command(epilog=EPILOG)(run)
 app.command()(check)
+app.command()(compare)
 app.command()(recipes)
 app.command()(aggregate)
 app.command()(deviation)

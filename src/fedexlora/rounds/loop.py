@@ -15,9 +15,12 @@ from typing import Any
 import torch
 
 from fedexlora.errors import BridgeError, RecipeError, ResumeError
+from fedexlora.exchange.digest import tensors_digest
 from fedexlora.exchange.files import new_folder, replace_bytes, writing
 from fedexlora.exchange.history import History, Holdings
+from fedexlora.exchange.layout import dense_tensors
 from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.version import adapter_digest
 from fedexlora.local.arguments import training_arithmetic
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.rounds.divergence import check_finite, check_score
@@ -248,6 +251,7 @@ def _header(
         **describe_environment(prepared.model),
         "data": prepared.data_fingerprint,
         "base": prepared.model.base_fingerprint,
+        "initial": _initial(prepared),
         "precision": prepared.model.precision(),
         "arithmetic": {
             "training": str(training_arithmetic(prepared.recipe.training)),
@@ -260,6 +264,15 @@ def _header(
         "scorers": all_scorers(prepared.recipe),
         "model_config": dict(prepared.task.model_config),
         "initial_metrics": dict(initial_metrics),
+    }
+
+
+def _initial(prepared: Prepared) -> dict[str, str]:
+    """Digests of what every run starts from that is to be compared with this one."""
+    state = prepared.model.initial_state()
+    return {
+        "adapter": adapter_digest(state.adapter),
+        "heads": tensors_digest(dense_tensors(state.dense)),
     }
 
 
