@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedexlora.cli.completion import override
 from fedexlora.cli.comparison_table import print_comparison
+from fedexlora.cli.completion import override
 from fedexlora.cli.options import progress_over
 from fedexlora.cli.recipes import check_is_there
 from fedexlora.cli.text import make_console
