@@ -36,7 +36,7 @@ from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.state import adapter_tensors
 from fedexlora.exchange.update import ClientUpdate
-from fedexlora.local.trainer import train_locally
+from fedexlora.local.jobs import local_job
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare
 from fedexlora.rounds.recipe import parse_recipe
@@ -135,16 +135,17 @@ class Clients:
             if flipped:
                 rows = rows.map(lambda row: {"labels": (row["labels"] + 1) % count})
             given.model.apply(held)
-            loss = train_locally(
+            rounds = given.recipe.federation.rounds
+            job = local_job(given.recipe.training, given.task.collator(given.tokenizer), rounds)
+            done = job.train(
                 given.model.peft_model,
                 rows,
-                given.task.collator(given.tokenizer),
-                given.recipe.training,
                 seed=derive_seed(given.recipe.federation.seed, round_, client),
-                progress=lambda *_: None,
+                round_=round_,
+                on_step=lambda *_: None,
             )
             tensors = {name: t.clone() for name, t in given.model.update_tensors().items()}
-            self._trained[key] = tensors, loss
+            self._trained[key] = tensors, done.loss
         return self._trained[key]
 
 
@@ -154,7 +155,8 @@ def play(prepared, rows, state, attack, rule, trained):
     model.apply(state)
     records = []
     federation = Federation(
-        method=prepared.recipe.method,
+        method=prepared.recipe.method.name,
+        rule=prepared.recipe.rule,
         model=model,
         specs={},
         seed=prepared.recipe.federation.seed,

@@ -99,7 +99,7 @@ def our_numbers(sizes: Shapes, method: Method) -> tuple[list[int], list[int]]:
     spec = AdapterSpec(
         {n: ModuleSpec(*size, RANK, torch.float32, 1.0) for n, size in sizes.modules.items()},
         {n: TensorSpec(size, torch.float32) for n, size in sizes.head.items()},
-        method.trained,
+        method.default.factors,
     )
     state, history = start(spec), History(ROUNDS)
     up, down, held = [], [], None
@@ -114,8 +114,12 @@ def our_numbers(sizes: Shapes, method: Method) -> tuple[list[int], list[int]]:
             update = decode_update(message, spec, round_, str(client))
             counted.append(WeightedUpdate(HeldUpdate.of(update, form), 1.0))
         up.append(numel(update.tensors))
-        sink = history.store.sink(state, method.trained)
-        step = Reducer(form, method, lambda _, now=state: now.adapter).reduce(counted, sink).step
+        sink = history.store.sink(state, method.default.steps(round_))
+        step = (
+            Reducer(form, method.default, lambda _, now=state: now.adapter)
+            .reduce(counted, sink)
+            .step
+        )
         state, history = state.advance([step]), history.after(step)
     return up, down
 
@@ -172,7 +176,10 @@ def our_table(known: Mapping[str, Shapes]) -> list[str]:
     heads = ["model", "method", "sent", "received", "both, of FedEx-LoRA's", "without the head"]
     lines = [f"| {' | '.join(heads)} |", "|---|---|---:|---:|---:|---:|"]
     for model, sizes in known.items():
-        found = {name: tuple(map(sum, our_numbers(sizes, METHODS[name]))) for name in METHODS}
+        found = {
+            name: tuple(map(sum, our_numbers(sizes, METHODS[name])))
+            for name in ("fedex", "fedit", "ffa")
+        }
         heads_sent = 2 * ROUNDS * sizes.head_size
         whole = sum(found["fedex"])
         for name in ("fedex", "fedit", "ffa"):

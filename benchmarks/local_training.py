@@ -122,7 +122,7 @@ class Pair:
                 model=self.plain_model,
                 args=arguments(self._recipe.training, seed=seed, folder=folder),
                 train_dataset=self._trainer.rows_of(client),
-                data_collator=self._trainer._collator,
+                data_collator=self._trainer._job.collator,
             )
             trainer.remove_callback(PrinterCallback)
             return float(trainer.train().training_loss)

@@ -9,7 +9,7 @@ in a process of its own; its memory is what the system reports as that process's
 memory      peak of 10 clients (10 a round) and of 1,000 (20 a round); of 1 client and of 100, all
             of which take part in every round
 share       the share of a round that is neither local training nor evaluation. Local training is
-            what ``train_locally`` takes; the round ends when its step is on the disk, and
+            what the clients' job takes; the round ends when its step is on the disk, and
             the first one, which warms up, is not counted
 registered  a round of 20 clients and of its step, among 1,000 and among 50,000 registered
             ones; they answer at once, with random factors
@@ -85,7 +85,7 @@ def alone(task: dict) -> dict:
 
 def trained(task: dict) -> dict:
     """A real run: peak memory, and where the time of its rounds went."""
-    from fedexlora.local import clients as training
+    from fedexlora.local.trainer import TrainerJob
     from fedexlora.rounds.observer import Observer
     from fedexlora.rounds.recipe import parse_recipe
     from fedexlora.rounds.run import run
@@ -93,12 +93,12 @@ def trained(task: dict) -> dict:
     folder = Path(task["folder"])
     labels = write_rows(folder / "data", task["clients"] * task["rows"])
     local, ended, started = [0.0], [], []
-    train_locally = training.train_locally
+    train = TrainerJob.train
 
     def timed(*args, **options):
         begun = time.perf_counter()
         try:
-            return train_locally(*args, **options)
+            return train(*args, **options)
         finally:
             local[-1] += time.perf_counter() - begun
 
@@ -110,7 +110,7 @@ def trained(task: dict) -> dict:
             ended.append(time.perf_counter())
             local.append(0.0)
 
-    training.train_locally = timed
+    TrainerJob.train = timed
     begun = time.perf_counter()
     result = run(parse_recipe(recipe(task, labels), "benchmark"), folder / "run", observer=Watch())
     marks = [started[0][0], *ended]
@@ -191,7 +191,8 @@ def registered(task: dict) -> dict:
 
     transport = InProcessTransport(Trainer())
     federation = Federation(
-        method=METHODS["fedex"],
+        method="fedex",
+        rule=METHODS["fedex"].default,
         model=model,
         specs={},
         seed=0,

@@ -102,8 +102,8 @@ def our_step(
         before = GlobalState(0, "0" * 64, {"m": first.scaled(0.0)}, {"m": zero}, {})
     form = CommonForm(before, AdapterSpec({"m": module}, {}, ("A", "B")), {})
     counted = [WeightedUpdate(FileUpdate(factors, i), weight) for i, weight in enumerate(weights)]
-    method = METHODS["fedex"]
-    made = Reducer(form, method, lambda _: {}).reduce(counted, step_in_memory(before, method))
+    rule = METHODS["fedex"].default
+    made = Reducer(form, rule, lambda _: {}).reduce(counted, step_in_memory(before, rule))
     figures = made.modules["m"]
     return before, made.step, ratio(figures.error.bound, figures.ideal)
 

@@ -29,6 +29,7 @@ transformers.logging.set_verbosity_error()
 run, out = map(Path, sys.argv[1:])
 recipe = tomllib.loads((run / "recipe.toml").read_text())
 task, split, lora = recipe["task"], recipe["partition"], recipe["lora"]
+training = {k: v for k, v in recipe["training"].items() if k not in ("schedule", "device")}
 seed, source = recipe["federation"]["seed"], recipe["model"]["source"]
 if source.startswith("package:"):
     package, _, inside = source.removeprefix("package:").partition("/")
@@ -101,7 +102,7 @@ for round_ in range(1, recipe["federation"]["rounds"] + 1):
         digest = hashlib.sha256(f"{seed}/{round_}/client-{i:02d}".encode()).digest()
         order = int.from_bytes(digest[:4], "little") % 2**31  # of dropout and of rows
         with tempfile.TemporaryDirectory() as folder:
-            own = {"seed": order, "data_seed": order, **how, **recipe["training"]}
+            own = {"seed": order, "data_seed": order, **how, **training}
             own = transformers.TrainingArguments(folder, **own)
             loss = transformers.Trainer(model, own, pad, share).train().training_loss
         print(f"round {round_}, client {i}: loss {loss:.4f}")

@@ -29,7 +29,7 @@ def read(folder):
 
 run = Path(sys.argv[1])
 recipe = tomllib.loads((run / "recipe.toml").read_text())
-if recipe["federation"].get("next_adapter", "mean") != "mean" or recipe.get("clients"):
+if recipe["method"].get("next_adapter", "mean") != "mean" or recipe.get("clients"):
     sys.exit("only runs whose clients all continue from the mean factors can be recomputed")
 rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
 frozen = {}  # by module: what earlier rounds left in the frozen weight

@@ -58,7 +58,7 @@ def flat(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("method", "differs"), [("fedex", False), ("fedit", True)])
 def test_it_ends_with_the_adapter_of_fedex_alone(smaller, flat, tmp_path, method, differs):
-    recipe = load_recipe(QUICKSTART, [*smaller, f"federation.method={method}"])
+    recipe = load_recipe(QUICKSTART, [*smaller, f"method.name={method}"])
     result = run(recipe, tmp_path / "run")
     shares = {client.weight for client in result.records[0].clients}
     assert len(shares) == 3, "the clients should have unequal rows"

@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "fedexlora"
 
 BELOW_EXCHANGE = {"texts", "errors", "algebra"}
 ALLOWED = {
-    "__init__": {"adapters"},
+    "__init__": {"errors", "exchange", "rounds", "adapters"},
     "__main__": {"cli"},
     "texts": set(),
     "errors": {"texts"},
@@ -34,6 +34,7 @@ ALLOWED = {
     "report": BELOW_EXCHANGE | {"exchange"},
 }
 HOMES = {
+    "accelerate": {"local"},
     "peft": {"peft_bridge"},
     "transformers": {"peft_bridge", "data", "local", "rounds"},
     "datasets": {"data", "local", "rounds"},
@@ -107,6 +108,29 @@ def test_algebra_exchange_and_methods_need_no_training_library():
         "sys.exit(', '.join(found) or 0)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def loaded_with(file: Path) -> set[Path]:
+    """The files of ours that are loaded when one is, but for the packages' own."""
+    found, waiting = set(), [file]
+    while waiting:
+        file = waiting.pop()
+        if file in found or not file.is_file():
+            continue
+        found.add(file)
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedexlora."):
+                inner = SOURCE.joinpath(*str(node.module).split(".")[1:])
+                waiting += [inner.with_suffix(".py"), inner / "__init__.py"]
+    return found
+
+
+def test_work_on_finished_things_needs_neither_the_loop_nor_local_training():
+    loaded = {x for file in (SOURCE / "adapters").glob("*.py") for x in loaded_with(file)}
+    assert SOURCE / "rounds" / "scoring.py" in loaded
+    names = {str(file.relative_to(SOURCE)) for file in loaded}
+    assert names & {"rounds/loop.py", "rounds/run.py", "rounds/preparation.py"} == set()
+    assert {name for name in names if name.startswith("local/")} == {"local/own_keys.py"}
 
 
 def test_the_process_of_a_flower_message_loads_no_training_library():

@@ -21,6 +21,7 @@ STANDS_FOR = {
     "MODEL": ("mistral-7b", "gemma-2-9b"),
 }
 ROUNDS, CLIENTS, RANK = 5, 3, 4
+TABLE_8 = ("fedex", "fedit", "ffa")
 
 
 def cells(line: str) -> list[str]:
@@ -148,7 +149,7 @@ def test_the_shapes_are_those_of_the_models():
         assert sorted(found.modules.values()) == sorted(modules)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TABLE_8)
 def test_messages_have_the_numbers_that_shapes_give(method):
     modules = [(40, 56), (64, 48), (48, 48)]
     small = Shapes(0, dict(zip("abc", modules, strict=True)), {"head.weight": (2, 5)})
@@ -157,7 +158,7 @@ def test_messages_have_the_numbers_that_shapes_give(method):
 
 def test_our_table_8_is_recomputed_from_shapes():
     _, (_, _, *rows) = tables(part("Table 8"))
-    by_title = {METHODS[name].title: name for name in METHODS}
+    by_title = {METHODS[name].title: name for name in TABLE_8}
     assert [tuple(row[:2]) for row in rows] == list(product(SIZES, by_title))
     for row in rows:
         _, modules, head = SIZES[row[0]]

@@ -85,7 +85,7 @@ def _runs() -> list[tuple[dict[str, str | int], str, tuple[str, ...]]]:
     return [
         (dict(WHOLE), RECIPES["IID"], ("partition.clients=1",)),
         *(
-            ({"rows": rows, "method": name}, recipe, (f"federation.method={method}",))
+            ({"rows": rows, "method": name}, recipe, (f"method.name={method}",))
             for rows, recipe in RECIPES.items()
             for name, method in METHODS.items()
         ),

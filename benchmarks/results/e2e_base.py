@@ -150,7 +150,7 @@ def _trained(examples: Sequence[dict], tokenizer, recipe: BaseRecipe):
 
     from fedexlora.data.causal_lm import CausalLM
     from fedexlora.data.config import CausalLMTask
-    from fedexlora.local.trainer import train_locally
+    from fedexlora.local.trainer import TrainerJob
 
     task = CausalLM(
         CausalLMTask(
@@ -176,10 +176,7 @@ def _trained(examples: Sequence[dict], tokenizer, recipe: BaseRecipe):
             attn_pdrop=0.0,
         )
     )
-    loss = train_locally(
-        model,
-        task.tokenize(Dataset.from_list(list(examples)), tokenizer),
-        task.collator(tokenizer),
+    job = TrainerJob(
         {
             "num_train_epochs": 1,
             "per_device_train_batch_size": recipe.batch,
@@ -190,10 +187,10 @@ def _trained(examples: Sequence[dict], tokenizer, recipe: BaseRecipe):
             "label_smoothing_factor": 0.1,
             "use_cpu": True,
         },
-        seed=SEED,
-        progress=_shown,
+        task.collator(tokenizer),
     )
-    return model, loss
+    rows = task.tokenize(Dataset.from_list(list(examples)), tokenizer)
+    return model, job.train(model, rows, seed=SEED, round_=1, on_step=_shown).loss
 
 
 def _shown(done: int, steps: int) -> None:

@@ -35,9 +35,9 @@ SKEWED = ("partition.kind=dirichlet", "partition.alpha=0.5", "partition.min_rows
 """Over the labels; STS-B, which has none, over its genres (captions, forums, news)."""
 NAMES = {"cola": "CoLA, Matthews", "sst2": "SST-2, accuracy", "stsb": "STS-B, Pearson"}
 METHODS = {
-    "FedIT": ("federation.method=fedit",),
+    "FedIT": ("method.name=fedit",),
     "FedEx, mean": (),
-    "FedEx, svd_aligned": ("federation.next_adapter=svd_aligned",),
+    "FedEx, svd_aligned": ("method.next_adapter=svd_aligned",),
 }
 SEEDS = (0, 1, 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,24 +198,26 @@ def test_an_adapter_that_was_never_trained_and_one_that_counts_twice_are_said(tm
     assert fedexlora("deviation", *given).stdout.count("every update is zero") == 1
 
 
-def row(**changes) -> Method:
-    """A made-up row of the table: the flags of an exact method that trains both factors."""
+def row(factors: tuple[str, ...] = ("A", "B"), **changes) -> Method:
+    """A made-up row of the table, of a method that trains these factors."""
+    rule = replace(METHODS["fedex"].default, halves=(factors,))
+    changes["rule"] = lambda options: rule
     fields = {name: getattr(METHODS["fedex"], name) for name in Method.__dataclass_fields__}
     return Method(**{**fields, "name": "made-up", **changes})
 
 
 @pytest.mark.parametrize(
-    ("flags", "stored", "exact"),
+    ("factors", "stored", "exact"),
     [
-        ({"exact": True, "trained": ("A", "B")}, "factors", False),
-        ({"exact": False, "trained": ("A", "B")}, "products", True),
-        ({"exact": False, "trained": ("A",)}, "products", True),
+        (("A", "B"), "factors", False),
+        (("A", "B"), "products", True),
+        (("A",), "products", True),
     ],
 )
 def test_a_method_says_itself_what_it_makes_of_stored_adapters(
-    tmp_path, monkeypatch, flags, stored, exact
+    tmp_path, monkeypatch, factors, stored, exact
 ):
-    monkeypatch.setattr(aggregate, "METHODS", {"made-up": row(stored=stored, **flags)})
+    monkeypatch.setattr(aggregate, "METHODS", {"made-up": row(factors, stored=stored)})
     folders = store_all(tmp_path, "roberta-biases", ({}, {"r": 3}, {}))
     done = aggregate_adapters(folders, tmp_path / "mean", weights=[1, 2, 5], method="made-up")
     found = updates("roberta-biases", tmp_path / "mean")

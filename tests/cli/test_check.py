@@ -10,6 +10,10 @@ import pytest
 import tomlkit
 
 from fedexlora.exchange.forecast_records import ForecastRecord
+from fedexlora.rounds.forecast import forecast
+from fedexlora.rounds.observer import Observer
+from fedexlora.rounds.recipe import load_recipe
+from fedexlora.rounds.run import run
 from tests.cli.invoke import fedexlora
 from tests.rounds.conftest import data_folder, document  # noqa: F401 - fixtures
 
@@ -93,3 +97,34 @@ def test_where_remainders_live_and_why(recipe_file, change, placement, reason):
     found = ForecastRecord.model_validate_json(done.stdout)
     assert {kind.placement for kind in found.modules} == {placement}
     assert all(reason in kind.reason for kind in found.modules)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["method.name=fedit"],
+        ["method.name=ffa"],
+        ["method.name=rolora"],
+        ["method.name=fedsa"],
+        ["method.name=fedavgm"],
+        ["method.name=fedrot"],
+        ["method.next_adapter=keep"],
+        ["method.next_adapter=svd"],
+        ["method.next_adapter=reinit"],
+        ["method.remainder_rank=1"],
+        ["federation.clients_per_round=2", "federation.history=1", "federation.rounds=5"],
+        ["clients.site-north.lora.r=1", "clients.site-west.lora.r=3"],
+    ],
+    ids=" ".join,
+)
+def test_the_bytes_of_every_method_and_draw(document, tmp_path, changes):  # noqa: F811
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomlkit.dumps(document))
+    recipe = load_recipe(path, changes)
+    found = forecast(recipe, "", Observer())
+    records = run(recipe, tmp_path / "run").records
+    assert found.round_up == pytest.approx([r.bytes.up for r in records], rel=0.02)
+    for most, record in zip(found.round_down, records, strict=True):
+        assert 0.98 * record.bytes.down <= most
+        if found.exact:
+            assert most <= 1.05 * record.bytes.down

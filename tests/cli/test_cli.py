@@ -17,6 +17,7 @@ from typer.main import get_command
 
 from fedexlora.cli.main import app
 from fedexlora.local.threads import set_threads
+from fedexlora.methods import METHODS
 from fedexlora.rounds.recipe import load_recipe
 from tests.cli.invoke import fedexlora
 from tests.rounds.conftest import data_folder, document  # noqa: F401 - fixtures
@@ -35,11 +36,13 @@ def test_methods_lists_every_method_and_its_paper():
     table = fedexlora("methods")
     assert table.returncode == 0
     found = json.loads(fedexlora("methods", "--json").stdout)
-    assert [row["name"] for row in found] == ["fedex", "fedit", "ffa"]
+    assert [row["name"] for row in found] == list(METHODS)
     for row in found:
         assert row["name"] in table.stdout
         assert row["paper"].split()[0] in table.stdout
-    assert [row["exact"] for row in found] == [True, False, True]
+        assert all(option["meaning"] for option in row["options"].values())
+        assert row["options"].keys() <= set(table.stdout.split())
+    assert [row["exact"] for row in found] == [method.default.exact for method in METHODS.values()]
 
 
 def test_a_run_ends_with_a_table_and_commands_that_work(recipe_file, tmp_path):
@@ -121,8 +124,8 @@ def test_the_installed_program_exits_with_the_code_that_is_documented(tmp_path):
             ["model.dtype=bfloat16", "federation.placement=fold"],
             "not exact: bfloat16 weights round away what is folded into them",
         ),
-        (["federation.remainder_rank=1"], "truncated, as asked: rounds left out up to"),
-        (["model.dtype=bfloat16"], "exact: in every round"),
+        (["method.remainder_rank=1"], "truncated, as asked: rounds left out up to"),
+        (["model.dtype=bfloat16", "training.schedule=run"], "exact: in every round"),
     ],
 )
 def test_the_verdict_says_what_the_model_is(recipe_file, tmp_path, changes, verdict):
@@ -130,6 +133,9 @@ def test_the_verdict_says_what_the_model_is(recipe_file, tmp_path, changes, verd
     done = fedexlora("run", recipe_file, "--out", tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     assert verdict in done.stdout
+    assert "trained and scored on cpu" in done.stdout
+    # With one schedule over the run, more rounds would be refused.
+    assert ("two more rounds:" in done.stdout) == ("training.schedule=run" not in changes)
 
 
 def test_recipes_are_listed_and_written_to_be_run(tmp_path, monkeypatch):

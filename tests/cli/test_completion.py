@@ -19,6 +19,7 @@ def test_every_key_of_a_recipe_is_offered_and_no_other():
         for member in [field.annotation, *getattr(field.annotation, "__args__", ())]
         for key in getattr(member, "model_fields", {})
     }
+    keys |= {f"method.{key}" for method in METHODS.values() for key in method.options.model_fields}
     assert set(completion.KEYS) == keys
     assert tuple(METHODS) == completion.METHODS
 
@@ -26,8 +27,8 @@ def test_every_key_of_a_recipe_is_offered_and_no_other():
 def test_the_start_of_a_word_is_completed():
     assert completion.override("federation.ro") == ["federation.robust=", "federation.rounds="]
     assert completion.override("lo") == ["lora."]
-    assert completion.override("federation.method=f") == [
-        f"federation.method={name}" for name in METHODS
+    assert completion.override("method.name=f") == [
+        f"method.name={name}" for name in METHODS if name.startswith("f")
     ]
     assert completion.override("federation.rounds=") == []
 

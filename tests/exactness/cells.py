@@ -17,7 +17,6 @@ from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import METHODS
-from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.load import load_base, probe_shapes
 from fedexlora.peft_bridge.model import AdaptedModel
@@ -227,7 +226,7 @@ def play(cell: Cell, rounds: int = ROUNDS) -> Outcome:
     model = AdaptedModel(peft, placement=cell.placement, arithmetics=[how])
     specs = {client: model.spec.reshaped(shape) for client, shape in shapes.items()}
     training = Training(model, specs, how)
-    method = with_options(METHODS["fedex"], cell.next_adapter, None, None)
+    method = METHODS["fedex"].rule_of({"next_adapter": cell.next_adapter})
     read = {how: partial(_read, peft, how)}
     parts, state = federation(model, method, training, specs=specs, forwards=read)
     oracle = Oracle(cell.case, {c: overrides.get(c, {}) for c in WEIGHTS}, WEIGHTS)

@@ -91,6 +91,33 @@ def test_a_receiver_that_missed_rounds_lands_on_the_same_bits(missed):
     assert len(delivery.message) < len(deliver(history(), server, None).message)
 
 
+def test_halves_that_change_in_turn_both_reach_whoever_missed_rounds():
+    held = state()
+    rounds: list = []
+    for letters in (("B",), ("A",), ("B",), ("A",)):
+        rounds.append(step(rounds[-1][1] if rounds else held, letters))
+    known, end = history(*rounds), last(rounds)
+    for at in range(4):
+        start = held if at == 0 else rounds[at - 1][1]
+        delivery = deliver(known, end, start.version)
+        assert same(taken(start.common(), delivery), end.common())
+        tensors, _ = unpack(delivery.message)
+        sent = sorted(name for name in tensors if "A/" in name or "B/" in name)
+        sent = [name for name in sent if not name.startswith("piece")]
+        earlier = ["step5/B/layer.q"] if at < 3 else []
+        assert sent == ["A/layer.q", *earlier]
+
+
+def test_a_step_that_changes_no_heads_leaves_them_as_they_are():
+    held = state()
+    first, reached = step(held)
+    quiet = step_from(reached, reached.adapter, ("A", "B"), {}, {}, {})
+    end = reached.advance([quiet])
+    assert torch.equal(end.dense["head.weight"], held.dense["head.weight"])
+    delivery = deliver(history((first, reached), (quiet, end)), end, held.version)
+    assert same(taken(held.common(), delivery), end.common())
+
+
 def test_what_is_older_than_the_window_gets_a_snapshot():
     made = wide_steps(5, wide_state())
     kept, server = history(*made, window=3), last(made)

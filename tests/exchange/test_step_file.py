@@ -14,6 +14,7 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import DigestError, RunError
 from fedexlora.exchange import tensors as tensors_module
+from fedexlora.exchange.digest import group
 from fedexlora.exchange.step import encode_steps
 from fedexlora.exchange.step_file import open_step, read_step
 from fedexlora.exchange.step_writer import StepBuilder, StepWriter
@@ -86,7 +87,28 @@ def test_both_sinks_make_the_same_step(tmp_path, trained, dtype, whole):
         "digests": built.digests.to_json(),
         "held": HELD,
         "shared": {},
+        "memory": group({}),
     }
+
+
+def test_what_the_server_remembers_is_in_the_file_and_no_part_of_the_step(tmp_path):
+    made, path = drawn(1), tmp_path / "step"
+    ids = []
+    for remembers in (False, True):
+        sink = StepWriter(path, 3, PREVIOUS, ("A", "B"), made)
+        for name, (pair, piece) in made.items():
+            sink.add(name, pair, piece, {"A": pair.A, "B": pair.B} if remembers else {})
+        ids.append(sink.finish({}, {}, {}, {}).id)
+    assert ids[0] == ids[1]
+    stored = read_step(path)
+    assert stored.memory.keys() == made.keys()
+    assert torch.equal(stored.memory["v"]["B"], made["v"][0].B)
+    assert not [name for name in encode_steps([stored.step])[0] if "memory" in name]
+    tensors, said = unpacked(path.read_bytes())
+    tensors["memory.A/q"] = tensors["memory.A/q"] + 1.0
+    path.write_bytes(packed(tensors, said, path.read_bytes()))
+    with pytest.raises(DigestError, match="memory of step 3 is damaged"):
+        read_step(path)
 
 
 def test_the_order_of_modules_does_not_change_the_id(tmp_path):

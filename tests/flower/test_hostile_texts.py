@@ -103,7 +103,7 @@ def quick(monkeypatch):
 
 def shown(record: RoundRecord, capsys) -> None:
     """A record on a terminal, plain and as JSON, and in the server's log."""
-    info = RunInfo("fedex", 1, {"good": 1}, 1, 1, "float32", 1, "loss", {"loss": 0.0}, 0)
+    info = RunInfo("fedex", 1, {"good": 1}, 1, 1, "float32", 1, "loss", {"loss": 0.0}, 0, "cpu")
     terminal = Terminal()
     terminal.console = Console(file=io.StringIO(), highlight=False, width=200)
     terminal.started(info)

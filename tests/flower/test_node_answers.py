@@ -67,7 +67,8 @@ class Ward:
             "partition": {"kind": "iid", "clients": 2},
             "lora": {"r": 2, "target_modules": ["query"], "modules_to_save": ["pooler"]},
             "training": {"max_steps": 1, "use_cpu": True},
-            "federation": {"method": "fedex", "seed": 1},
+            "method": {"name": "fedex"},
+            "federation": {"seed": 1},
             "clients": {},
         }
 
@@ -120,6 +121,7 @@ def desk(one_desk, monkeypatch) -> Desk:
 
 def request(recipe: object, base: object = "", **header: object) -> Frame:
     said = {"kind": "hello", "protocol": PROTOCOL, "fedexlora": __version__, "base": base}
+    said["run"] = "a run"
     return Frame({**said, "recipe": recipe, **header})
 
 
@@ -188,7 +190,8 @@ def recipes(ward: Ward) -> st.SearchStrategy[dict[str, Any]]:
         "partition": [*permission.PARTITION_COLUMNS, *permission.PARTITION_OPTIONS],
         "lora": ["r", "target_modules", "rank_pattern", "modules_to_save", "layers_pattern"],
         "training": ["learning_rate", "optim", "optim_args", "max_steps", "logging_dir"],
-        "federation": ["method", "seed", "placement"],
+        "method": ["name", "next_adapter", "momentum"],
+        "federation": ["seed", "placement"],
         "clients": ["north"],
         "data": ["source", "train"],
     }
@@ -317,9 +320,9 @@ def trained(monkeypatch) -> list[int]:
     rounds = []
     update = LocalClients.update
 
-    def counted(trainer, client, state, round_, progress):
+    def counted(trainer, client, state, round_, *more):
         rounds.append(round_)
-        return update(trainer, client, state, round_, progress)
+        return update(trainer, client, state, round_, *more)
 
     monkeypatch.setattr(LocalClients, "update", counted)
     return rounds

@@ -51,7 +51,8 @@ def sent(**changes: object) -> dict:
         "partition": {"kind": "iid", "clients": 2},
         "lora": {"r": 2, "target_modules": ["query"]},
         "training": {"learning_rate": 1e-3, "use_cpu": True},
-        "federation": {"method": "fedex", "seed": 1},
+        "method": {"name": "fedex"},
+        "federation": {"seed": 1},
     }
     for key, value in changes.items():
         table, _, field = key.partition("__")
@@ -245,6 +246,34 @@ def test_a_configuration_without_a_task_is_refused(tmp_path):
 def own_recipe(**changes: object):
     document = {**sent(**changes), "data": {"source": "/own/data"}, "evaluation": {"batch_size": 7}}
     return parse_recipe(document, "own")
+
+
+def test_where_a_node_trains_is_for_the_node_to_say():
+    own = own_recipe(training={"device": "cuda:3"})
+    said = recipe_for_nodes(own, own.task.model_dump(mode="json", exclude_none=True))
+    assert "device" not in said["training"]
+    assert code_of(sent(training__device="cuda:3")) == NodeFault.RECIPE_INVALID
+    assert local_recipe(sent(), Node.model_validate(NODE)).device == "cpu", "as the server says"
+    for stated, found in (
+        ({"device": "cuda:1"}, "cuda:1"),
+        ({"device": "cpu"}, "cpu"),
+        ({"use_cpu": True}, "cpu"),
+    ):
+        recipe = local_recipe(sent(), Node.model_validate(NODE | stated))
+        assert recipe.device == found
+    for wrong in ({"device": "gpu"}, {"device": "cuda", "use_cpu": True}):
+        with pytest.raises(ValidationError, match="device"):
+            Node.model_validate(NODE | wrong)
+
+
+@pytest.mark.parametrize("schedule", ["round", "run"])
+def test_a_node_is_told_the_rounds_of_the_run_if_its_schedule_goes_over_them(schedule):
+    own = own_recipe(training__schedule=schedule, federation__rounds=7)
+    said = recipe_for_nodes(own, own.task.model_dump(mode="json", exclude_none=True))
+    assert said["federation"].get("rounds") == (7 if schedule == "run" else None)
+    recipe = local_recipe(json.loads(json.dumps(said)), Node.model_validate(NODE))
+    assert recipe.training["schedule"] == schedule
+    assert schedule == "round" or recipe.federation.rounds == 7
 
 
 def test_a_simulated_client_runs_this_machines_recipe_and_no_other():

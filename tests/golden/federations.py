@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from fedexlora.local.job import JobResult, LocalJob
 from fedexlora.rounds.recipe import Recipe, parse_recipe
 from fedexlora.rounds.run import run
 from tests.conftest import save_bert, save_gpt2
@@ -46,20 +47,24 @@ FEDERATIONS: dict[str, tuple[str, Document]] = {
         GPT2 | {"lora": GPT2["lora"] | {"r": 2}, "federation": {"robust": "clip"}},
     ),
     "mean-bfloat16": ("bert", {"model": {"dtype": "bfloat16"}}),
-    "svd-aligned": ("bert", {"federation": {"next_adapter": "svd_aligned"}}),
+    "svd-aligned": ("bert", {"method": {"next_adapter": "svd_aligned"}}),
     "svd-aligned-ranks-conv1d": (
         "gpt2",
         GPT2
-        | {"clients": RANKS, "federation": {"next_adapter": "svd_aligned", "placement": "side"}},
+        | {
+            "clients": RANKS,
+            "method": {"next_adapter": "svd_aligned"},
+            "federation": {"placement": "side"},
+        },
     ),
     "keep-some": (
         "bert",
-        {"federation": {"next_adapter": "keep", "clients_per_round": 2, "rounds": 4}},
+        {"method": {"next_adapter": "keep"}, "federation": {"clients_per_round": 2, "rounds": 4}},
     ),
-    "reinit": ("bert", {"federation": {"next_adapter": "reinit"}}),
-    "truncated": ("bert", {"federation": {"remainder_rank": 1}}),
-    "fedit": ("bert", {"federation": {"method": "fedit"}}),
-    "ffa": ("bert", {"federation": {"method": "ffa"}}),
+    "reinit": ("bert", {"method": {"next_adapter": "reinit"}}),
+    "truncated": ("bert", {"method": {"remainder_rank": 1}}),
+    "fedit": ("bert", {"method": {"name": "fedit"}}),
+    "ffa": ("bert", {"method": {"name": "ffa"}}),
 }
 """By name: the base, and how the recipe differs from that of `tests.rounds`.
 
@@ -99,7 +104,7 @@ def play(recipe: Recipe) -> Document:
 def stand_in() -> Iterator[None]:
     """New factors and what clients train are fractions of 512."""
     with (
-        patch("fedexlora.local.clients.train_locally", _step),
+        patch("fedexlora.local.trainer.TrainerJob.train", _step),
         patch("torch.nn.init.kaiming_uniform_", _start),
     ):
         yield
@@ -112,11 +117,11 @@ def _start(parameter: Tensor, **_: object) -> Tensor:
 
 
 @torch.no_grad()
-def _step(model: nn.Module, rows: Dataset, *_: object, seed: int, **__: object) -> float:
+def _step(_job: LocalJob, model: nn.Module, rows: Dataset, *, seed: int, **_: object) -> JobResult:
     """Move every trained parameter; the loss is one that nobody could take for another client's."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             step = torch.randint(-64, 65, parameter.shape, generator=generator)
             parameter.add_((step / 512).to(parameter.dtype))
-    return 1.0 / len(rows)
+    return JobResult(1.0 / len(rows), 1, len(rows))

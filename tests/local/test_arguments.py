@@ -13,8 +13,7 @@ from transformers import BertForMaskedLM
 from fedexlora.adapters.export import ExportOptions, export_run
 from fedexlora.adapters.rescore import rescore
 from fedexlora.errors import RecipeError
-from fedexlora.local.arguments import arguments, training_device, training_faults
-from fedexlora.peft_bridge import load
+from fedexlora.local.arguments import training_faults
 from fedexlora.rounds import environment
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.recipe import load_recipe, parse_recipe
@@ -43,6 +42,12 @@ from tests.cli.invoke import fedexlora
         ({"per_device_eval_batch_size": 4}, "it is evaluation.batch_size"),
         ({"bf16_full_eval": True}, "it is evaluation.dtype"),
         ({"lr_scheduler_kwargs": {"min_lr": float("inf")}}, "expected a finite number"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "'reduce_lr_on_plateau' follows scores"),
+        ({"schedule": "epoch"}, "training.schedule: expected Literal['round', 'run'], found 'ep"),
+        ({"shedule": "run"}, "no such field; did you mean 'schedule'?"),
+        ({"schedule": "run", "optim": "schedule_free_adamw"}, "training.schedule: 'run' sets the"),
+        ({"device": "gpu"}, "training.device: expected auto, cpu, cuda, cuda:N or mps; found 'g"),
+        ({"device": "cuda:0"}, "training.device: 'cuda:0' is not use_cpu = true"),
     ],
 )
 def test_what_cannot_be_is_known_from_the_recipe(options, fault):
@@ -52,6 +57,7 @@ def test_what_cannot_be_is_known_from_the_recipe(options, fault):
 
 def test_what_can_be_is_taken():
     options = {"learning_rate": 1, "warmup_steps": 0.1, "lr_scheduler_type": "cosine"}
+    options |= {"schedule": "run", "device": "cpu"}
     options |= {"optim": "adafactor", "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     assert training_faults({"use_cpu": True, **options}) == []
 
@@ -177,39 +183,6 @@ def test_a_resume_says_in_what_software_it_differs_and_keeps_it(document, tmp_pa
     assert resumed["after_round"] == 1
     assert resumed["packages"]["peft"] == "9.9" != header["packages"]["peft"]
     assert header["machine"]["device"] == "cpu"
-
-
-def test_of_several_gpus_one_is_used(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    made = arguments({"per_device_train_batch_size": 3}, seed=0, folder="/tmp")
-    assert made.n_gpu == 1
-    assert made.train_batch_size == 3
-    assert arguments({"use_cpu": True}, seed=0, folder="/tmp").n_gpu == 0
-
-
-def test_quantised_weights_are_where_the_recipe_trains(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    given = {}
-
-    class StopError(Exception):
-        """Nothing is loaded."""
-
-    class Loader:
-        @staticmethod
-        def from_pretrained(source: str, **options: object) -> None:
-            given.update(options)
-            raise StopError
-
-    monkeypatch.setitem(load._HEADS, "CAUSAL_LM", Loader)
-    device = training_device({"use_cpu": True})
-    with pytest.raises(StopError):
-        load.load_base("here", None, "CAUSAL_LM", {}, 0, quantization="nf4", device=device)
-    assert given["device_map"] == {"": "cpu"}
-    with pytest.raises(StopError):
-        load.load_base(
-            "here", None, "CAUSAL_LM", {}, 0, quantization="nf4", device=torch.device("cuda:1")
-        )
-    assert given["device_map"] == {"": "cuda:1"}
 
 
 def test_a_process_of_a_distributed_launcher_is_refused(monkeypatch):

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fedexlora.errors import BridgeError, RecipeError
-from fedexlora.local.trainer import rehearse, train_locally
+from fedexlora.local.trainer import Collator, TrainerJob
 from fedexlora.peft_bridge.isolation import isolation
 from tests.models import VOCABULARY, llama, roberta
 
@@ -96,6 +96,11 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
+def train(model: nn.Module, rows: Dataset, options: dict, collator: Collator = collate) -> None:
+    job = TrainerJob(options, collator)
+    job.train(model, rows, seed=1, round_=1, on_step=lambda done, steps: None)
+
+
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -130,9 +135,15 @@ def test_a_step_is_one_batch_however_it_is_accumulated(kind, name, batch, steps)
     exact, before = copy.deepcopy(model).double().train(), trained(model)
     options = {**BASE, "learning_rate": 0.2, "per_device_train_batch_size": batch}
     options |= {"gradient_accumulation_steps": steps}
-    loss = train_locally(model, rows, collate, options, seed=1, progress=lambda done, steps: None)
+    told = []
+    done = TrainerJob(options, collate).train(
+        model, rows, seed=1, round_=1, on_step=lambda *step: told.append(step)
+    )
+    in_all = -(-len(rows) // (batch * steps))
+    assert told == [(k, in_all) for k in range(1, in_all + 1)]
+    assert (done.steps, done.rows) == (in_all, len(rows))
     wanted = oracle(exact, rows, kind, batch * steps, 0.2)
-    assert loss == pytest.approx(wanted, rel=1e-5)
+    assert done.loss == pytest.approx(wanted, rel=1e-5)
     after = trained(exact)
     error = sum(float((x - after[n]).square().sum()) for n, x in trained(model).items())
     moved = sum(float((x - after[n]).square().sum()) for n, x in before.items())
@@ -173,6 +184,7 @@ USES = {
         "gradient_accumulation_steps": 3,
         "neftune_noise_alpha": 5.0,
         "full_determinism": True,
+        "schedule": "run",
     },
 }
 
@@ -193,7 +205,7 @@ def test_nothing_of_training_stays_on_the_model(use, fails):
 
     options = {**BASE, "learning_rate": 0.2, "per_device_train_batch_size": 1, **USES[use]}
     try:
-        train_locally(model, rows, failing, options, seed=1, progress=lambda done, steps: None)
+        train(model, rows, options, failing)
     except RuntimeError:
         assert fails
     after = dict(facts(model))
@@ -229,10 +241,10 @@ def test_a_frozen_statistic_that_moves_fails_the_update_by_name_and_is_put_back(
     inner = model.base_model.model.model
     inner.norm = Running(inner.norm)
     with pytest.raises(BridgeError, match=r"model\.norm\.mean: this Running changes it"):
-        train_locally(model, rows, collate, dict(BASE), seed=1, progress=lambda done, steps: None)
+        train(model, rows, BASE)
     assert not inner.norm.mean.any()
     inner.norm = Running(inner.norm.inner, persistent=False)
-    train_locally(model, rows, collate, dict(BASE), seed=1, progress=lambda done, steps: None)
+    train(model, rows, BASE)
     assert not inner.norm.mean.any(), "what no file holds is put back without a word"
 
 
@@ -246,16 +258,16 @@ def test_a_frozen_weight_that_is_written_fails_the_update_by_name():
 def test_a_rehearsal_changes_nothing_and_says_what_fails():
     model, rows = build("causal-lm", "llama"), make_rows("causal-lm")
     start = trained(model)
-    rehearse(model, rows, collate, {**BASE, "learning_rate": 0.5, "num_train_epochs": 9})
+    TrainerJob({**BASE, "learning_rate": 0.5, "num_train_epochs": 9}, collate).rehearse(model, rows)
     assert all(torch.equal(x, start[name]) for name, x in trained(model).items())
     beyond = Dataset.from_list(
         [{**row, "input_ids": [VOCABULARY] * row["length"]} for row in rows.to_list()]
     )
     with pytest.raises(RecipeError, match="index out of range"):
-        rehearse(model, beyond, collate, dict(BASE))
+        TrainerJob(BASE, collate).rehearse(model, beyond)
     with pytest.raises(RecipeError, match="galore_torch"):
-        rehearse(model, rows, collate, {**BASE, "optim": "galore_adamw"})
+        TrainerJob({**BASE, "optim": "galore_adamw"}, collate).rehearse(model, rows)
     with torch.no_grad():
         model.base_model.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(RecipeError, match="the loss of its first step is nan"):
-        rehearse(model, rows, collate, dict(BASE))
+        TrainerJob(BASE, collate).rehearse(model, rows)

@@ -10,18 +10,20 @@ from fedexlora.algebra.assignment import Holder
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.algebra.moments import Moments
-from fedexlora.methods import METHODS, Method
-from fedexlora.methods.options import NEXT_ADAPTERS, option_faults, with_options
+from fedexlora.methods import METHODS, Rule
+from fedexlora.methods.fedex import NEXT_ADAPTERS
+from fedexlora.methods.rule import ModuleRound, ModuleStep
+from fedexlora.rounds.recipe_faults import method_faults
 
 D_OUT, D_IN, RANK = 19, 31, 3
 WEIGHTS = (1.0, 2.0, 5.0)
-CHOICES = METHODS | {
-    f"fedex-{name}": with_options(METHODS["fedex"], name, None, None)
+CHOICES = {name: method.default for name, method in METHODS.items()} | {
+    f"fedex-{name}": METHODS["fedex"].rule_of({"next_adapter": name})
     for name in NEXT_ADAPTERS
     if name != "mean"
 }
 
-every_method = pytest.mark.parametrize("method", CHOICES.values(), ids=CHOICES.keys())
+every_rule = pytest.mark.parametrize("rule", CHOICES.values(), ids=CHOICES.keys())
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -35,36 +37,43 @@ def holder(rank: int = RANK) -> Holder:
     )
 
 
-def clients(method: Method, count: int = 3) -> list[Factors]:
-    """Clients as the method makes them: a factor that it freezes is the same for all."""
-    a, b = draw(RANK, D_IN, seed=1), draw(D_OUT, RANK, seed=2)
+def clients(rule: Rule, count: int = 3) -> list[Factors]:
+    """Clients as the server sees them in round 1: a factor that they do not send is common."""
+    common, sent = holder().previous, rule.uploads(1)
     return [
         Factors(
-            draw(RANK, D_IN, seed=10 + i) if "A" in method.trained else a,
-            draw(D_OUT, RANK, seed=20 + i) if "B" in method.trained else b,
+            draw(RANK, D_IN, seed=10 + i) if "A" in sent else common.A,
+            draw(D_OUT, RANK, seed=20 + i) if "B" in sent else common.B,
         )
         for i in range(count)
     ]
 
 
 def moments(factors: list[Factors], weights: tuple[float, ...] = WEIGHTS) -> Moments:
-    result = Moments.of(factors[0], weights[0])
-    for pair, weight in zip(factors[1:], weights[1:], strict=False):
-        result = result.add(pair, weight)
-    return result
+    return Moments.over(zip(factors, weights, strict=False))
 
 
 def aggregate(
-    method: Method, factors: list[Factors], weights: tuple[float, ...] = WEIGHTS, rank: int = RANK
-) -> tuple[Factors, LowRank]:
-    sums = moments(factors, weights)
-    adapter = method.assignment(sums, holder(rank))
-    return adapter, method.remainder(assignment.remainder(sums, adapter))[0]
+    rule: Rule, factors: list[Factors], weights: tuple[float, ...] = WEIGHTS, rank: int = RANK
+) -> ModuleStep:
+    """What the server makes of a module in round 1."""
+    used = weights[: len(factors)]
+    return rule.server(
+        ModuleRound(
+            name="m",
+            round=1,
+            scaling=1.5,
+            clients=lambda: zip(factors, used, strict=True),
+            holder=holder(rank),
+            owners={},
+            offset=LowRank.zeros(D_OUT, D_IN, torch.float64),
+            norms={"m": tuple(float(f.product().norm()) for f in factors)},
+        )
+    )
 
 
-def applied(result: tuple[Factors, LowRank]) -> torch.Tensor:
-    adapter, remainder = result
-    return adapter.to(torch.float32).to(torch.float64).product() + remainder.dense()
+def applied(step: ModuleStep) -> torch.Tensor:
+    return step.adapter.to(torch.float32).to(torch.float64).product() + step.remainder.dense()
 
 
 def ideal(factors: list[Factors]) -> torch.Tensor:
@@ -74,83 +83,99 @@ def ideal(factors: list[Factors]) -> torch.Tensor:
     )
 
 
-def relative_error(method: Method, factors: list[Factors], rank: int = RANK) -> float:
-    truth = ideal(factors)
-    return float((applied(aggregate(method, factors, rank=rank)) - truth).norm() / truth.norm())
+def stated(step: ModuleStep, factors: list[Factors]) -> torch.Tensor:
+    """What the step is held to: the ideal, what is added to it, and what is left out of it."""
+    target = ideal(factors)
+    if step.added is not None:
+        target = target + step.added.dense()
+    if step.truncation is not None:
+        target = target - step.truncation.whole.dense() + step.truncation.kept.dense()
+    return target
 
 
-@every_method
-def test_adapter_plus_remainder_is_the_ideal_where_the_method_says_so(method):
-    error = relative_error(method, clients(method))
-    if method.exact:
-        assert error <= 1e-6
-    else:
-        assert error > 1e-2, "a method that is exact should say so"
+@every_rule
+def test_adapter_plus_remainder_is_what_the_rule_states(rule):
+    factors = clients(rule)
+    step, truth = aggregate(rule, factors), ideal(factors)
+    if rule.certified:
+        error = (applied(step) - stated(step, factors)).norm()
+        assert error <= 1e-6 * truth.norm()
+    off = float((applied(step) - truth).norm() / truth.norm())
+    if rule.exact:
+        assert off <= 1e-6
+        assert step.added is None
+        assert step.truncation is None
+    elif not rule.personal and not rule.remembers:
+        assert off > 1e-2, "a method that is exact should say so"
 
 
 @pytest.mark.parametrize("name", NEXT_ADAPTERS)
 @pytest.mark.parametrize("rank", [1, 2, 5, 12])
 @pytest.mark.parametrize("count", [1, 3, 12])
 def test_every_next_adapter_is_exact_at_every_rank_of_its_holder(name, rank, count):
-    method = with_options(METHODS["fedex"], name, None, None)
-    factors = clients(method, count)
+    rule = METHODS["fedex"].rule_of({"next_adapter": name})
+    factors = clients(rule, count)
     weights = tuple(float(i + 1) for i in range(count))
-    result = aggregate(method, factors, weights, rank)
+    result = aggregate(rule, factors, weights, rank)
     truth = sum(w * (f.B.double() @ f.A.double()) for f, w in zip(factors, weights, strict=True))
     truth = truth / sum(weights)
-    assert result[0].rank == rank
+    assert result.adapter.rank == rank
     assert float((applied(result) - truth).norm() / truth.norm()) <= 1e-6
     # A row of A and a column of B that are both zero would never be trained.
-    assert ((result[0].A.norm(dim=1) > 0) | (result[0].B.norm(dim=0) > 0)).all()
+    found = result.adapter
+    assert ((found.A.norm(dim=1) > 0) | (found.B.norm(dim=0) > 0)).all()
 
 
-@every_method
-def test_one_client_gets_its_own_update_back(method):
-    (client,) = clients(method, 1)
-    difference = applied(aggregate(method, [client])) - client.to(torch.float64).product()
+@every_rule
+def test_one_client_gets_its_own_update_back(rule):
+    (client,) = clients(rule, 1)
+    difference = applied(aggregate(rule, [client])) - client.to(torch.float64).product()
     assert difference.norm() <= 1e-6 * (client.B @ client.A).norm()
-    if method.assignment is assignment.mean:
-        assert aggregate(method, [client])[1].is_zero
 
 
-@every_method
-def test_equal_clients_leave_no_residual(method):
-    (client,) = clients(method, 1)
-    if method.assignment is assignment.mean:
-        assert aggregate(method, [client] * 3)[1].squared_norm() == 0.0
+@every_rule
+def test_factors_that_nobody_sent_and_the_rule_leaves_alone_come_back_bit_for_bit(rule):
+    factors = clients(rule)
+    found = aggregate(rule, factors).adapter.to(torch.float32)
+    common = holder().previous
+    if "A" not in rule.steps(1):
+        assert torch.equal(found.A, common.A)
+    if "B" not in rule.steps(1):
+        assert torch.equal(found.B, common.B)
 
 
-@every_method
-def test_factors_that_are_frozen_come_back_bit_for_bit(method):
-    factors = clients(method)
-    got = aggregate(method, factors)[0].to(torch.float32)
-    if "A" not in method.trained:
-        assert torch.equal(got.A, factors[0].A)
-    if "B" not in method.trained:
-        assert torch.equal(got.B, factors[0].B)
-
-
-@every_method
-def test_shapes_dtypes_and_inputs(method):
-    factors = clients(method)
+@every_rule
+def test_shapes_dtypes_and_inputs(rule):
+    factors = clients(rule)
     copies = [(f.A.clone(), f.B.clone()) for f in factors]
-    adapter, remainder = aggregate(method, factors)
-    assert adapter.shape == remainder.shape == (D_OUT, D_IN)
-    assert remainder.value.dtype == torch.float32
+    step = aggregate(rule, factors)
+    assert step.adapter.shape == step.remainder.shape == (D_OUT, D_IN)
+    assert set(step.memory) <= {"A", "B"}
+    assert bool(step.memory) == rule.remembers
     for pair, (a, b) in zip(factors, copies, strict=True):
         assert torch.equal(pair.A, a)
         assert torch.equal(pair.B, b)
 
 
-@every_method
-def test_the_order_of_clients_moves_only_last_bits(method):
-    factors = clients(method)
-    one, other = (applied(aggregate(method, factors[::turn], WEIGHTS[::turn])) for turn in (1, -1))
+@every_rule
+def test_the_order_of_clients_moves_only_last_bits(rule):
+    factors = clients(rule)
+    one, other = (applied(aggregate(rule, factors[::turn], WEIGHTS[::turn])) for turn in (1, -1))
     assert (one - other).norm() <= 1e-6 * one.norm()
 
 
+@every_rule
+def test_weights_count_by_their_ratios_and_move_the_result(rule):
+    factors = clients(rule)
+    one = applied(aggregate(rule, factors))
+    doubled = applied(aggregate(rule, factors, tuple(2 * w for w in WEIGHTS)))
+    assert (one - doubled).norm() <= 1e-6 * one.norm()
+    other = applied(aggregate(rule, factors, (5.0, 2.0, 1.0)))
+    assert (one - other).norm() > 1e-2 * one.norm()
+
+
 def test_the_best_adapter_is_the_dense_optimum_and_balanced():
-    factors = clients(METHODS["fedex"])
+    factors = clients(CHOICES["fedex"])
     found = assignment.best(moments(factors), holder())
     u, s, vh = torch.linalg.svd(ideal(factors))
     optimum = u[:, :RANK] * s[:RANK] @ vh[:RANK]
@@ -159,7 +184,7 @@ def test_the_best_adapter_is_the_dense_optimum_and_balanced():
 
 
 def test_alignment_changes_the_factors_and_not_their_product_and_is_the_nearest_turn():
-    sums, whom = moments(clients(METHODS["fedex"])), holder()
+    sums, whom = moments(clients(CHOICES["fedex"])), holder()
     plain, turned = assignment.best(sums, whom), assignment.best_aligned(sums, whom)
     torch.testing.assert_close(turned.product(), plain.product(), rtol=1e-9, atol=1e-9)
 
@@ -173,44 +198,35 @@ def test_alignment_changes_the_factors_and_not_their_product_and_is_the_nearest_
 
 
 def test_the_remainder_of_the_best_adapter_has_the_rank_that_is_left():
-    sums = moments(clients(METHODS["fedex"]))
+    sums = moments(clients(CHOICES["fedex"]))
     remainder = assignment.remainder(sums, assignment.best(sums, holder()))
     assert remainder.value.rank == 3 * RANK - RANK
 
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_a_truncated_remainder_is_off_by_what_it_states(rank):
-    method = with_options(METHODS["fedex"], "mean", rank, None)
-    assert not method.exact
-    assert method.certified
-    sums = moments(clients(method))
-    whole = assignment.remainder(sums, sums.mean)
-    kept, lacks = method.remainder(whole)
-    assert kept.value.rank == rank
-    assert float((whole.dense() - kept.dense()).norm()) == pytest.approx(lacks, rel=1e-6)
+    rule = METHODS["fedex"].rule_of({"remainder_rank": rank})
+    assert not rule.exact
+    assert rule.certified
+    factors = clients(rule)
+    step = aggregate(rule, factors)
+    assert step.remainder.value.rank == rank
+    off = float((applied(step) - ideal(factors)).norm())
+    assert off == pytest.approx(step.truncation.lacks, rel=1e-5)
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.999])
 @pytest.mark.parametrize("dense", [False, True])
 def test_energy_keeps_at_least_its_share(energy, dense):
-    method = with_options(METHODS["fedex"], "mean", None, energy)
-    sums = moments(clients(method))
+    sums = moments(clients(CHOICES["fedex"]))
     whole = assignment.remainder(sums, sums.mean)
     if dense:
         whole = LowRank(whole.dense(torch.float32))
-    kept, lacks = method.remainder(whole)
+    kept, lacks = assignment.truncate_to_energy(energy)(whole)
     assert kept.squared_norm() >= (energy - 1e-6) * whole.squared_norm()
     # Norms of the two sides are float32 and float64 sums.
     difference = float((whole.dense() - kept.dense()).norm())
     assert difference == pytest.approx(lacks, rel=1e-5, abs=1e-5)
-
-
-def test_options_that_a_method_does_not_have_are_all_named():
-    faults = option_faults(METHODS["fedit"], "svd", 4, 0.5)
-    assert len(faults) == 4
-    assert faults[0].startswith("federation.next_adapter: fedit has no such choice")
-    with pytest.raises(ValueError, match="not both"):
-        with_options(METHODS["fedex"], "svd", 4, 0.5)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -221,4 +237,22 @@ def test_every_row_says_what_people_ask(name):
     assert method.title
     assert method.sends
     assert method.keeps
-    assert set(method.trained) <= {"A", "B"}
+    assert method.certified_against
+    assert set(method.default.factors) <= {"A", "B"}
+    for field in method.options.model_fields.values():
+        assert field.description, "an option says what it does"
+
+
+def test_options_that_a_method_does_not_have_are_all_named_with_the_nearest():
+    given = {"name": "fedex", "next_adaptor": "svd", "remainder_rank": 0, "momentum": 0.5}
+    faults = method_faults(given)
+    known = "next_adapter, remainder_rank, remainder_energy"
+    assert faults == [
+        "method.remainder_rank: input should be greater than or equal to 1",
+        "method.next_adaptor: fedex has no such option; did you mean 'next_adapter'?",
+        f"method.momentum: fedex has no such option; known: {known}",
+    ]
+    assert method_faults({"name": "fedit", "rank": 3}) == [
+        "method.rank: fedit has no such option; it has none"
+    ]
+    assert "not both" in method_faults({"remainder_rank": 1, "remainder_energy": 0.5})[0]

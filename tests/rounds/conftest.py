@@ -46,7 +46,8 @@ def recipe_document(bert: str, data_folder: Path) -> dict:
         "task": {"kind": "classification", "text": "text", "metrics": ["accuracy", "f1"]},
         "data": {"source": str(data_folder)},
         "partition": {"kind": "by_column", "column": "site"},
-        "federation": {"method": "fedex", "rounds": 3, "seed": 4},
+        "method": {"name": "fedex"},
+        "federation": {"rounds": 3, "seed": 4},
         "lora": {"r": 2, "lora_alpha": 6, "target_modules": ["query", "value"]}
         | {"modules_to_save": ["pooler"]},
         "training": {"learning_rate": 3e-2, "per_device_train_batch_size": 8, "use_cpu": True},

@@ -18,8 +18,9 @@ import torch
 
 from fedexlora.exchange import files
 from fedexlora.exchange.digest_file import DigestWriter
-from fedexlora.local import clients
 from fedexlora.local.clients import LocalClients
+from fedexlora.local.job import JobResult
+from fedexlora.local.trainer import TrainerJob
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds import loop
 from fedexlora.rounds import round as round_module
@@ -159,10 +160,10 @@ def quick(made: tuple[Prepared, LocalClients] | None, failing: float = 0.0) -> N
     loss that is not finite.
     """
 
-    def train(model, rows, collator, options, *, seed, progress):
+    def train(job, model, rows, *, seed, round_, on_step):
         fate = random.Random(seed)
         way = fate.choice(("raises", "nan", "loss")) if fate.random() < failing else "good"
-        progress(1, 2)
+        on_step(1, 2)
         generator = torch.Generator().manual_seed(fate.getrandbits(60))
         with torch.no_grad():
             for parameter in model.parameters():
@@ -172,13 +173,13 @@ def quick(made: tuple[Prepared, LocalClients] | None, failing: float = 0.0) -> N
                         parameter.reshape(-1)[0] = float("nan")
         if way == "raises":
             raise RuntimeError("went away after training")
-        return float("inf") if way == "loss" else 1.0
+        return JobResult(float("inf") if way == "loss" else 1.0, 1, len(rows))
 
     def score(self, observer):
         parameters = self.model.peft_model.parameters()
         return {"accuracy": float(sum(p.detach().double().sum() for p in parameters))}
 
-    clients.train_locally = train
+    TrainerJob.train = train
     Prepared.evaluate = score
     run_module.prepare = lambda recipe, observer: made
     time.perf_counter = lambda: 0.0

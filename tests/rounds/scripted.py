@@ -15,7 +15,7 @@ from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
-from fedexlora.methods import METHODS, Method
+from fedexlora.methods import METHODS, Rule
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.participation import Participation
@@ -110,7 +110,7 @@ def replies(*updates: ClientUpdate) -> list[Reply]:
 
 
 def federation(
-    model: AdaptedModel, method: str | Method, script: Script | None = None, **changes: object
+    model: AdaptedModel, method: str | Rule, script: Script | None = None, **changes: object
 ) -> tuple[Federation, GlobalState]:
     """A federation of three clients with weights 1 : 2 : 5, at version 0."""
 
@@ -121,7 +121,8 @@ def federation(
     state = model.initial_state(changes.get("specs", {}))
     model.apply(state)
     parts = {
-        "method": METHODS[method] if isinstance(method, str) else method,
+        "method": method if isinstance(method, str) else "fedex",
+        "rule": METHODS[method].default if isinstance(method, str) else method,
         "model": model,
         "specs": {},
         "seed": 0,

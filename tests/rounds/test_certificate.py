@@ -15,7 +15,6 @@ from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import ExactnessError, RecipeError
 from fedexlora.exchange.tensors import TensorFile
 from fedexlora.methods import METHODS
-from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds import certificate
 from fedexlora.rounds.recipe import parse_recipe
@@ -133,7 +132,7 @@ def test_the_halves_are_those_of_the_naive_dense_matrices(measured):
 @pytest.mark.parametrize("next_adapter", ["mean", "svd_aligned", "reinit"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_reduction_on_a_gpu_is_held_against_the_processor_and_equals_its(case, next_adapter):
-    method = with_options(METHODS["fedex"], next_adapter, None, None)
+    method = METHODS["fedex"].rule_of({"next_adapter": next_adapter})
     states = {}
     for device in ("cpu", "cuda"):
         model = AdaptedModel(adapted(case))

@@ -37,9 +37,10 @@ def state_of(spec: AdapterSpec, version: int, form: str) -> GlobalState:
 @pytest.mark.parametrize("form", ["dense", "factors"])
 @pytest.mark.parametrize("method", METHODS)
 def test_sums_write_nothing_that_they_are_given(method, form):
-    chosen = METHODS[method]
+    chosen = METHODS[method].default
     module = ModuleSpec(7, 5, 2, torch.float64, 1.5)
-    spec = AdapterSpec({"m": module}, {"head": TensorSpec((3, 4), torch.float64)}, chosen.trained)
+    heads = {"head": TensorSpec((3, 4), torch.float64)}
+    spec = chosen.upload_spec(AdapterSpec({"m": module}, heads, chosen.factors), 3)
     now, then = state_of(spec, 2, form), state_of(spec, 1, form)
     draw = torch.Generator().manual_seed(9)
     updates = [
@@ -88,8 +89,8 @@ def test_a_late_head_counts_by_its_change_since_the_version_that_it_started_from
         WeightedUpdate(HeldUpdate.of(update, form, then), 2.0),
         WeightedUpdate(HeldUpdate.of(replace(update, client="b"), form), 6.0),
     ]
-    made = Reducer(form, METHODS["fedex"], lambda spec: now.adapter).reduce(
-        counted, step_in_memory(now, METHODS["fedex"])
+    made = Reducer(form, METHODS["fedex"].default, lambda spec: now.adapter).reduce(
+        counted, step_in_memory(now, METHODS["fedex"].default)
     )
     change = 1.0 - then.dense["head"]
     wanted = (2.0 * (now.dense["head"] + change) + 6.0) / 8.0

@@ -11,7 +11,6 @@ import torch
 
 from fedexlora.errors import NoUpdatesError, RecipeError
 from fedexlora.methods import METHODS
-from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.participation import Participation
 from fedexlora.rounds.transport import Reply
@@ -108,7 +107,7 @@ def test_an_accepted_late_update_puts_its_change_on_the_model_of_now(variant, ne
     model = AdaptedModel(adapted(variant))
     rule = Participation(stale="accept")
     script = late_script(model, {2: "site-b"})
-    method = with_options(METHODS["fedex"], next_adapter, None, None)
+    method = METHODS["fedex"].rule_of({"next_adapter": next_adapter})
     parts, state = federation(model, method, script, participation=rule)
     state, _ = run_round(parts, state)
     started = state  # what the late update was trained from
@@ -281,6 +280,16 @@ def test_thirty_rounds_of_fifty_clients_that_come_go_and_fail():
     assert all(size <= dense + factors + header for size in sizes)
 
 
+def test_late_updates_need_a_method_that_has_a_place_for_them(document):
+    from fedexlora.rounds.recipe import parse_recipe
+
+    changes = {"method": {"name": "fedit"}, "federation": {"stale": "accept"}}
+    with pytest.raises(
+        RecipeError, match=r"federation\.stale: fedit has no place for late updates"
+    ):
+        parse_recipe(document | changes, "test")
+
+
 @pytest.mark.parametrize(
     ("federation_table", "message"),
     [
@@ -292,7 +301,6 @@ def test_thirty_rounds_of_fifty_clients_that_come_go_and_fail():
         ({"weighting": "capped"}, "federation.weight_cap: needed by weighting"),
         ({"weight_cap": 3}, "federation.weight_cap: needed by weighting"),
         ({"fraction": 1.5}, "federation.fraction"),
-        ({"stale": "accept", "method": "fedit"}, "federation.stale: fedit averages factors"),
         ({"stale": "accept", "history": 0}, "federation.history: 0 keeps no version"),
     ],
 )

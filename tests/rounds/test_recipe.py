@@ -35,7 +35,8 @@ def test_unknown_keys_are_named_with_the_nearest_valid_one(document):
 
 
 def test_values_are_checked_and_shown(document):
-    document["federation"] |= {"rounds": 0, "method": "fedx"}
+    document["federation"] |= {"rounds": 0}
+    document["method"]["name"] = "fedx"
     document["partition"] = {"kind": "dirichlet", "clients": 2, "alpha": -1.0}
     document["task"]["metrics"] = ["accuracy", "bleu"]
     document["training"]["output_dir"] = "x"
@@ -43,7 +44,7 @@ def test_values_are_checked_and_shown(document):
     found = faults(document)
     assert "model: missing" in found
     assert "federation.rounds: input should be greater than or equal to 1; found 0" in found
-    assert "federation.method: expected one of fedex, fedit, ffa; found 'fedx'" in found
+    assert "method.name: 'fedx' is no method; did you mean 'fedex'?" in found
     assert "partition.alpha: input should be greater than 0; found -1.0" in found
     assert "training.output_dir: not set here; it is --out" in found
     assert any(f.startswith("task.metrics") and f.endswith('found "bleu"') for f in found)
@@ -72,19 +73,37 @@ def test_overrides_are_toml_or_else_text(document, tmp_path):
         path,
         [
             "federation.rounds=7",
-            "federation.method=ffa",
+            "method.name=ffa",
             'lora.target_modules=["key"]',
             "evaluation.batch_size=5",
             "training.learning_rate=1e-4",
         ],
     )
-    assert (recipe.federation.rounds, recipe.federation.method) == (7, "ffa")
+    assert (recipe.federation.rounds, recipe.method.name) == (7, "ffa")
     assert recipe.lora["target_modules"] == ["key"]
     assert recipe.evaluation.batch_size == 5
     assert recipe.training["learning_rate"] == 1e-4
     for bad in ("rounds=7", "federation.rounds", "model.source.x=1"):
         with pytest.raises(RecipeError, match="--set"):
             load_recipe(path, [bad])
+
+
+def test_another_method_takes_the_place_of_the_options_of_the_one_before(document, tmp_path):
+    import tomlkit
+
+    document["method"] = {"name": "fedex", "next_adapter": "svd"}
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomlkit.dumps(document))
+    assert load_recipe(path, ["method.name=fedex"]).method.options["next_adapter"] == "svd"
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(load_recipe(path).to_toml())
+    for source in (path, resolved):
+        found = load_recipe(source, ["method.momentum=0.5", "method.name=fedavgm"]).method
+        assert found.name == "fedavgm"
+        assert found.options == {"momentum": 0.5, "rate": 1.0, "momentum_rank": None}
+        assert load_recipe(source, ["method.name=fedit"]).method.options == {}
+    (tmp_path / "more.toml").write_text('extends = "recipe.toml"\n[method]\nname = "ffa"\n')
+    assert load_recipe(tmp_path / "more.toml").method.options == {}
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

@@ -11,7 +11,6 @@ from fedexlora.errors import ExactnessError, NoUpdatesError, RecipeError
 from fedexlora.exchange.digest import tensors_digest
 from fedexlora.exchange.state import state_tensors
 from fedexlora.methods import METHODS
-from fedexlora.methods.options import with_options
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.participation import Participation
 from fedexlora.rounds.recipe import parse_recipe
@@ -228,7 +227,7 @@ def test_another_gauge_of_the_same_product_is_judged_alike(rule):
 def test_the_bits_are_the_same_when_nothing_is_rejected(method, screening):
     prints = []
     for rule in (None, screening):
-        model = AdaptedModel(adapted("roberta"), METHODS[method].trained)
+        model = AdaptedModel(adapted("roberta"), METHODS[method].default.factors)
         parts, state = screened(model, rule, attacked(model, {}), method=method)
         for _ in range(2):
             state, record = run_round(parts, state)
@@ -255,7 +254,7 @@ def test_a_clipped_mean_of_factors_is_that_of_the_clients_and_the_version_held()
 
 
 def test_ffa_stays_exact_when_changes_are_clipped():
-    model = AdaptedModel(adapted("roberta"), METHODS["ffa"].trained)
+    model = AdaptedModel(adapted("roberta"), METHODS["ffa"].default.factors)
     parts, state = screened(model, RULES["clip"], attacked(model, {}), method="ffa")
     for _ in range(2):
         state, record = run_round(parts, state)
@@ -283,7 +282,7 @@ def test_an_update_of_any_size_leaves_the_model_exact(rule, size):
 
 def test_rejected_clients_that_continue_from_their_own_factors_keep_what_they_held():
     model, sent, bad = AdaptedModel(adapted("roberta")), {}, {}
-    method = with_options(METHODS["fedex"], "keep", None, None)
+    method = METHODS["fedex"].rule_of({"next_adapter": "keep"})
     rules = attacked(model, sent, bad)
     screening = Screening("trimmed_mean", bad_share=0.1)
     parts, state = screened(model, screening, rules, method=method)
@@ -347,7 +346,6 @@ def test_presumed_bad_updates_are_rounded_up_but_not_by_rounding():
         ({"robust": "trimmed_mean", "bad_share": 0.5}, "federation.bad_share: input should be"),
         ({"clip_norm": 1.0}, "federation.clip_norm: only with robust = 'clip'"),
         ({"robust": "clip", "clip_norm": 0.0}, "federation.clip_norm: input should be greater"),
-        ({"robust": "clip", "next_adapter": "keep"}, "federation.robust: clip rejects nobody"),
         (
             {"robust": "multi_krum", "bad_share": 0.2, "clients_per_round": 6},
             "federation.clients_per_round: multi_krum needs 2 f + 3 = 7 updates, f = 2 of 6",
@@ -362,6 +360,12 @@ def test_rules_that_cannot_be_are_refused(document, table, message):
     with pytest.raises(RecipeError) as caught:
         parse_recipe(document | {"federation": table}, "test")
     assert message in str(caught.value)
+
+
+def test_a_rule_that_rejects_nobody_does_not_go_with_adapters_that_clients_keep(document):
+    changes = {"federation": {"robust": "clip"}, "method": {"next_adapter": "keep"}}
+    with pytest.raises(RecipeError, match=r"federation\.robust: clip rejects nobody"):
+        parse_recipe(document | changes, "test")
 
 
 def test_what_a_run_cannot_do_is_refused_before_anything_is_written(document, tmp_path):

@@ -26,12 +26,12 @@ RANKS = {
 VARIANTS = {
     "nf4": ({"model": {"quantization": "nf4"}}, 1e-4),
     "int8-svd": (
-        {"model": {"quantization": "int8"}, "federation": {"next_adapter": "svd"}},
+        {"model": {"quantization": "int8"}, "method": {"next_adapter": "svd"}},
         1e-4,
     ),
     # PEFT narrows heads to the base's dtype when it loads them.
     "bfloat16-keep": (
-        {"model": {"dtype": "bfloat16"}, "federation": {"next_adapter": "keep"}},
+        {"model": {"dtype": "bfloat16"}, "method": {"next_adapter": "keep"}},
         0.1,
     ),
     "ranks": ({"clients": RANKS}, 1e-4),
@@ -39,12 +39,15 @@ VARIANTS = {
         {
             "clients": RANKS,
             "model": {"quantization": "nf4"},
-            "federation": {"next_adapter": "svd_aligned"},
+            "method": {"next_adapter": "svd_aligned"},
         },
         1e-4,
     ),
-    "side-reinit": ({"federation": {"placement": "side", "next_adapter": "reinit"}}, 1e-4),
-    "truncated": ({"federation": {"remainder_rank": 1}}, 1e-4),
+    "side-reinit": (
+        {"federation": {"placement": "side"}, "method": {"next_adapter": "reinit"}},
+        1e-4,
+    ),
+    "truncated": ({"method": {"remainder_rank": 1}}, 1e-4),
 }
 
 
@@ -180,16 +183,16 @@ BAD = {
         'clients."site-west".lora.rank: LoraConfig has no such field',
     ),
     "fedit": (
-        {"clients": RANKS, "federation": {"method": "fedit"}},
-        'clients."site-south".lora: fedit averages factors of one rank; use fedex',
+        {"clients": RANKS, "method": {"name": "fedit"}},
+        'clients."site-south".lora: fedit needs one rank for all; use fedex',
     ),
     "next": (
-        {"federation": {"method": "ffa", "next_adapter": "svd"}},
-        "federation.next_adapter: ffa has no such choice; only fedex keeps the remainder",
+        {"method": {"name": "ffa", "next_adapter": "svd"}},
+        "method.next_adapter: ffa has no such option; it has none",
     ),
     "both": (
-        {"federation": {"remainder_rank": 2, "remainder_energy": 0.5}},
-        "federation.remainder_energy: give it or remainder_rank, not both",
+        {"method": {"remainder_rank": 2, "remainder_energy": 0.5}},
+        "method.fedex: give remainder_energy or remainder_rank, not both",
     ),
     "placement": ({"federation": {"placement": "beside"}}, "federation.placement"),
     "dtype": ({"model": {"dtype": "float8"}}, "model.dtype"),

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from fedexlora.adapters.output import output
+from fedexlora.adapters.output_check import check_held, check_written
 from fedexlora.adapters.padding import pad_to_one_rank
 from fedexlora.adapters.sources import Progress, Sources, open_sources
 from fedexlora.adapters.tokenizers import copy_tokenizer, tokenizer_faults
-from fedexlora.adapters.written import check_held, check_written
 from fedexlora.algebra.deviation import ratio
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.product_sum import Cut, ProductSum, Term
@@ -87,7 +87,7 @@ def aggregate_adapters(
     _check_arguments(method, rank, tolerance)
     sources = open_sources(adapters, weights, base=base, task=task, allow_missing=allow_missing)
     rule = METHODS[method]
-    if "A" not in rule.trained:
+    if "A" not in rule.default.factors:
         _check_shared(sources, rule)
     if faults := tokenizer_faults(sources.adapters):
         raise AdapterError("the tokenizers beside these adapters differ", faults)

@@ -11,6 +11,7 @@ from fedexlora.adapters.finished_run import FinishedRun
 from fedexlora.adapters.markdown import code_span
 from fedexlora.exchange.adapter_records import ExportRecord
 from fedexlora.exchange.records import CertificateRecord, RoundRecord, score_text
+from fedexlora.methods import METHODS
 
 _PIPELINES: Mapping[str, str] = {
     "classification": "text-classification",
@@ -92,6 +93,7 @@ def _front_matter(run: FinishedRun, record: ExportRecord, *, merged: bool) -> st
 
 def _facts(run: FinishedRun, record: ExportRecord, labels: tuple[str, ...]) -> str:
     recipe, last, clients = run.recipe, run.records[-1], run.header["clients"]
+    method = METHODS[recipe.method.name]
     base = Source.of(recipe.model.source, recipe.model.revision).describe()
     left_out = f", {len(last.left_out)} left out" if last.left_out else ""
     facts = {
@@ -100,7 +102,7 @@ def _facts(run: FinishedRun, record: ExportRecord, labels: tuple[str, ...]) -> s
         "labels": ", ".join(map(code_span, labels)),
         "data": f"{data_name(recipe)}; {sum(clients.values()):,} training rows at "
         f"{len(clients)} clients, {run.header['validation_rows']:,} validation rows",
-        "method": f"{recipe.method.title}, {recipe.method.paper}",
+        "method": f"{method.title}, {method.paper}",
         "rounds": f"{len(run.records)}; in the last one, {len(last.clients)} clients took part"
         f"{left_out}",
         "largest rank": str(record.rank),

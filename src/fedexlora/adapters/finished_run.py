@@ -54,6 +54,11 @@ def read_finished(path: Path) -> FinishedRun:
         recipe = Recipe.model_validate(tomllib.loads(source.read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError) as error:
         raise InputError(f"{source} cannot be read: {error}") from error
+    if recipe.rule.personal:
+        raise InputError(
+            f"{path}: {recipe.method.name} has one model a client, and no global one",
+            [f"the PEFT adapter of each client whose memory is here is in {folder.adapters}"],
+        )
     records = folder.read_records(recipe.federation.rounds)
     header = folder.read_header()
     if header is None or len(records) < recipe.federation.rounds or not folder.adapter.is_dir():

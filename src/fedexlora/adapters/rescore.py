@@ -13,10 +13,10 @@ from fedexlora.peft_bridge.adapter_file import open_adapter
 from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import load_merged, with_adapter
 from fedexlora.rounds.observer import Observer
-from fedexlora.rounds.preparation import load_task_base
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.rows import check_rows
 from fedexlora.rounds.scoring import load_sets, prepare_scoring, scoring_device
+from fedexlora.rounds.task_base import load_task_base
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,28 +6,29 @@ the lists against them.
 
 from __future__ import annotations
 
-METHODS = ("fedex", "fedit", "ffa")
+METHODS = ("fedex", "fedit", "ffa", "rolora", "fedsa", "fedrot", "fedavgm")
 _TABLES = {
     "model": "source revision dtype quantization",
     "task": "kind text label labels prompt completion prompt_template completion_template messages "
     "chat_template max_length metrics generation choices",
     "data": "source config revision train validation max_train_rows max_validation_rows",
     "partition": "kind clients alpha column min_rows",
-    "federation": "method next_adapter remainder_rank remainder_energy placement reduce_on "
-    "clients_per_round fraction min_updates deadline stale weighting weight_cap robust clip_norm "
-    "bad_share history allow exclude rounds seed",
+    "method": "name next_adapter remainder_rank remainder_energy heads strength momentum rate "
+    "momentum_rank",
+    "federation": "placement reduce_on clients_per_round fraction min_updates deadline stale "
+    "weighting weight_cap robust clip_norm bad_share history allow exclude rounds seed",
     "evaluation": "every batch_size dtype sets mean",
 }
 KEYS = tuple(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys.split())
-_OPEN = ("lora.", "training.")
-"""Tables whose keys are those of PEFT and transformers."""
+_OPEN = ("lora.", "training.", "training.schedule=", "training.device=")
+"""Tables whose keys are those of PEFT and transformers, and the keys in them that are ours."""
 
 
 def override(incomplete: str) -> list[str]:
-    """``table.key=`` of a recipe, and the methods after ``federation.method=``."""
+    """``table.key=`` of a recipe, and the methods after ``method.name=``."""
     key, equals, _ = incomplete.partition("=")
     if equals:
-        known = [f"{key}={name}" for name in METHODS] if key == "federation.method" else []
+        known = [f"{key}={name}" for name in METHODS] if key == "method.name" else []
     else:
         known = [*(f"{name}=" for name in KEYS), *_OPEN]
     return [name for name in known if name.startswith(incomplete)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from fedexlora.cli.tables import folding_table
 from fedexlora.cli.text import make_console
+
+if TYPE_CHECKING:
+    from fedexlora.methods import Method
 
 
 def methods(
@@ -19,18 +22,40 @@ def methods(
     from fedexlora.methods import METHODS
 
     if as_json:
-        keys = ("name", "title", "exact", "sends", "keeps", "trained", "paper")
-        typer.echo(json.dumps([{k: getattr(m, k) for k in keys} for m in METHODS.values()]))
+        typer.echo(json.dumps([_described(method) for method in METHODS.values()]))
         return
-    table = folding_table("method", "exact", "sends", "keeps of the remainder", "paper")
+    table = folding_table("method", "exact", "sends", "keeps", "options", "paper")
     table.columns[-1].no_wrap = True
     for method in METHODS.values():
         paper = method.paper.replace(" ", "\n", 1)
-        exact = Text("yes", style="green") if method.exact else Text("no", style="red")
-        table.add_row(method.name, exact, method.sends, method.keeps, paper)
+        exact = method.default.exact
+        said = Text("yes", style="green") if exact else Text("no", style="red")
+        options = "\n".join(method.options.model_fields) or "-"
+        table.add_row(method.name, said, method.sends, method.keeps, options, paper)
     console = make_console()
     console.print(table)
     console.print(
-        'Choose one in a recipe, [bold]method = "fedit"[/] in its table \\[federation], or with '
-        "[bold]--set federation.method=fedit[/]."
+        'Choose one in a recipe, [bold]name = "fedit"[/] in its table \\[method], with its options '
+        "beside it, or with [bold]--set method.name=fedit[/]."
     )
+
+
+def _described(method: Method) -> dict[str, object]:
+    """A method as data; options have a default and a meaning."""
+    rule = method.default
+    said = {key: getattr(method, key) for key in ("name", "title", "paper", "sends", "keeps")}
+    return {
+        **said,
+        "exact": rule.exact,
+        "certified_against": method.certified_against,
+        "trained": rule.factors,
+        "mixed_ranks": rule.mixed_ranks,
+        "late_updates": rule.late_updates,
+        "one_global_model": not rule.personal,
+        "client_memory": rule.client.memory if rule.client else "none",
+        "server_memory": rule.remembers,
+        "options": {
+            name: {"default": field.default, "meaning": " ".join((field.description or "").split())}
+            for name, field in method.options.model_fields.items()
+        },
+    }

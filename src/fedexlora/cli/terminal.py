@@ -14,7 +14,7 @@ from fedexlora.cli.tables import print_blocks, print_entry
 from fedexlora.cli.text import make_console, plain
 from fedexlora.exchange.records import MOST_FORWARD, RoundRecord, score_text
 from fedexlora.local.threads import describe_threads
-from fedexlora.methods import METHODS, Method
+from fedexlora.methods import METHODS
 from fedexlora.rounds.loop import RunResult
 from fedexlora.rounds.observer import Observer, RunInfo
 from fedexlora.rounds.recipe import Recipe
@@ -73,7 +73,7 @@ class Terminal(Observer):
             f"rows; {info.modules} adapted modules in {info.precision}, "
             f"{info.trained_parameters:,} trained parameters"
         )
-        self.console.print(_threads(), soft_wrap=True)
+        self.console.print(_place(info.device), soft_wrap=True)
         if info.finished:
             self.console.print(f"resumed after round {info.finished}")
         else:
@@ -122,9 +122,8 @@ class Terminal(Observer):
 def closing(result: RunResult, recipe: Recipe) -> None:
     """The table at the end of a run, where the adapter is, and what to do next."""
     console = make_console()
-    method = recipe.method
-    _print_table(console, result, method.title)
-    for label, text in _verdict(result, method):
+    _print_table(console, result, METHODS[recipe.method.name].title)
+    for label, text in _verdict(result, recipe):
         print_entry(console, label, text)
     console.print(f"adapter      [bold]{plain(result.adapter)}[/]", soft_wrap=True)
     console.print("next", style="bold")
@@ -153,24 +152,27 @@ def _print_table(console: Console, result: RunResult, title: str) -> None:
     print_blocks(console, f"{title}, scores on the validation rows", header, rows)
 
 
-def _threads() -> str:
+def _place(device: str) -> str:
     threads = describe_threads()
     waiting = [f"{name}={value}" for name, value in threads["thread_waiting"].items()]
     told = plain(f" ({', '.join(waiting)})") if waiting else ""
-    return f"PyTorch's processor threads: {threads['torch_threads']}{told}; --threads changes that"
+    return (
+        f"trained and scored on {plain(device)}; PyTorch's processor threads: "
+        f"{threads['torch_threads']}{told}; --threads changes that"
+    )
 
 
 def _folding(result: RunResult) -> str:
     return f"{result.precision} weights round away what is folded into them"
 
 
-def _verdict(result: RunResult, method: Method) -> list[tuple[str, str]]:
+def _verdict(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:
     """Whether the model was the clients' mean in every round, what averaging costs, the traffic."""
     lost = max(record.deviation for record in result.records)
     up = sum(record.bytes.up for record in result.records)
     down = sum(record.bytes.down for record in result.records)
     return [
-        ("certificate", _certificate(result, method)),
+        ("certificate", _certificate(result, recipe)),
         ("arithmetic", _arithmetic(result)),
         (
             "averaging",
@@ -180,18 +182,27 @@ def _verdict(result: RunResult, method: Method) -> list[tuple[str, str]]:
     ]
 
 
-def _certificate(result: RunResult, method: Method) -> str:
+def _certificate(result: RunResult, recipe: Recipe) -> str:
+    rule, name = recipe.rule, recipe.method.name
+    if rule.personal:
+        return f"none: {name} has one model a client, and none that is that of all"
     modules = [module for record in result.records for module in record.modules]
     worst = max(modules, key=lambda module: module.error / module.allowed)
     broken = sum(not record.certificate.held for record in result.records)
     if broken:
-        why = f"{method.name} drops the residual" if not method.certified else _folding(result)
+        why = f"{name} drops the residual" if not rule.certified else _folding(result)
         off = max(record.certificate.error for record in result.records)
         return (
             f"[yellow]not exact[/]: {why}; in {broken} of {len(result.records)} rounds the model "
             f"was not the clients' mean: off by up to {off:.1%} of it"
         )
-    if method.truncates:
+    if (added := max(module.added for module in modules)) > 0.0:
+        return (
+            f"[green]as stated[/]: in every round the model applied the clients' mean update and "
+            f"the momentum that {name} adds, up to {added:.1%} of a module's update; worst module "
+            f"off by {worst.error:.1e}, allowed {worst.allowed:.1e}"
+        )
+    if not rule.exact and rule.certified:
         left_out = max(record.certificate.truncated for record in result.records)
         return (
             f"[yellow]truncated[/], as asked: rounds left out up to {left_out:.2%} of the update "
@@ -229,13 +240,15 @@ def _next_commands(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:
     kept = (result.folder / "updates").is_dir()
     keep = " --keep-updates" if kept else ""
     resume = f"fedexlora run {recipe_word} --out {out} --resume{keep}"
-    commands = [("two more rounds:", f"{resume} --set federation.rounds={more}")]
-    if recipe.federation.method == "fedex":
+    commands = []
+    if recipe.training["schedule"] == "round":  # else those that are over had other learning rates
+        commands.append(("two more rounds:", f"{resume} --set federation.rounds={more}"))
+    if recipe.method.name == "fedex":
         other = shlex.quote(f"{result.folder}-fedit")
         commands.append(
             (
                 "the same with plain averaging:",
-                f"fedexlora run {recipe_word} --out {other} --set federation.method=fedit",
+                f"fedexlora run {recipe_word} --out {other} --set method.name=fedit",
             )
         )
     if kept:

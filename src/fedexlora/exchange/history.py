@@ -24,7 +24,7 @@ class Steps(Protocol):
     def sink(
         self,
         before: GlobalState,
-        trained: Sequence[str],
+        letters: Sequence[str],
         owners: Mapping[str, str] | None = None,
         clients: Collection[str] = (),
     ) -> StepSink:
@@ -32,7 +32,7 @@ class Steps(Protocol):
 
         Args:
             before: the version.
-            trained: the factors that change from version to version, of ``("A", "B")``.
+            letters: the factors that the step changes, of ``("A", "B")``.
             owners: by client whose own adapter may change, the first one that has the same.
             clients: those of which the round may change what they hold.
 
@@ -45,6 +45,13 @@ class Steps(Protocol):
 
         Raises:
             VersionError: if it is not there, or cannot be read.
+        """
+
+    def memory(self, version: int) -> Mapping[str, Mapping[str, Tensor]]:
+        """What the server remembers of the step that led to a version, by module and letter.
+
+        Raises:
+            VersionError: if it cannot be read.
         """
 
     def start(self, version: int) -> GlobalState:
@@ -61,18 +68,19 @@ class StepMemory:
     def __init__(self) -> None:
         self._steps: dict[int, Step] = {}
         self._starts: dict[int, GlobalState] = {}
+        self._memory: dict[int, Mapping[str, Mapping[str, Tensor]]] = {}
 
     def sink(
         self,
         before: GlobalState,
-        trained: Sequence[str],
+        letters: Sequence[str],
         owners: Mapping[str, str] | None = None,
         clients: Collection[str] = (),
     ) -> StepSink:
         """See :class:`Steps`."""
         del owners, clients
         self._starts[before.version] = before.start()
-        return _Remembered(self._steps, before, trained)
+        return _Remembered(self._steps, self._memory, before, letters)
 
     def keep(self, step: Step, reached: GlobalState) -> None:
         """Remember a step, and the version that it leads to."""
@@ -85,6 +93,10 @@ class StepMemory:
             raise VersionError(f"there is no step to version {version}")
         return self._steps[version]
 
+    def memory(self, version: int) -> Mapping[str, Mapping[str, Tensor]]:
+        """See :class:`Steps`."""
+        return self._memory.get(version, {})
+
     def start(self, version: int) -> GlobalState:
         """See :class:`Steps`."""
         if version not in self._starts:
@@ -95,9 +107,15 @@ class StepMemory:
 class _Remembered(StepBuilder):
     """A builder whose step is remembered."""
 
-    def __init__(self, steps: dict[int, Step], before: GlobalState, trained: Sequence[str]) -> None:
-        super().__init__(before.version + 1, before.id, trained)
-        self._steps = steps
+    def __init__(
+        self,
+        steps: dict[int, Step],
+        memories: dict[int, Mapping[str, Mapping[str, Tensor]]],
+        before: GlobalState,
+        letters: Sequence[str],
+    ) -> None:
+        super().__init__(before.version + 1, before.id, letters)
+        self._steps, self._memories = steps, memories
 
     def finish(
         self,
@@ -108,7 +126,7 @@ class _Remembered(StepBuilder):
     ) -> Step:
         """See :class:`StepSink`."""
         step = super().finish(dense, own, own_digests, held)
-        self._steps[step.version] = step
+        self._steps[step.version], self._memories[step.version] = step, self.memory
         return step
 
 

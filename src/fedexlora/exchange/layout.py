@@ -5,11 +5,14 @@ own.A/MODULE/CLIENT, own.B/MODULE/CLIENT  of a client that has its own, and of t
 dense/NAME                                a head or bias
 total/MODULE, or total.A/ and total.B/    the cumulative remainder, dense or in factors
 piece3/MODULE, or piece3.A/ and piece3.B/ what step 3 adds to it; piece/ and so on in its file
+step3/A/MODULE, step3/dense/NAME          of step 3, in a message that leads further
+memory.A/MODULE, memory.B/MODULE          what the server remembers of a module, in a step's file
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +25,9 @@ from fedexlora.exchange.untrusted import short
 from fedexlora.exchange.wire import unpack
 from fedexlora.texts import few
 
+MEMORY = "memory"
+"""How the names begin of what the server remembers of a module."""
+NO_MEMORY: Mapping[str, Tensor] = MappingProxyType({})
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What factors, remainders, heads and biases are held in."""
 
@@ -60,6 +66,17 @@ def each_once(own: Mapping[str, Owned]) -> tuple[dict[str, Owned], dict[str, str
     holder = {client: first.setdefault(id(own[client]), client) for client in sorted(own)}
     kept = {client: own[client] for client in own if holder[client] == client}
     return kept, {client: name for client, name in holder.items() if name != client}
+
+
+def memory_tensors(module: str, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the server remembers of a module, by the names of a step's file.
+
+    Raises:
+        ValueError: if it is anything but ``A`` and ``B``.
+    """
+    if odd := memory.keys() - {"A", "B"}:
+        raise ValueError(f"memory of {module}: expected A and B, found {sorted(odd)}")
+    return {f"{MEMORY}.{letter}/{module}": tensor for letter, tensor in memory.items()}
 
 
 def own_tensors(own: Mapping[str, Mapping[str, Factors]]) -> dict[str, Tensor]:

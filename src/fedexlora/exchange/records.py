@@ -55,6 +55,9 @@ class ClientRecord(Record):
     uploaded_bytes: int
     seconds: float
     """Local training."""
+    memory: int | None = None
+    """The round of what the client remembered of the method when it began, 0 for nothing; None
+    where the method remembers nothing."""
 
 
 class LeftOutRecord(Record):
@@ -95,6 +98,12 @@ class ModuleRecord(Record):
     """|R| / |M|: the share of this round's mean product that averaging the factors loses."""
     truncated: float
     """What the method left out of this round's remainder on purpose, as a share of the ideal."""
+    added: float = 0.0
+    """What the method added to this round's mean update on purpose, as momentum, as a share of the
+    ideal, which it is part of."""
+    memory_error: float = 0.0
+    """What the server's memory of the module lacks, as it is held at a lower rank, as a share of
+    the ideal; the next round adds that much less."""
     placement: str
     """Where the remainder lives: ``fold``, in the frozen weight, or ``side``, beside it."""
     remainder: str

@@ -67,6 +67,7 @@ def shape_state(
 def shape_step(
     version: int,
     spec: AdapterSpec,
+    letters: Sequence[str],
     pieces: Mapping[str, LowRank],
     own: Mapping[str, Adapter] | None = None,
 ) -> Step:
@@ -74,11 +75,12 @@ def shape_step(
 
     Args:
         version: the one that it leads to.
-        spec: the common adapter.
+        spec: what clients send in its round.
+        letters: the factors that it changes, of ``("A", "B")``.
         pieces: of remainder, by module.
         own: the adapters of clients that change.
     """
-    factors = adapter_tensors(shape_adapter(spec), spec.trained)
+    factors = adapter_tensors(shape_adapter(spec), letters)
     dense = {name: shape_tensor(found) for name, found in spec.dense.items()}
     kept, shared = each_once(own or {})
     return Step(version, _DIGEST, factors, dense, pieces, _DIGESTS, kept, shared)

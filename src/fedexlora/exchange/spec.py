@@ -66,6 +66,15 @@ class AdapterSpec:
         }
         return replace(self, modules=modules)
 
+    def sending(self, trained: tuple[str, ...], *, heads: bool = True) -> AdapterSpec:
+        """The same modules, of which an update has no more than this.
+
+        Args:
+            trained: the factors that it has.
+            heads: whether it has the heads and biases.
+        """
+        return replace(self, trained=trained, dense=self.dense if heads else {})
+
     def tensors(self) -> dict[str, TensorSpec]:
         """Every tensor of an update by its name on the wire."""
         factors = {

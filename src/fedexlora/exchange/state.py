@@ -68,7 +68,7 @@ class GlobalState:
         """The version that steps lead to; those that are held already are passed over.
 
         Server and clients both come from one version to the next through here. Each piece is added
-        once, in order; the adapter and the heads are those of the last step.
+        once, in order; factors and heads are those of the last step that has them.
 
         Raises:
             GapError: if the steps begin after the next version, or end before this one.
@@ -80,7 +80,10 @@ class GlobalState:
         last = missing[-1]
         try:
             own, digests = self._owned(missing)
-            adapter, dense = last.adapter(self.adapter), self._heads(last.dense)
+            adapter, dense = self.adapter, self.dense
+            for step in missing:
+                adapter = step.adapter(adapter) if step.factors else adapter
+                dense = self._heads(step.dense) if step.dense else dense
             total = self._total(missing)
         # RuntimeError: a decomposition of finite numbers that overflow.
         except (ValueError, RuntimeError) as error:

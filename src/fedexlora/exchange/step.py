@@ -5,8 +5,9 @@
                              own        by client, the adapters of those that have their own
                              remainder  by module, the piece of remainder; zero pieces are none
 
-A receiver that skips a version gets its pieces, and the digests of the parts that it has no use
-for: of a version that nobody holds any more, that is everything else.
+A step has the factors that its round changed, both or one of them; heads, if it changed any. A
+receiver that skips a version gets its pieces, and the digests of the parts that it has no use for:
+of a version that nobody holds any more, that is what a later one replaces.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from fedexlora.exchange.version import Adapter, next_id
 
 PIECE = torch.float32
 """The dtype of pieces: a round's remainder is rounded once, and added up in float64."""
-_PIECE = re.compile(r"piece([0-9]+)[./]")
-"""How the name of a tensor of a piece begins, with the version that the piece leads to."""
+_OF_STEP = re.compile(r"(piece|step)([0-9]+)[./]")
+"""How the name of a tensor begins that is a piece of a step, or a part of one before the last."""
+_PARTS = ("A/", "B/", "dense/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +76,16 @@ class StepDigests:
 
 @dataclass(frozen=True)  # no slots: the id is kept
 class Step:
-    """Step ``t``; of a version that is skipped, without adapter and heads."""
+    """Step ``t``; of a version that is skipped, without what later steps replace."""
 
     version: int
     """The version that it leads to."""
     previous: str
     """The id of the version before."""
     factors: Mapping[str, Tensor]
-    """The factors that are trained, by ``A/MODULE`` and ``B/MODULE``."""
+    """The factors that it changes, by ``A/MODULE`` and ``B/MODULE``."""
     dense: Mapping[str, Tensor]
-    """Heads and biases, by name."""
+    """Heads and biases, by name; none where they stay as they are."""
     pieces: Mapping[str, LowRank]
     """What is added to the cumulative remainder, by module, unscaled, float32."""
     digests: StepDigests
@@ -99,7 +101,7 @@ class Step:
         return next_id(self.previous, self.digests.whole)
 
     def adapter(self, held: Adapter) -> dict[str, Factors]:
-        """The adapter of the version that it leads to; factors that are frozen come from ``held``.
+        """The adapter of the version that it leads to; factors that it lacks come from ``held``.
 
         Raises:
             ValueError: if a factor has another shape than the module, or is of none.
@@ -138,14 +140,39 @@ def remainder_digest(pieces: Mapping[str, LowRank]) -> str:
 def encode_steps(steps: Sequence[Step]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Steps that follow each other as tensors and fields of a header.
 
-    The adapter and heads are those of the last one; own adapters are not in it.
+    Factors and heads are those of the last step that has them; own adapters are not in it.
     """
-    last = steps[-1]
-    tensors = dict(last.factors) | dense_tensors(last.dense)
-    for step in steps:
+    tensors: dict[str, Tensor] = {}
+    adapters, heads = _needed([_letters(step) for step in steps]), _last_heads(steps)
+    for place, step in enumerate(steps):
+        parts: dict[str, Tensor] = dict(step.factors) if place in adapters else {}
+        if place == heads:
+            parts |= dense_tensors(step.dense)
+        last = place == len(steps) - 1
+        tensors |= parts if last else {f"step{step.version}/{x}": t for x, t in parts.items()}
         tensors |= lowrank_tensors(f"piece{step.version}", step.pieces)
     header = {"since_id": steps[0].previous, "steps": [step.digests.to_json() for step in steps]}
     return tensors, header
+
+
+def _letters(step: Step) -> set[str]:
+    """The factors that a step changes, of ``A`` and ``B``."""
+    return {name[0] for name in step.factors}
+
+
+def _needed(letters: Sequence[set[str]]) -> set[int]:
+    """The places of the steps whose factors are not all replaced by later ones."""
+    found, replaced = set(), set[str]()
+    for place in reversed(range(len(letters))):
+        if letters[place] - replaced:
+            found.add(place)
+        replaced |= letters[place]
+    return found
+
+
+def _last_heads(steps: Sequence[Step]) -> int:
+    """The place of the last step that has heads; -1 if none has."""
+    return max((place for place, step in enumerate(steps) if step.dense), default=-1)
 
 
 def decode_steps(
@@ -161,26 +188,26 @@ def decode_steps(
         raise ValueError(f"header 'steps': expected a list, found {short(header['steps'])}")
     announced = [StepDigests.from_json(value) for value in header["steps"]]
     previous = known_digest(header["since_id"])
-    pieces = _pieces(tensors, range(since + 1, since + 1 + len(announced)))
-    factors = {name: t for name, t in tensors.items() if name.startswith(("A/", "B/"))}
-    dense = dense_from(tensors)
+    versions = range(since + 1, since + 1 + len(announced))
+    parts, pieces = _parts(tensors, versions)
     steps: list[Step] = []
-    for version, digests in enumerate(announced, since + 1):
-        last = version == since + len(announced)
-        parts = (factors, dense) if last else ({}, {})
+    for version, digests in zip(versions, announced, strict=True):
+        own = parts.get(version, {})
+        factors = {name: t for name, t in own.items() if name.startswith(("A/", "B/"))}
         found = pieces.get(version, {})
-        step = Step(version, previous, *parts, found, digests, {})
-        check_parts(step, _found_digests(step, whole=last))
+        step = Step(version, previous, factors, dense_from(own), found, digests, {})
+        check_parts(step, _found_digests(step, whole=version == versions[-1]))
         steps.append(step)
         previous = step.id
     return tuple(steps)
 
 
 def _found_digests(step: Step, *, whole: bool) -> dict[str, str]:
-    """The digests of what arrived of a step."""
+    """The digests of what arrived of a step; of the last one, all of it has."""
     found = {"remainder": remainder_digest(step.pieces)}
-    if whole:
+    if whole or step.factors:
         found["adapter"] = tensors_digest(step.factors)
+    if whole or step.dense:
         found["heads"] = tensors_digest(dense_tensors(step.dense))
     return found
 
@@ -204,19 +231,32 @@ def check_parts(step: Step, found: Mapping[str, str]) -> None:
         raise DigestError(f"step {step.version} has not the digest that was announced", faults)
 
 
-def _pieces(tensors: Mapping[str, Tensor], versions: range) -> dict[int, dict[str, LowRank]]:
-    """The pieces of a message by version and module; it may hold nothing but a step's tensors."""
+def _parts(
+    tensors: Mapping[str, Tensor], versions: range
+) -> tuple[dict[int, dict[str, Tensor]], dict[int, dict[str, LowRank]]]:
+    """What a message has by version: factors and heads by name, and pieces by module.
+
+    Raises:
+        ValueError: if it has anything else.
+    """
+    parts: dict[int, dict[str, Tensor]] = {}
     grouped: dict[int, dict[str, Tensor]] = {}
     odd = []
     for name, tensor in tensors.items():
-        match = _PIECE.match(name)
-        if match and len(match[1]) < 20 and int(match[1]) in versions and tensor.dtype == PIECE:
-            grouped.setdefault(int(match[1]), {})[name] = tensor
-        elif not name.startswith(("A/", "B/", "dense/")):
+        match = _OF_STEP.match(name)
+        version = int(match[2]) if match and len(match[2]) < 20 else versions[-1]
+        rest = name if match is None else name[match.end() :]
+        if match and version in versions and match[1] == "piece" and tensor.dtype == PIECE:
+            grouped.setdefault(version, {})[name] = tensor
+        elif (match is None or match[1] == "step") and rest.startswith(_PARTS):
+            if match and version not in versions[:-1]:
+                odd.append(name)
+            parts.setdefault(version, {})[rest] = tensor
+        else:
             odd.append(name)
     pieces = {version: lowrank_from(f"piece{version}", found) for version, found in grouped.items()}
     known = {n for v, found in pieces.items() for n in lowrank_tensors(f"piece{v}", found)}
     odd += [name for found in grouped.values() for name in found if name not in known]
     if odd:
         raise ValueError(f"unexpected tensors: {short(sorted(odd))}")
-    return pieces
+    return parts, pieces

@@ -8,11 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
+from fedexlora.errors import DigestError
 from fedexlora.exchange.digest import group, known_digest
 from fedexlora.exchange.digest_file import DigestFile
-from fedexlora.exchange.layout import lowrank_from
+from fedexlora.exchange.layout import MEMORY, lowrank_from
 from fedexlora.exchange.step import PIECE, Step, StepDigests, check_parts
 from fedexlora.exchange.tensors import LazyMapping, TensorFile
 from fedexlora.exchange.untrusted import number, short
@@ -33,6 +36,8 @@ class StoredStep:
     step: Step
     held: Mapping[str, int | None]
     """By client, the version; None for nothing."""
+    memory: Mapping[str, Mapping[str, Tensor]]
+    """What the server remembers for the next round, by module."""
 
 
 def read_step(path: Path) -> StoredStep:
@@ -49,6 +54,7 @@ def read_step(path: Path) -> StoredStep:
     whole = DigestFile.open(path)
     stored = _stored(whole)
     parts: dict[str, dict[str, str]] = {"adapter": {}, "heads": {}}
+    memory: dict[str, str] = {}
     pieces: dict[str, dict[str, str]] = {}
     for name, digest in whole.digests().items():
         kind, _, module = name.partition("/")
@@ -58,6 +64,10 @@ def read_step(path: Path) -> StoredStep:
             parts["heads"][name] = digest
         elif kind.startswith(PREFIX):
             pieces.setdefault(module, {})[name] = digest
+        elif kind.startswith(MEMORY):
+            memory[name] = digest
+    if group(memory) != known_digest(whole.header["memory"]):
+        raise DigestError(f"the server's memory of step {stored.step.version} is damaged", [])
     found = {part: group(digests) for part, digests in parts.items()}
     found["remainder"] = group({module: group(digests) for module, digests in pieces.items()})
     check_parts(stored.step, found)
@@ -77,7 +87,7 @@ def open_step(path: Path) -> StoredStep:
 
 def _stored(whole: DigestFile) -> StoredStep:
     file, header = whole.file, whole.header
-    factors, dense, pieces, own = _contents(file)
+    factors, dense, pieces, own, memory = _contents(file)
     version = number(header, "version")
     step = Step(
         version,
@@ -91,13 +101,14 @@ def _stored(whole: DigestFile) -> StoredStep:
     )
     if step.id != header["id"]:
         raise ValueError(f"it has not the id of version {version}")
-    return StoredStep(step, _held(header, version))
+    remembered = LazyMapping(partial(_remembered, file, memory), memory)
+    return StoredStep(step, _held(header, version), remembered)
 
 
 def _contents(
     file: TensorFile,
-) -> tuple[Names, Names, dict[str, list[str]], dict[str, Names]]:
-    """What a file has: factors, heads, tensors of pieces by module, modules of own by client.
+) -> tuple[Names, Names, dict[str, list[str]], dict[str, Names], dict[str, Names]]:
+    """What a file has: factors, heads, and by module or client the tensors of all else.
 
     Raises:
         ValueError: if it has something else.
@@ -106,6 +117,7 @@ def _contents(
     dense: Names = {}
     pieces: dict[str, list[str]] = {}
     own: dict[str, Names] = {}
+    memory: dict[str, Names] = {}
     odd = []
     for key, spec in file.tensors.items():
         kind, _, name = key.partition("/")
@@ -118,16 +130,22 @@ def _contents(
         elif kind in ("own.A", "own.B"):
             module, _, client = name.partition("/")
             own.setdefault(client, {})[module] = None
+        elif kind in (f"{MEMORY}.A", f"{MEMORY}.B"):
+            memory.setdefault(name, {})[kind[-1]] = None
         else:
             odd.append(key)
     if odd:
         raise ValueError(f"unexpected tensors: {short(sorted(odd))}")
-    return factors, dense, pieces, own
+    return factors, dense, pieces, own, memory
 
 
 def _piece(file: TensorFile, pieces: Mapping[str, list[str]], module: str) -> LowRank:
     found = lowrank_from(PREFIX, {key: file.read(key) for key in pieces[module]})
     return found[module]
+
+
+def _remembered(file: TensorFile, memory: Mapping[str, Names], module: str) -> Mapping[str, Tensor]:
+    return {letter: file.read(f"{MEMORY}.{letter}/{module}") for letter in memory[module]}
 
 
 def _own(file: TensorFile, own: Mapping[str, Names], client: str) -> Adapter:

@@ -1,11 +1,12 @@
 """A step as it is made, one module after the other: in memory, or as a file.
 
-    sink.add("layer.q", adapter, piece)     module by module
-    sink.finish(dense, own, digests, held)  the step; its id is the same from both sinks
+    sink.add("layer.q", adapter, piece, memory)  module by module
+    sink.finish(dense, own, digests, held)       the step; its id is the same from both sinks
 
 The file is the tensors of the step in the order in which they came, and a header with the version
 that the step leads to, its id, the id of the version before, the digests of the step's parts, and
-what the round changed of what clients hold.
+what the round changed of what clients hold. What the server remembers of a module for the next
+round is in the file as well; it is no part of the step, and never sent.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from fedexlora.exchange.digest import group, tensors_digest
 from fedexlora.exchange.digest_file import DigestWriter, header_room
 from fedexlora.exchange.files import writing
 from fedexlora.exchange.layout import (
+    MEMORY,
+    NO_MEMORY,
     adapter_tensors,
     dense_tensors,
     each_once,
     lowrank_tensors,
+    memory_tensors,
     own_tensors,
 )
 from fedexlora.exchange.step import PIECE, Step, StepDigests, remainder_digest
@@ -37,7 +41,13 @@ from fedexlora.exchange.version import Adapter, next_id
 class StepSink(Protocol):
     """What takes in a step while it is made."""
 
-    def add(self, module: str, adapter: Factors, piece: LowRank) -> None:
+    def add(
+        self,
+        module: str,
+        adapter: Factors,
+        piece: LowRank,
+        memory: Mapping[str, Tensor] = NO_MEMORY,
+    ) -> None:
         """Take in one module.
 
         Args:
@@ -45,6 +55,7 @@ class StepSink(Protocol):
             adapter: its factors in the version that is reached.
             piece: its remainder of the round, unscaled, ``(d_out, d_in)``; rounded to float32. Of
                 a zero matrix nothing is kept.
+            memory: what the server remembers of the module, by names of letters alone.
 
         Raises:
             RunError: if it cannot be written.
@@ -80,17 +91,26 @@ class StepBuilder:
     Args:
         version: the version that it leads to.
         previous: the id of the version before.
-        trained: the factors that change from version to version, of ``("A", "B")``.
+        letters: the factors that the step changes, of ``("A", "B")``.
     """
 
-    def __init__(self, version: int, previous: str, trained: Sequence[str]) -> None:
-        self._version, self._previous, self._trained = version, previous, trained
+    def __init__(self, version: int, previous: str, letters: Sequence[str]) -> None:
+        self._version, self._previous, self._letters = version, previous, letters
         self._factors: dict[str, Tensor] = {}
         self._pieces: dict[str, LowRank] = {}
+        self.memory: dict[str, Mapping[str, Tensor]] = {}
+        """What the server remembers, by module."""
 
-    def add(self, module: str, adapter: Factors, piece: LowRank) -> None:
+    def add(
+        self,
+        module: str,
+        adapter: Factors,
+        piece: LowRank,
+        memory: Mapping[str, Tensor] = NO_MEMORY,
+    ) -> None:
         """See :class:`StepSink`."""
-        self._factors |= adapter_tensors({module: adapter}, self._trained)
+        self._factors |= adapter_tensors({module: adapter}, self._letters)
+        self.memory[module] = memory
         if not piece.is_zero:
             self._pieces[module] = _rounded(piece)
 
@@ -132,7 +152,7 @@ class StepWriter:
         path: the file; replaced if it exists, and removed if the step is not finished.
         version: the version that the step leads to.
         previous: the id of the version before.
-        trained: the factors that change from version to version, of ``("A", "B")``.
+        letters: the factors that the step changes, of ``("A", "B")``.
         modules: the modules that may be added.
         dense: names of the heads and biases.
         owners: by client whose own adapter may change, the first one that has the same.
@@ -147,19 +167,21 @@ class StepWriter:
         path: Path,
         version: int,
         previous: str,
-        trained: Sequence[str],
+        letters: Sequence[str],
         modules: Iterable[str],
         dense: Iterable[str] = (),
         owners: Mapping[str, str] | None = None,
         clients: Iterable[str] = (),
     ) -> None:
         self._path, self._version = path, version
-        self._previous, self._trained = previous, trained
+        self._previous, self._letters = previous, letters
         self._adapter: dict[str, str] = {}
         self._remainder: dict[str, str] = {}
+        self._memory: dict[str, str] = {}
         known, first = list(modules), dict(owners or {})
-        names = [f"{letter}/{name}" for name in known for letter in trained]
+        names = [f"{letter}/{name}" for name in known for letter in letters]
         names += [f"{PREFIX}.{letter}/{name}" for name in known for letter in "AB"]
+        names += [f"{MEMORY}.{letter}/{name}" for name in known for letter in "AB"]
         names += [f"dense/{name}" for name in dense]
         owning = set(first.values())
         names += [f"own.{x}/{name}/{client}" for name in known for client in owning for x in "AB"]
@@ -167,11 +189,19 @@ class StepWriter:
         with writing(path):
             self._file: DigestWriter | None = DigestWriter(path, names, header_room(said))
 
-    def add(self, module: str, adapter: Factors, piece: LowRank) -> None:
+    def add(
+        self,
+        module: str,
+        adapter: Factors,
+        piece: LowRank,
+        memory: Mapping[str, Tensor] = NO_MEMORY,
+    ) -> None:
         """See :class:`StepSink`."""
         with self._open() as file:
-            for name, tensor in adapter_tensors({module: adapter}, self._trained).items():
+            for name, tensor in adapter_tensors({module: adapter}, self._letters).items():
                 self._adapter[name] = file.add(name, tensor)
+            for name, tensor in memory_tensors(module, memory).items():
+                self._memory[name] = file.add(name, tensor)
             if not piece.is_zero:
                 tensors = lowrank_tensors(PREFIX, {module: _rounded(piece)})
                 digests = {name: file.add(name, tensor) for name, tensor in tensors.items()}
@@ -199,6 +229,7 @@ class StepWriter:
                 "digests": digests.to_json(),
                 "held": dict(held),
                 "shared": shared,
+                "memory": group(self._memory),
             }
             file.finish(header)
             self._file = None

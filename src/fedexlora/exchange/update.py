@@ -38,6 +38,9 @@ class ClientUpdate:
     base: str
     """Fingerprint of the base model that it was trained on."""
     tensors: Mapping[str, Tensor]
+    memory: int | None = None
+    """The round of what the client remembered of the method when it began, 0 for nothing; None
+    where the method remembers nothing."""
 
     def factors(self, module: str, held: Factors) -> Factors:
         """The trained factors of ``module``; a factor that is frozen comes from ``held``."""
@@ -51,7 +54,7 @@ class ClientUpdate:
 
     def header(self) -> dict[str, Any]:
         """Everything but the tensors, for the message."""
-        return {
+        header: dict[str, Any] = {
             "client": self.client,
             "round": self.round,
             "version": self.version,
@@ -59,6 +62,9 @@ class ClientUpdate:
             "loss": self.loss,
             "base": self.base,
         }
+        if self.memory is not None:
+            header["memory"] = self.memory
+        return header
 
 
 def largest_header(spec: AdapterSpec) -> int:
@@ -73,8 +79,17 @@ def largest_update(spec: AdapterSpec) -> int:
     return 8 + largest_header(spec) + content
 
 
-def decode_update(message: bytes, spec: AdapterSpec, round_: int, client: str) -> ClientUpdate:
+def decode_update(
+    message: bytes, spec: AdapterSpec, round_: int, client: str, *, remembers: bool = False
+) -> ClientUpdate:
     """The update in ``message``, which came from ``client`` in ``round_``; not yet checked.
+
+    Args:
+        message: what arrived.
+        spec: what it must contain.
+        round_: the round that is open.
+        client: who sent it.
+        remembers: whether clients remember something of the method, and say of which round.
 
     Nothing of a message is read that is larger than what ``spec`` asks for.
 
@@ -104,6 +119,7 @@ def decode_update(message: bytes, spec: AdapterSpec, round_: int, client: str) -
         "num_examples": int,
         "loss": float,
         "base": str,
+        **({"memory": int} if remembers else {}),
     }
     faults = [
         f"header {key!r}: expected {kind.__name__}, found {short(header.get(key))}"

@@ -26,7 +26,7 @@ _NODE = "fedexlora-node"
 """The key of a SuperNode's ``--node-config`` that names the node's configuration."""
 
 
-def client_app(recipe: Path | Recipe | None = None) -> ClientApp:
+def client_app(recipe: Path | Recipe | None = None, memory: Path | None = None) -> ClientApp:
     """The app of a node; its SuperNode is started with ``--node-config 'fedexlora-node="FILE"'``.
 
     A node of Flower's simulation on this machine has no such file: it is the client of the recipe's
@@ -35,16 +35,17 @@ def client_app(recipe: Path | Recipe | None = None) -> ClientApp:
     Args:
         recipe: what simulated nodes run, if the server's recipe is the same; other nodes read
             nothing of it.
+        memory: a folder for what simulated nodes remember of the method, of one run.
     """
     app = ClientApp()
 
     @app.query()
     def greet(message: Message, context: Context) -> Message:
-        return _answer(message, context, recipe)
+        return _answer(message, context, recipe, memory)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answer(message, context, recipe)
+        return _answer(message, context, recipe, memory)
 
     return app
 
@@ -77,10 +78,15 @@ def server_app(recipe: Path) -> ServerApp:
     return app
 
 
-def _answer(message: Message, context: Context, recipe: Path | Recipe | None) -> Message:
+def _answer(
+    message: Message,
+    context: Context,
+    recipe: Path | Recipe | None,
+    memory: Path | None = None,
+) -> Message:
     """The reply; nothing is raised, as Flower would send the error's text to the server."""
     try:
-        reply = _responder(context, recipe)(_request(message))
+        reply = _responder(context, recipe, memory)(_request(message))
     except Exception as error:  # noqa: BLE001 - its text must not leave the node
         reply = fault_frame(error)
     return Message(to_records(reply), reply_to=message)
@@ -95,7 +101,9 @@ def _request(message: Message) -> Frame:
     return frame
 
 
-def _responder(context: Context, recipe: Path | Recipe | None) -> Callable[[Frame], Frame]:
+def _responder(
+    context: Context, recipe: Path | Recipe | None, memory: Path | None
+) -> Callable[[Frame], Frame]:
     file = context.node_config.get(_NODE)
     if file is not None:
         from fedexlora.flower.worker import ask_worker
@@ -110,7 +118,7 @@ def _responder(context: Context, recipe: Path | Recipe | None) -> Callable[[Fram
         )
     from fedexlora.flower.resident import simulated
 
-    return lambda frame: simulated(int(partition), frame, recipe)
+    return lambda frame: simulated(int(partition), frame, recipe, memory)
 
 
 def _in_simulation() -> bool:

@@ -64,7 +64,9 @@ def unpack_shared(record: ArrayRecord) -> Shared:
             for name, pair in state.adapter.items()
         }
         dense = {name: TensorSpec.of(tensor) for name, tensor in state.dense.items()}
-        return Shared(state, AdapterSpec(modules, dense, FEDEX.trained), str(header["base"]))
+        return Shared(
+            state, AdapterSpec(modules, dense, FEDEX.default.factors), str(header["base"])
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"the arrays hold no version of a global model: {error}") from error
 

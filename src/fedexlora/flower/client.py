@@ -131,7 +131,7 @@ def _resident(model: nn.Module) -> _Resident:
     found = model.__dict__.get(_RESIDENT)
     if not isinstance(found, _Resident):
         # Its user trains and scores it in whatever arithmetic: beside the weight holds in any.
-        found = _Resident(AdaptedModel(model, FEDEX.trained, "side"))
+        found = _Resident(AdaptedModel(model, FEDEX.default.factors, "side"))
         setattr(model, _RESIDENT, found)
     return found
 

@@ -25,11 +25,12 @@ from fedexlora.data.config import TaskConfig
 from fedexlora.data.partition_config import Column
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.untrusted import CLIENT_NAME
+from fedexlora.local.own_keys import DEVICE_NAMES, is_device_name
 
 if TYPE_CHECKING:
     from fedexlora.rounds.recipe import Recipe
 
-_FEDERATION = ("method", "next_adapter", "placement", "seed")
+_FEDERATION = ("placement", "seed")
 """What of the federation's table concerns a client: it need not load anew when the rest changes."""
 TASK_OF_SERVER = frozenset({"generation", "choices"})
 """Fields of a task that concern scores alone, and that no node is sent."""
@@ -61,6 +62,12 @@ def _known_kind(kind: str) -> str:
     if kind not in known:
         raise ValueError(f"expected one of {', '.join(known)}")
     return kind
+
+
+def _known_device(name: str) -> str:
+    if not is_device_name(name):
+        raise ValueError(f"expected {DEVICE_NAMES}")
+    return name
 
 
 class NodeTask(_Table):
@@ -125,9 +132,18 @@ class Node(_Table):
     without a revision."""
     limits: Limits = Limits()
     use_cpu: bool = False
-    """Train on the processor even if there is a GPU."""
+    """Train on the processor even if there is a GPU; ``device = "cpu"`` says the same."""
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
+    """Where the model is, whatever the recipe says: ``auto`` (the one GPU that is visible, or else
+    the processor), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``."""
     idle: float = Field(default=900.0, gt=0)
     """Seconds without a message after which the loaded model is let go of."""
+
+    @model_validator(mode="after")
+    def _one_device(self) -> Self:
+        if self.use_cpu and self.device not in ("auto", "cpu"):
+            raise ValueError(f"device: {self.device!r} is not use_cpu = true; give one of the two")
+        return self
 
 
 def load_node(path: Path) -> Node:
@@ -158,5 +174,9 @@ def recipe_for_nodes(recipe: Recipe, task: Mapping[str, Any]) -> dict[str, Any]:
     """
     document = recipe.model_dump(mode="json", exclude_none=True, exclude={"data", "evaluation"})
     federation = {key: document["federation"][key] for key in _FEDERATION}
+    # Where a node trains is for the node to say.
+    document["training"].pop("device", None)
+    if recipe.training["schedule"] == "run":
+        federation["rounds"] = recipe.federation.rounds
     learned = {key: value for key, value in task.items() if key not in TASK_OF_SERVER}
     return {**document, "task": learned, "federation": federation}

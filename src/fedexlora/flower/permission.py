@@ -77,7 +77,7 @@ def _of_node(sent: object, node: Node) -> Recipe:
     document = _document(sent, node)
     model = _model(document["model"], node)
     data = node.data.model_dump(exclude={"share"}, exclude_none=True)
-    training = {**document["training"], **({"use_cpu": True} if node.use_cpu else {})}
+    training = _on_own_device(document["training"], node)
     try:
         recipe = parse_recipe(
             {**document, "model": model, "data": data, "training": training}, "of the server"
@@ -90,6 +90,13 @@ def _of_node(sent: object, node: Node) -> Recipe:
     _refuse(NodeFault.TASK_REFUSED, _task_faults(recipe, node))
     _refuse(NodeFault.LIMIT_EXCEEDED, limit_faults)
     return recipe
+
+
+def _on_own_device(asked: Mapping[str, Any], node: Node) -> dict[str, Any]:
+    """The table of training, with the node's own device if it states one."""
+    if node.use_cpu or node.device != "auto":
+        return {**asked, "use_cpu": False, "device": "cpu" if node.use_cpu else node.device}
+    return dict(asked)
 
 
 def _refuse(code: NodeFault, faults: list[str]) -> None:

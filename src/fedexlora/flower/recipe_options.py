@@ -12,7 +12,9 @@ from typing import Any
 
 from fedexlora.exchange.untrusted import short
 
-TABLES = frozenset({"model", "task", "partition", "lora", "training", "federation", "clients"})
+TABLES = frozenset(
+    {"model", "task", "partition", "lora", "training", "method", "federation", "clients"}
+)
 """Tables of a recipe that a server may send."""
 TRAINING_OPTIONS = frozenset(
     {
@@ -33,6 +35,7 @@ TRAINING_OPTIONS = frozenset(
         "optim",
         "optim_args",
         "per_device_train_batch_size",
+        "schedule",
         "train_sampling_strategy",
         "use_cpu",
         "warmup_ratio",
@@ -40,7 +43,7 @@ TRAINING_OPTIONS = frozenset(
         "weight_decay",
     }
 )
-"""Fields of ``TrainingArguments`` that a server may set: numbers and names, no paths or hosts."""
+"""Keys of ``[training]`` that a server may set: numbers and names, no paths, hosts or devices."""
 LORA_OPTIONS = frozenset(
     {
         "alpha_pattern",

@@ -21,6 +21,7 @@ from fedexlora.flower.announcement import announced
 from fedexlora.flower.frames import Frame
 from fedexlora.flower.permission import local_recipe
 from fedexlora.local.clients import LocalClients
+from fedexlora.local.memory import ClientMemory
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare
 from fedexlora.rounds.recipe import Recipe, load_recipe
@@ -40,16 +41,20 @@ class _Resident:
 _RESIDENT: list[_Resident] = []
 
 
-def simulated(partition: int, frame: Frame, own: Path | Recipe) -> Frame:
+def simulated(
+    partition: int, frame: Frame, own: Path | Recipe, memory: Path | None = None
+) -> Frame:
     """The answer of the client with this number, from 0.
 
     Args:
         partition: its number in the recipe's partition.
         frame: the server's request.
         own: this machine's recipe, or its file; the server's must say the same.
+        memory: the folder of what clients remember of the method.
 
     Raises:
-        NodeError: if the server's recipe is another one, or has no such client.
+        NodeError: if the server's recipe is another one, has no such client, or a method whose
+            clients remember something where there is no folder for it.
         RunError: if the client cannot train.
         InputError: if the recipe names something that is not there.
     """
@@ -59,6 +64,9 @@ def simulated(partition: int, frame: Frame, own: Path | Recipe) -> Frame:
         said = f"the recipe has {len(clients)} clients: there is no number {partition}"
         raise NodeError(NodeFault.TASK_REFUSED, said)
     client = clients[partition]
+    if memory is None and resident.trainer.rule.remembers_at_clients:
+        said = "clients remember something of this method: run it with fedexlora run"
+        raise NodeError(NodeFault.TASK_REFUSED, said)
     if frame.header["kind"] == "hello":
         rows = resident.trainer.num_examples[client]
         return Frame({"client": client, "rows": rows, "keeps": False})
@@ -75,7 +83,8 @@ def simulated(partition: int, frame: Frame, own: Path | Recipe) -> Frame:
         return Frame({"missed": str(NodeFault.VERSION_MISSING)})
     round_ = number(frame.header, "round")
     started = time.perf_counter()
-    update = resident.trainer.update(client, state, round_, lambda *_: None)
+    remembered = None if memory is None else ClientMemory(memory)
+    update = resident.trainer.update(client, state, round_, lambda *_: None, remembered)
     seconds = time.perf_counter() - started
     return Frame({"seconds": seconds, "keeps": False}, {"update": update})
 

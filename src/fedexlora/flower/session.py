@@ -28,6 +28,7 @@ from fedexlora.flower.frames import PROTOCOL, Frame
 from fedexlora.flower.node import Node
 from fedexlora.flower.permission import local_recipe
 from fedexlora.local.clients import LocalClients
+from fedexlora.local.memory import ClientMemory
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare_client
 
@@ -94,7 +95,8 @@ class Session:
         _log.info("round %d: training from version %d", round_, held.version)
         started = time.perf_counter()
         with _told_as(Exception, NodeFault.TRAINING_FAILED):
-            update = trainer.update(client, held, round_, lambda *_: None)
+            memory = ClientMemory(self.node.home / "memory", _run_of(frame))
+            update = trainer.update(client, held, round_, lambda *_: None, memory)
         seconds = time.perf_counter() - started
         _log.info("round %d: trained in %.1f s", round_, seconds)
         return Frame({"seconds": seconds}, {"update": update})
@@ -157,6 +159,18 @@ def _round_of(frame: Frame) -> int:
         if "message" not in frame.parts:
             raise ValueError("a request to train has no message")
         return number(frame.header, "round")
+
+
+def _run_of(frame: Frame) -> str:
+    """What tells the run from others.
+
+    Raises:
+        NodeError: if the request does not say.
+    """
+    run = frame.header.get("run")
+    if not isinstance(run, str):
+        raise NodeError(NodeFault.REQUEST_INVALID, f"a request of no run: {short(run)}")
+    return run
 
 
 @contextmanager

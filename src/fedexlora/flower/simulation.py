@@ -12,6 +12,7 @@ from flwr.simulation import run_simulation
 from fedexlora.errors import RunError
 from fedexlora.flower.apps import client_app
 from fedexlora.flower.server import Settings, serve
+from fedexlora.rounds.folder import RunFolder
 from fedexlora.rounds.loop import RunResult
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import client_rows
@@ -71,7 +72,7 @@ def simulate(
     # A client's reply says what kind of fault it met, and Ray's own log files have the rest.
     quiet: dict[str, ConfigRecordValues] = {"log_to_driver": False}
     backend = {"client_resources": used, "init_args": quiet}
-    run_simulation(app, client_app(recipe), count, backend_config=backend)
+    run_simulation(app, client_app(recipe, RunFolder(out).memory), count, backend_config=backend)
     if failed:
         raise failed[0]
     if not done:

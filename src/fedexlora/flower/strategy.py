@@ -145,8 +145,8 @@ class FedExLoRA(FedAvg):
         logger.info("%s: %d of %d nodes count", step, len(counted), len(opened.asked))
         if not counted:
             return None, None
-        reduction = Reducer(form, FEDEX, _no_fresh).reduce(
-            updates, step_in_memory(sent.state, FEDEX)
+        reduction = Reducer(form, FEDEX.default, _no_fresh).reduce(
+            updates, step_in_memory(sent.state, FEDEX.default)
         )
         state = sent.state.advance([reduction.step])
         _certify(reduction, state, form, updates)

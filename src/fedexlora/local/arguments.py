@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from fedexlora.errors import RecipeError
+from fedexlora.local.own_keys import (
+    DEVICE_NAMES,
+    OWN_KEYS,
+    OwnKeys,
+    is_device_name,
+    library_options,
+    stated_device,
+)
+from fedexlora.local.schedule import rate_of_step, schedule_faults
 from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.device import find_device
 from fedexlora.peft_bridge.isolation import process_settings
 from fedexlora.peft_bridge.options import option_faults
 
@@ -103,20 +116,49 @@ _AT_LEAST_ONE = (
 _ABOVE_ZERO = ("learning_rate", "num_train_epochs")
 
 
+@dataclass
+class _OnOneDevice(TrainingArguments):  # type: ignore[misc] # transformers is untyped here
+    """``TrainingArguments`` for one device, which it is told and does not look for.
+
+    Left to itself it takes the first GPU, and with more of them in sight `Trainer` takes as many
+    times larger batches and spreads them over all, by ``nn.DataParallel``.
+    """
+
+    place: str = "cpu"
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        """The device, for `Trainer` and for accelerate."""
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.distributed_state = PartialState(cpu=self.use_cpu)
+        device = torch.device(self.place)
+        self.distributed_state.device = device
+        self._n_gpu = 0 if device.type == "cpu" else 1
+        return device
+
+
 def arguments(options: Mapping[str, Any], *, seed: int, folder: str) -> TrainingArguments:
     """What ``Trainer`` is given: the recipe's options, on one device.
 
     Args:
-        options: fields of ``TrainingArguments``.
+        options: the ``[training]`` table.
         seed: of dropout and of the order of rows.
         folder: where callbacks may write.
+
+    Raises:
+        RecipeError: if this machine has not the device.
+        ValueError: if a value cannot be, or not on this machine.
     """
-    merged = {**_DEFAULTS, **options, **_FIXED}
+    stated = stated_device(options)
+    device = find_device(stated)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what asks for a GPU without naming one means this one
+    # A processor that was not asked for is no place for an arithmetic that means a GPU.
+    merged = {**_DEFAULTS, **library_options(options), **_FIXED, "use_cpu": stated == "cpu"}
     with process_settings():  # TrainingArguments sets how the whole process multiplies
-        made = TrainingArguments(output_dir=folder, seed=seed, data_seed=seed, **merged)
-        # With more GPUs than one in sight, `Trainer` would divide every batch among them.
-        made._n_gpu = min(made.n_gpu, 1)
-    return made
+        return _OnOneDevice(
+            output_dir=folder, seed=seed, data_seed=seed, place=str(device), **merged
+        )
 
 
 def training_faults(options: Mapping[str, Any]) -> list[str]:
@@ -124,13 +166,23 @@ def training_faults(options: Mapping[str, Any]) -> list[str]:
 
     A run is exported, scored and looked at where it could not be trained.
     """
-    return option_faults(
-        "training", options, TrainingArguments, _RESERVED, lambda: _check(options), _range_faults
+    own = {key: value for key, value in options.items() if key in OWN_KEYS}
+    faults = option_faults(
+        "training", own, OwnKeys, {}, lambda: OwnKeys(**own), lambda _: _device_faults(options)
+    )
+    return faults + option_faults(
+        "training",
+        library_options(options),
+        TrainingArguments,
+        _RESERVED,
+        lambda: _check(options),
+        lambda given: [*_range_faults(given), *schedule_faults(options)],
+        beside=OWN_KEYS,
     )
 
 
 def check_training_device(options: Mapping[str, Any]) -> None:
-    """Refuse to train in an arithmetic that this machine has not.
+    """Refuse to train on a device or in an arithmetic that this machine has not.
 
     Raises:
         RecipeError: saying which.
@@ -139,12 +191,6 @@ def check_training_device(options: Mapping[str, Any]) -> None:
         _made(options)
     except ValueError as error:
         raise RecipeError("this machine cannot train so", [f"training: {error}"]) from error
-
-
-def training_device(options: Mapping[str, Any]) -> torch.device:
-    """The one device that the model is on, trained and scored."""
-    device: torch.device = _made(_without_arithmetic(options)).device
-    return device
 
 
 def training_arithmetic(options: Mapping[str, Any]) -> Arithmetic:
@@ -162,16 +208,12 @@ def _made(options: Mapping[str, Any]) -> TrainingArguments:
     return arguments(options, seed=0, folder=tempfile.gettempdir())
 
 
-def _without_arithmetic(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key not in ("bf16", "tf32")}
-
-
 def _made_anywhere(options: Mapping[str, Any]) -> TrainingArguments:
-    """As on a machine that has the arithmetic: every processor has bf16; TF32 is a GPU's."""
+    """As on a machine that has device and arithmetic: every processor has bf16; TF32 is a GPU's."""
     try:
         return _made(options)
-    except ValueError:
-        elsewhere = {**options, "use_cpu": True}
+    except (ValueError, RecipeError):
+        elsewhere = {**options, "device": "cpu"}
         elsewhere.pop("tf32", None)
         return _made(elsewhere)
 
@@ -194,6 +236,17 @@ def _check(options: Mapping[str, Any]) -> None:
             callback()
         except RuntimeError as error:  # transformers' word for a package that is not there
             raise ImportError(f"report_to = {options.get('report_to')!r}: {error}") from error
+    if options.get("schedule") == "run":
+        rate_of_step(made, 1)
+
+
+def _device_faults(options: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the name of the device, on any machine."""
+    name = options.get("device", "auto")
+    if not is_device_name(name):
+        yield f"device: expected {DEVICE_NAMES}; found {name!r}"
+    elif options.get("use_cpu") is True and name not in ("auto", "cpu"):
+        yield f"device: {name!r} is not use_cpu = true; give one of the two"
 
 
 def _range_faults(options: Mapping[str, Any]) -> Iterator[str]:

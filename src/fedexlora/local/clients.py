@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 from datasets import Dataset
+from torch import Tensor
 
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import RecipeError
+from fedexlora.exchange.layout import adapter_tensors, dense_tensors
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
-from fedexlora.local.arguments import full_batches_only
-from fedexlora.local.trainer import Collator, rehearse, train_locally
+from fedexlora.local.job import LocalJob
+from fedexlora.local.memory import ClientMemory, Remembered
+from fedexlora.methods.rule import ClientRound, Rule, Trainables
 from fedexlora.peft_bridge.model import AdaptedModel
 
 
 class LocalClients:
     """One resident model that trains any of the clients that are given to it.
 
-    ``num_examples`` has the rows by client, in the order of the partition.
+    ``num_examples`` has the rows by client, in the order of the partition; ``rule`` is that of the
+    method.
 
     Args:
         model: the model; it is left as some client's.
         rows: the tokenised rows of all clients.
         shares: by client, which of them it has.
-        collator: rows to a padded batch.
-        options: fields of ``TrainingArguments``.
+        job: trains one of them.
         seed: the federation's.
         specs: the adapters of the clients that have another one than the model, by client.
+        rule: what clients do by the method.
     """
 
     def __init__(
@@ -38,19 +43,19 @@ class LocalClients:
         model: AdaptedModel,
         rows: Dataset,
         shares: Mapping[str, Sequence[int]],
-        collator: Collator,
-        options: Mapping[str, Any],
+        job: LocalJob,
         seed: int,
         specs: Mapping[str, AdapterSpec],
+        rule: Rule,
     ) -> None:
         self.model = model
         self._rows = rows
         self._shares = shares
         self.num_examples = {client: len(share) for client, share in shares.items()}
-        self._collator = collator
-        self._options = options
+        self._job = job
         self._seed = seed
         self._specs = specs
+        self.rule = rule
         self._applied: Mapping[str, LowRank] | None = None
 
     def rehearse(self) -> None:
@@ -59,15 +64,14 @@ class LocalClients:
         Raises:
             RecipeError: naming the clients that would drop all of their rows; or if it fails.
         """
-        least = full_batches_only(self._options)
+        least = self._job.least_rows
         if short := [name for name, rows in self.num_examples.items() if rows < least]:
             raise RecipeError(
                 f"training.dataloader_drop_last leaves these clients nothing to train on, as they "
                 f"have fewer rows than training.per_device_train_batch_size = {least}",
                 [f"{name}: {self.num_examples[name]} row(s)" for name in short],
             )
-        model = self.model.peft_model
-        rehearse(model, self._rows, self._collator, self._options)
+        self._job.rehearse(self.model.peft_model, self._rows)
 
     def rows_of(self, client: str) -> Dataset:
         """The tokenised rows of one client, selected anew: of many clients, few are at work."""
@@ -79,6 +83,7 @@ class LocalClients:
         held: GlobalState,
         round_: int,
         progress: Callable[[str, int, int], None],
+        memory: ClientMemory | None = None,
     ) -> bytes:
         """Train one client from the version that it holds, and encode what it learned.
 
@@ -87,26 +92,69 @@ class LocalClients:
             held: the version, with the client's own adapter if it has one.
             round_: the round, from 1.
             progress: told of the client, steps done and steps in all.
+            memory: what clients remember of the method; None where it remembers nothing.
+
+        Raises:
+            OSError: if what the client remembers cannot be written.
         """
-        if self._applied is not held.total:
-            self.model.apply(held)
-            self._applied = held.total
-        self.model.enter(held, client, self._specs.get(client))
+        at, since = self._client_round(client, held, round_, memory)
+        self._enter(held, at)
         rows = self.rows_of(client)
-        loss = train_locally(
-            self.model.peft_model,
-            rows,
-            self._collator,
-            self._options,
-            seed=derive_seed(self._seed, round_, client),
-            progress=lambda done, steps: progress(client, done, steps),
-        )
+        with self.model.training_only(self.rule.trains(round_)):
+            done = self._job.train(
+                self.model.peft_model,
+                rows,
+                seed=derive_seed(self._seed, round_, client),
+                round_=round_,
+                on_step=lambda done, steps: progress(client, done, steps),
+            )
         return ClientUpdate(
             client=client,
             round=round_,
             version=held.id,
             num_examples=len(rows),
-            loss=loss,
+            loss=done.loss,
             base=self.model.base_fingerprint,
-            tensors=self.model.update_tensors(),
+            tensors=self._leave(at, memory),
+            memory=since,
         ).encode()
+
+    def _client_round(
+        self, client: str, held: GlobalState, round_: int, memory: ClientMemory | None
+    ) -> tuple[ClientRound, int | None]:
+        """What the method sees of a client on entering a round, and the round of its memory."""
+        remembered, since = Remembered(), None
+        if memory is not None and self.rule.remembers_at_clients:
+            remembered = memory.read(client, round_)
+            since = remembered.round
+        received = Trainables(held.adapter_of(client), held.dense)
+        spec = self._specs.get(client, self.model.spec)
+        seed = derive_seed(self._seed, round_, f"{client}\0fresh")
+        fresh = partial(self.model.fresh, spec, seed)
+        return ClientRound(client, round_, received, remembered.tensors, fresh), since
+
+    def _enter(self, held: GlobalState, at: ClientRound) -> None:
+        """Have the model be what the client starts from."""
+        if self._applied is not held.total:
+            self.model.apply(held)
+            self._applied = held.total
+        rule, client = self.rule.client, at.client
+        if rule is not None:
+            start = rule.enter(at)
+            factors, own = start.factors, held.own
+            if client in own:
+                held = replace(held, own={client: factors}, dense=start.heads)
+            else:
+                held = replace(held, adapter=factors, dense=start.heads)
+        self.model.enter(held, client, self._specs.get(client))
+
+    def _leave(self, at: ClientRound, memory: ClientMemory | None) -> dict[str, Tensor]:
+        """What the client sends, by the names of ``AdapterSpec.tensors``; it remembers the rest."""
+        trained = Trainables(self.model.factors(), self.model.dense())
+        if self.rule.client is not None:
+            trained, remembered = self.rule.client.leave(at, trained)
+            if memory is not None and remembered:
+                memory.write(at.client, at.round, remembered)
+        found = adapter_tensors(trained.factors) | dense_tensors(trained.heads)
+        wanted = self.rule.upload_spec(self.model.spec, at.round)
+        return {name: found[name] for name in wanted.tensors()}

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,21 +35,20 @@ _CPU = torch.device("cpu")
 
 
 def training_bytes(
-    model: PeftModel, rows: Dataset, collator: Collator, options: Mapping[str, Any]
+    model: nn.Module, rows: Dataset, collator: Collator, options: Mapping[str, Any]
 ) -> int:
     """What the first step on the longest rows holds at once, with gradients and optimizer.
 
     Args:
-        model: a model without weights; its modes and hooks change.
+        model: a PEFT model without weights; its modes and hooks change.
         rows: tokenised rows with their ``length``, at least one.
         collator: rows to a padded batch.
         options: fields of ``TrainingArguments``.
     """
     made = arguments(options, seed=0, folder=tempfile.gettempdir())
     if made.gradient_checkpointing:
-        model.gradient_checkpointing_enable(
-            made.gradient_checkpointing_kwargs or {"use_reentrant": False}
-        )
+        enable: Any = model.gradient_checkpointing_enable
+        enable(made.gradient_checkpointing_kwargs or {"use_reentrant": False})
     optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(made, model)
     model.train()
 
@@ -65,12 +63,12 @@ def training_bytes(
 
 
 def scoring_bytes(
-    model: PeftModel, rows: Dataset, collator: Collator, batch_size: int, arithmetic: Arithmetic
+    model: nn.Module, rows: Dataset, collator: Collator, batch_size: int, arithmetic: Arithmetic
 ) -> int:
     """What scoring the longest rows holds at once, up to the outputs.
 
     Args:
-        model: a model without weights; its modes change.
+        model: a PEFT model without weights; its modes change.
         rows: tokenised rows with their ``length``, at least one.
         collator: rows to a padded batch.
         batch_size: most rows of a batch.
@@ -87,11 +85,11 @@ def scoring_bytes(
     return _peak(model, collator(_longest(rows, batch_size)), score)
 
 
-def writing_bytes(model: PeftModel, sequences: int, length: int, arithmetic: Arithmetic) -> int:
+def writing_bytes(model: nn.Module, sequences: int, length: int, arithmetic: Arithmetic) -> int:
     """What writing texts holds at once: keys and values of every token, and a pass over them.
 
     Args:
-        model: a model without weights; its modes change.
+        model: a PEFT model without weights; its modes change.
         sequences: that are written side by side.
         length: of the longest prompt and its text, in tokens.
         arithmetic: how the model multiplies then.
@@ -112,7 +110,7 @@ def _longest(rows: Dataset, count: int) -> list[dict[str, Any]]:
 
 
 def _peak(
-    model: PeftModel,
+    model: nn.Module,
     batch: Mapping[str, Tensor],
     work: Callable[[nn.Module, Mapping[str, Tensor]], None],
 ) -> int:

@@ -1,9 +1,10 @@
-"""Local training of one client in one round, by transformers' ``Trainer``."""
+"""The default job: local training by transformers' ``Trainer``."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 from transformers import (
     PrinterCallback,
@@ -23,100 +26,83 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fedexlora.errors import RecipeError
-from fedexlora.local.arguments import arguments
+from fedexlora.local.arguments import arguments, full_batches_only
+from fedexlora.local.job import JobResult, OnStep
+from fedexlora.local.schedule import Position
 from fedexlora.peft_bridge.arithmetic import float32_products
 from fedexlora.peft_bridge.isolation import isolation
 
 _NO_TARGET = -100
 """The label of a token that is not predicted."""
 Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
-Progress = Callable[[int, int], None]
-"""Called with steps done and steps in all."""
 
 
-def train_locally(
-    model: torch.nn.Module,
-    rows: Dataset,
-    collator: Collator,
-    options: Mapping[str, Any],
-    *,
-    seed: int,
-    progress: Progress,
-) -> float:
-    """Train a model's trainable parameters, in place, on one client's rows.
+@dataclass(frozen=True, slots=True)
+class TrainerJob:
+    """A client's epochs by transformers' ``Trainer``: a new one, with a new optimizer, each round.
 
-    Nothing else of the model is changed, also if training fails.
-
-    Args:
-        model: the model; it starts from the global version of the round.
-        rows: tokenised rows with their ``length``.
-        collator: rows to a padded batch.
-        options: fields of ``TrainingArguments``.
-        seed: of dropout and of the order of rows.
-        progress: told of every step.
-
-    Returns:
-        The mean training loss; NaN if any step's loss was.
-
-    Raises:
-        BridgeError: if training changed what is frozen.
+    Its methods are those of :class:`~fedexlora.local.job.LocalJob`.
     """
-    products = float32_products(tf32=options.get("tf32") is True)
-    folder = tempfile.TemporaryDirectory(prefix="fedexlora-")
-    with folder as path, isolation(model), products:
-        trainer = _Trainer(
-            model=model,
-            args=arguments(options, seed=seed, folder=path),
-            train_dataset=rows,
-            data_collator=collator,
-            callbacks=[_Report(progress)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        return float(trainer.train().training_loss)
 
+    options: Mapping[str, Any]
+    """The ``[training]`` table."""
+    collator: Collator
+    """Rows to a padded batch."""
+    rounds: int = 1
+    """Of the run."""
 
-def rehearse(
-    model: torch.nn.Module, rows: Dataset, collator: Collator, options: Mapping[str, Any]
-) -> None:
-    """Take one step on the longest rows, and undo it: what fails at once fails before the run.
+    @property
+    def least_rows(self) -> int:
+        """The rows that a client must have because smaller batches are dropped; else 0."""
+        return full_batches_only(self.options)
 
-    Args:
-        model: the model; it is left as it was.
-        rows: tokenised rows with their ``length``, at least one.
-        collator: rows to a padded batch.
-        options: fields of ``TrainingArguments``.
+    def train(
+        self, model: torch.nn.Module, rows: Dataset, *, seed: int, round_: int, on_step: OnStep
+    ) -> JobResult:
+        """Train a model's trainable parameters, in place, on one client's rows."""
+        products = float32_products(tf32=self.options.get("tf32") is True)
+        folder = tempfile.TemporaryDirectory(prefix="fedexlora-")
+        whole_run = self.options.get("schedule") == "run"
+        with folder as path, isolation(model), products:
+            trainer = _Trainer(
+                Position(round_, self.rounds) if whole_run else None,
+                model=model,
+                args=arguments(self.options, seed=seed, folder=path),
+                train_dataset=rows,
+                data_collator=self.collator,
+                callbacks=[_Report(on_step)],
+            )
+            trainer.remove_callback(PrinterCallback)
+            done = trainer.train()
+        return JobResult(float(done.training_loss), int(done.global_step), trainer.rows_read)
 
-    Raises:
-        RecipeError: if the step fails, or its loss is not finite.
-    """
-    trained = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-    size = arguments(options, seed=0, folder=tempfile.gettempdir()).train_batch_size
-    longest = np.argsort(-np.asarray(rows["length"][:]), kind="stable")[:size]
-    # No report: it would begin a run of its own wherever reports go.
-    once = {"max_steps": 1, "gradient_accumulation_steps": 1, "report_to": "none"}
-    try:
-        loss = train_locally(
-            model, rows.select(longest), collator, {**options, **once}, seed=0, progress=_ignore
-        )
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        raise RecipeError("the model cannot be trained as [training] says", [said]) from error
-    finally:
-        with torch.no_grad():
-            for parameter, value in trained:
-                parameter.copy_(value)
-    if not isfinite(loss):
-        raise RecipeError(
-            "the model cannot be trained as [training] says",
-            [
-                f"the loss of its first step is {loss}",
-                "try model.dtype = 'float32' without training.fp16, and check the labels",
-            ],
-        )
-
-
-def _ignore(step: int, steps: int) -> None:
-    """Of a step that is undone, nobody is told."""
+    def rehearse(self, model: torch.nn.Module, rows: Dataset) -> None:
+        """Take one step on the longest rows, and undo it."""
+        trained = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
+        size = arguments(self.options, seed=0, folder=tempfile.gettempdir()).train_batch_size
+        longest = np.argsort(-np.asarray(rows["length"][:]), kind="stable")[:size]
+        # No report: it would begin a run of its own wherever reports go.
+        once = {"max_steps": 1, "gradient_accumulation_steps": 1, "report_to": "none"}
+        job = replace(self, options={**self.options, **once})
+        try:
+            loss = job.train(
+                model, rows.select(longest), seed=0, round_=1, on_step=lambda *_: None
+            ).loss
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise RecipeError("the model cannot be trained as [training] says", [said]) from error
+        finally:
+            with torch.no_grad():
+                for parameter, value in trained:
+                    parameter.copy_(value)
+        if not isfinite(loss):
+            raise RecipeError(
+                "the model cannot be trained as [training] says",
+                [
+                    f"the loss of its first step is {loss}",
+                    "try model.dtype = 'float32' without training.fp16, and check the labels",
+                ],
+            )
 
 
 class _Trainer(Trainer):  # type: ignore[misc] # transformers is untyped here
@@ -126,9 +112,15 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers is untyped here
     targets, some add up the means of its batches. Here each gives the mean of one batch, which
     counts by the targets in it. The lengths of all rows are read at once, as sorted one by one
     each is read from the table.
+
+    Args:
+        position: the round, if its learning rates are a part of the run's; else they are its own.
+        options: those of ``Trainer``.
     """
 
-    def __init__(self, **options: Any) -> None:  # noqa: ANN401 - Trainer's own
+    def __init__(self, position: Position | None, **options: Any) -> None:  # noqa: ANN401 - its own
+        self._position = position
+        self.rows_read = 0
         super().__init__(**options)
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -141,7 +133,19 @@ class _Trainer(Trainer):  # type: ignore[misc] # transformers is untyped here
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        self.rows_read += sum(len(batch["labels"]) for batch in batches)
         return batches, torch.stack([_targets(batch["labels"]) for batch in batches]).sum()
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: Optimizer | None = None
+    ) -> LRScheduler:
+        """The round's learning rates: a schedule of its own, or its part of the run's."""
+        if self._position is None:
+            own: LRScheduler = super().create_scheduler(num_training_steps, optimizer)
+            return own
+        part = self._position.scheduler(self.args, optimizer or self.optimizer, num_training_steps)
+        self.lr_scheduler: LRScheduler = part
+        return part
 
     def compute_loss(
         self,
@@ -175,8 +179,8 @@ def _targets(labels: Tensor) -> Tensor:
 class _Report(TrainerCallback):  # type: ignore[misc] # transformers is untyped here
     """Tells of every optimizer step."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, on_step: OnStep) -> None:
+        self._on_step = on_step
 
     def on_step_end(
         self,
@@ -186,4 +190,4 @@ class _Report(TrainerCallback):  # type: ignore[misc] # transformers is untyped 
         **_: Any,  # noqa: ANN401 - the signature is Trainer's
     ) -> None:
         del args, control
-        self._progress(state.global_step, state.max_steps)
+        self._on_step(state.global_step, state.max_steps)

@@ -5,8 +5,19 @@ arXiv:2403.12313. With one A for all, the residual is zero and averaging B is ex
 half of the trainable parameters.
 """
 
+from __future__ import annotations
+
 from fedexlora.algebra import assignment
-from fedexlora.methods.method import Method
+from fedexlora.methods.method import Method, Options
+from fedexlora.methods.next_adapter import next_adapter
+from fedexlora.methods.rule import Rule
+
+
+def _rule(options: Options) -> Rule:
+    del options
+    server = next_adapter(assignment.mean, assignment.drop)
+    return Rule(server, exact=True, certified=True, halves=(("B",),))
+
 
 FFA = Method(
     name="ffa",
@@ -14,9 +25,7 @@ FFA = Method(
     paper="arXiv:2403.12313 (ICLR 2024)",
     sends="up B; down mean B",
     keeps="nothing is left over: A is frozen and shared",
-    exact=True,
-    trained=("B",),
-    assignment=assignment.mean,
-    remainder=assignment.drop,
+    certified_against="the ideal",
     stored="factors",
+    rule=_rule,
 )

@@ -1,15 +1,24 @@
-"""What a method is: which factors clients train, and the two choices of ``algebra.assignment``."""
+"""What a method is: where it is published, its options, and the rule that they make."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from fedexlora.algebra.assignment import Assignment, RemainderRule
+from pydantic import BaseModel, ConfigDict
+
+from fedexlora.methods.rule import Rule
 
 Stored = Literal["products", "factors", "none"]
 """What a method makes of adapters that are stored: the mean of their products, the product of their
 mean factors, or nothing, because it needs more than finished adapters."""
+
+
+class Options(BaseModel):
+    """The options of a method in a recipe's ``[method]``; by default it has none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +33,23 @@ class Method:
     """What a client uploads and downloads, for people."""
     keeps: str
     """What becomes of the difference to the ideal, for people."""
-    exact: bool
-    """Whether the aggregate is the ideal mean product; if so, every round is held to it."""
-    trained: tuple[str, ...]
-    """The factors that clients train and upload: ``("A", "B")`` or ``("B",)``."""
-    assignment: Assignment
-    """The next adapter."""
-    remainder: RemainderRule
+    certified_against: str
+    """What every round is held to, for people."""
     stored: Stored
     """What ``aggregate`` makes of stored adapters; no method has a default."""
-    own_adapters: bool = False
-    """Whether every client continues from the factors that it trained itself."""
-    truncates: bool = False
-    """Whether a stated part of the remainder is left out: the record then bounds the error."""
+    rule: Callable[[Any], Rule]
+    """What a run does, given the method's options."""
+    options: type[Options] = Options
 
     @property
-    def certified(self) -> bool:
-        """Whether a round whose error is larger than what is stated stops the run."""
-        return self.exact or self.truncates
+    def default(self) -> Rule:
+        """The rule where no option is given."""
+        return self.rule(self.options())
+
+    def rule_of(self, options: Mapping[str, Any]) -> Rule:
+        """The rule of options by name.
+
+        Raises:
+            ValidationError: if there is no such option, or a value is wrong.
+        """
+        return self.rule(self.options.model_validate(dict(options)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import hypot
 
 import torch
@@ -97,10 +98,27 @@ class AdaptedModel(ModelOutline):
         """Copies of the heads, biases and token rows, by name."""
         return {name: _copy(tensor) for name, tensor in self._dense.items()}
 
+    def factors(self) -> dict[str, Factors]:
+        """Copies of the factors as they are now, by module."""
+        return self._live_factors()
+
     def update_tensors(self) -> dict[str, Tensor]:
         """Copies of everything that was trained, by the names of ``AdapterSpec.tensors``."""
         tensors = adapter_tensors(self._live_factors(), self.spec.trained)
         return tensors | {f"dense/{name}": tensor for name, tensor in self.dense().items()}
+
+    @contextmanager
+    def training_only(self, letters: Sequence[str]) -> Iterator[None]:
+        """Only these factors, of ``("A", "B")``, get gradients while this is open."""
+        found = [x for m in self.modules.values() for x in m.parameters().items()]
+        before = [parameter.requires_grad for _, parameter in found]
+        for letter, parameter in found:
+            parameter.requires_grad_(letter in letters)
+        try:
+            yield
+        finally:
+            for (_, parameter), trained in zip(found, before, strict=True):
+                parameter.requires_grad_(trained)
 
     @torch.no_grad()
     def fresh(self, spec: AdapterSpec, seed: int) -> dict[str, Factors]:

@@ -20,6 +20,7 @@ def option_faults(
     make: Callable[[], object],
     ranges: Callable[[Mapping[str, Any]], Iterable[str]] | None = None,
     types: Mapping[str, Any] | None = None,
+    beside: Iterable[str] = (),
 ) -> list[str]:
     """Every fault of a table: keys that are reserved or unknown, or values that are refused.
 
@@ -34,6 +35,7 @@ def option_faults(
         make: builds the dataclass from the options; called if all keys and types are valid.
         ranges: faults of values of the right types, each beginning with its key.
         types: of fields whose annotation is not what the library takes.
+        beside: what else the table may hold, and was checked: a misspelt key may be one of these.
     """
     known = [field.name for field in dataclasses.fields(kind) if field.init]
     faults = []
@@ -41,7 +43,7 @@ def option_faults(
         if key in reserved:
             faults.append(f"{table}.{key}: not set here; {reserved[key]}")
         elif key not in known:
-            near = difflib.get_close_matches(key, known, 1)
+            near = difflib.get_close_matches(key, [*known, *beside], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             faults.append(f"{table}.{key}: {kind.__name__} has no such field{hint}")
     hints = {**typing.get_type_hints(kind), **(types or {})}

@@ -19,6 +19,7 @@ from fedexlora.exchange.records import ClientRecord, LeftOutRecord
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate, check_update, decode_update
+from fedexlora.methods.rule import MemoryRule
 from fedexlora.rounds.common_update import CommonForm
 from fedexlora.rounds.participation import AccessList, Participation
 from fedexlora.rounds.spool import Spool, SpooledUpdate
@@ -90,6 +91,8 @@ class Admission:
         base: fingerprint of the base model.
         spool: where updates are put.
         access: whom the recipe admits; by default everybody.
+        memory: whether clients remember something of the method, and whether one that has lost it
+            is left out.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Admission:
         base: str,
         spool: Spool,
         access: AccessList | None = None,
+        memory: MemoryRule = "none",
     ) -> None:
         self._transport = transport
         self._rule = rule
@@ -111,6 +115,7 @@ class Admission:
         self._base = base
         self._spool = spool
         self._access = access or AccessList()
+        self._memory = memory
         self._delivered: set[str] = set()
         self._waiting = dict(transport.waiting)
         self._deliveries: dict[tuple[int | None, bool], Delivery] = {}
@@ -276,7 +281,9 @@ class Admission:
             self._refuse(client, reply.failure or reply.missed)
         start = self._before if reply.round >= self._round else self._stale_start(reply)
         spec = self._form.spec_of(client)
-        update = decode_update(reply.message or b"", spec, self._round, client)
+        remembers = self._memory != "none"
+        message = reply.message or b""
+        update = decode_update(message, spec, self._round, client, remembers=remembers)
         check_update(
             update,
             spec,
@@ -286,7 +293,23 @@ class Admission:
             base=self._base,
             rows=reply.rows,
         )
+        self._check_memory(update)
         return update, start
+
+    def _check_memory(self, update: ClientUpdate) -> None:
+        """Refuse an update that began with a memory that cannot be right.
+
+        Raises:
+            UpdateError: if it is of this round or a later one, or gone where it is needed.
+        """
+        if update.memory is None:
+            return
+        if not 0 <= update.memory < update.round:
+            said = f"memory: expected that of a round before {update.round}, found {update.memory}"
+            self._refuse(update.client, said)
+        known = update.client in self._holdings.versions
+        if self._memory == "required" and known and update.memory == 0:
+            self._refuse(update.client, "its memory of the rounds before is gone")
 
     def _record(self, reply: Reply, update: ClientUpdate) -> ClientRecord:
         staleness = self._round - reply.round
@@ -302,6 +325,7 @@ class Admission:
             downloaded_bytes=self.intake.downloads.get(reply.client, 0),
             uploaded_bytes=len(reply.message or b""),
             seconds=reply.seconds,
+            memory=update.memory,
         )
 
     def _stale_start(self, reply: Reply) -> GlobalState:

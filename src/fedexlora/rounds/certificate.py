@@ -57,6 +57,7 @@ class _Measured:
     """Scaled Frobenius norms of one module, and what comes out of its remainder."""
 
     name: str
+    scaling: float
     ideal: float
     error: Norm
     rounding: float
@@ -103,6 +104,8 @@ def certify(
             kept_error=m.kept.standard_error if m.kept else None,
             deviation=reduction.modules[m.name].deviation.relative,
             truncated=ratio(m.truncated, m.ideal),
+            added=ratio(m.scaling * reduction.modules[m.name].added, m.ideal),
+            memory_error=ratio(m.scaling * reduction.modules[m.name].memory_error, m.ideal),
             placement=model.placement(m.name),
             remainder=_form(state.total[m.name]),
         )
@@ -210,6 +213,7 @@ def _measure(
     )
     return _Measured(
         name,
+        scaling,
         ideal=ideal,
         error=_together(figures.error, scaling, held),
         rounding=model.fold_rounding(name),

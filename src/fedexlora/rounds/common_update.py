@@ -47,9 +47,9 @@ class CommonForm:
     before: GlobalState
     """The version that the round starts from."""
     spec: AdapterSpec
-    """The common adapter."""
+    """The common adapter, and what of it an update has in this round."""
     specs: Mapping[str, AdapterSpec]
-    """The adapters of the clients that have another one, by client."""
+    """The adapters of the clients that have another one, by client, and the same of theirs."""
 
     @cached_property
     def ranks(self) -> Mapping[str, int]:
@@ -60,7 +60,7 @@ class CommonForm:
     def required(self) -> set[str]:
         """The tensors that an update of any client has."""
         factors = {f"{x}/{name}" for x in self.spec.trained for name in self.spec.modules}
-        return factors | {f"dense/{name}" for name in self.before.dense}
+        return factors | {f"dense/{name}" for name in self.spec.dense}
 
     def common(self, module: str) -> Factors:
         """The common adapter of the version, at the common rank."""
@@ -102,10 +102,11 @@ class CommonForm:
             if not common:
                 first = self._brought(update.client, name, old)
                 found |= {f"A0/{name}": first.A, f"B0/{name}": first.B}
-        for name, now in self.before.dense.items():
+        for name in self.spec.dense:
             head = update.tensors[f"dense/{name}"]
             if start is not self.before:
-                head = head.double() + (now.double() - start.dense[name].double())
+                moved = self.before.dense[name].double() - start.dense[name].double()
+                head = head.double() + moved
             found[f"dense/{name}"] = head
         return found
 

@@ -12,7 +12,7 @@ from fedexlora.errors import RecipeError
 from fedexlora.methods import METHODS
 from fedexlora.rounds.recipe import Recipe, load_recipe
 
-METHOD_KEY, SEED_KEY = "federation.method", "federation.seed"
+METHOD_KEY, SEED_KEY = "method.name", "federation.seed"
 
 
 @dataclass(frozen=True, slots=True)

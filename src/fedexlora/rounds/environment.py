@@ -17,12 +17,19 @@ from fedexlora.peft_bridge.model import AdaptedModel
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "flwr-datasets", "safetensors")
 
 
+def device_of(model: AdaptedModel) -> torch.device:
+    """The one device that a model is on, trained and scored."""
+    device: torch.device = next(model.peft_model.parameters()).device
+    return device
+
+
 def describe_environment(model: AdaptedModel) -> dict[str, Any]:
     """Versions and machine of this process, for ``run.json``.
 
     Args:
         model: the model; it is trained and scored on one device.
     """
+    device = device_of(model)
     return {
         "fedexlora": __version__,
         "packages": {name: version(name) for name in _PACKAGES},
@@ -32,8 +39,8 @@ def describe_environment(model: AdaptedModel) -> dict[str, Any]:
             "processor": platform.machine(),
             "cores": os.cpu_count(),
             **describe_threads(),
-            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "device": str(next(model.peft_model.parameters()).device),
+            "cuda": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "device": str(device),
         },
     }
 

@@ -7,6 +7,8 @@ spool/          what clients have sent in the round that is open
 clients.jsonl   over Flower, the key that each client's name belongs to
 run-id          over Flower, what tells the run from others of the same recipe
 adapter.json    its worst module, read back from its files
+memory/         of simulated clients, what they remember of the method
+adapters/       of a method without a global model, every client's own PEFT adapter
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ from fedexlora.rounds.record_lines import RecordLines
 from fedexlora.rounds.store import VersionStore
 
 LOCK = ".lock"
-_CHANGEABLE = ("federation.rounds:", "federation.allow:", "federation.exclude:")
+_CHANGEABLE = ("federation.allow:", "federation.exclude:", "training.device:")
 """Keys in which a resumed run may differ from the one that is in the folder."""
+_ROUNDS = "federation.rounds:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,16 @@ class RunFolder:
     def adapter(self) -> Path:
         """The final global model as a PEFT adapter."""
         return self.path / "adapter"
+
+    @property
+    def memory(self) -> Path:
+        """What simulated clients remember of the method."""
+        return self.path / "memory"
+
+    @property
+    def adapters(self) -> Path:
+        """Where there is no global model: the clients' own, as PEFT adapters."""
+        return self.path / "adapters"
 
     @property
     def spool(self) -> Path:
@@ -101,8 +114,8 @@ class RunFolder:
     def check_same(self, recipe: Recipe) -> bool:
         """Whether there is a run to continue.
 
-        The number of rounds may differ, as a run may be continued for longer, and so may the
-        clients that are admitted.
+        The number of rounds may differ, as a run may be continued for longer, unless they share one
+        learning-rate schedule; and so may the clients that are admitted, and the device.
 
         Returns:
             False if the folder is empty or absent, so that the run starts from the beginning.
@@ -119,9 +132,17 @@ class RunFolder:
         except (ValueError, OSError) as error:
             raise ResumeError(f"{path} cannot be read: {error}") from error
         differences = [
-            line for line in held.differences(recipe) if not line.startswith(_CHANGEABLE)
+            line
+            for line in held.differences(recipe)
+            if not line.startswith(_CHANGEABLE)
+            and not (line.startswith(_ROUNDS) and recipe.training["schedule"] == "round")
         ]
         if differences:
+            if any(line.startswith(_ROUNDS) for line in differences):
+                differences.append(
+                    "training.schedule: 'run' has one schedule over all rounds; those that were "
+                    "run would have had other learning rates"
+                )
             raise ResumeError(f"{self.path} holds a run of another recipe", differences)
         return True
 

@@ -19,8 +19,10 @@ from fedexlora.exchange.forecast_records import (
 )
 from fedexlora.exchange.sizes import held_bytes, rank_of
 from fedexlora.exchange.spec import ModuleSpec
-from fedexlora.local.arguments import training_arithmetic, training_device
+from fedexlora.local.arguments import training_arithmetic
 from fedexlora.local.footprint import HEAP, scoring_bytes, training_bytes, writing_bytes
+from fedexlora.methods import METHODS
+from fedexlora.peft_bridge.device import find_device
 from fedexlora.peft_bridge.load import resolve_source
 from fedexlora.peft_bridge.weightless import stored_bytes, weight_files
 from fedexlora.peft_bridge.weights import is_quantised
@@ -59,7 +61,7 @@ def forecast(recipe: Recipe, name: str, observer: Observer) -> ForecastRecord:
     observer.preparing("reckoning bytes")
     clients = tuple(drawn.num_examples)
     taking_part = recipe.participation.sample(clients, recipe.federation.seed, 1)
-    remainders = find_remainders(recipe.method, drawn.model.spec, drawn.specs, taking_part)
+    remainders = find_remainders(recipe.rule, drawn.model.spec, drawn.specs, taking_part)
     traffic = Traffic(recipe, drawn.model.spec, drawn.specs, drawn.num_examples, remainders)
     memory = _memory(drawn, traffic, libraries, work, len(taking_part))
     why_not = _why_not(recipe, memory)
@@ -75,7 +77,7 @@ def _why_not(recipe: Recipe, memory: Sequence[MemoryRecord]) -> str:
     source = resolve_source(recipe.model.source)
     if not weight_files(source, recipe.model.revision):
         return "the model's weights are not on this machine"
-    device = training_device(recipe.training)
+    device = find_device(recipe.device)
     free = (
         torch.cuda.mem_get_info(device)[0]
         if device.type == "cuda"
@@ -97,7 +99,7 @@ def _record(
 ) -> ForecastRecord:
     recipe, model = drawn.recipe, drawn.model
     parameters = list(model.peft_model.parameters())
-    rounds, method = recipe.federation.rounds, recipe.method
+    rounds, method = recipe.federation.rounds, METHODS[recipe.method.name]
     up, down = traffic.rounds()
     first = taking_part[0]
     return ForecastRecord(
@@ -111,7 +113,7 @@ def _record(
         precision=model.precision(),
         training=str(training_arithmetic(recipe.training)),
         scoring=str(scoring_arithmetic(recipe)),
-        device=str(training_device(recipe.training)),
+        device=str(find_device(recipe.device)),
         modules=tuple(_kinds(drawn, traffic)),
         trained_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         all_parameters=sum(p.numel() for p in parameters),
@@ -138,11 +140,11 @@ def _record(
 def _exact(recipe: Recipe) -> bool:
     """Whether ranks do not depend on the numbers that come out of training."""
     table = recipe.federation
-    return table.robust is None and table.deadline is None and not recipe.method.truncates
+    return table.robust is None and table.deadline is None and not _truncation(recipe)
 
 
 def _truncation(recipe: Recipe) -> str:
-    if not recipe.method.truncates:
+    if not any(key.startswith("remainder_") for key in recipe.method.options):
         return ""
     return (
         "every round's remainder is cut, which the round's record states as a share of its update; "
@@ -218,7 +220,7 @@ def _memory(
     """
     recipe, model = drawn.recipe, drawn.model
     weights = sum(map(stored_bytes, model.peft_model.parameters()))
-    device = training_device(recipe.training)
+    device = find_device(recipe.device)
     gaps = 1.0 + (HEAP if device.type == "cpu" else 0.0)
     step, score = (round(gaps * x) for x in work)
     last = traffic.totals[-1]

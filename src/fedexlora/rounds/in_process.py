@@ -11,6 +11,7 @@ from fedexlora.errors import RunError
 from fedexlora.exchange.delivery import Delivery, Passage, open_message, with_own
 from fedexlora.exchange.state import GlobalState
 from fedexlora.local.clients import LocalClients
+from fedexlora.local.memory import ClientMemory
 from fedexlora.rounds.participation import late
 from fedexlora.rounds.transport import ClientProgress, Reply
 
@@ -29,6 +30,7 @@ class InProcessTransport:
         held: by client, the version that it is at and its id, from before an interruption.
         keep_late: whether what comes after the deadline arrives in the next round, as it would
             over a network; else it is lost.
+        memory: what clients remember of the method.
     """
 
     stateless = ()
@@ -39,10 +41,12 @@ class InProcessTransport:
         *,
         held: Mapping[str, tuple[int, str]] | None = None,
         keep_late: bool = False,
+        memory: ClientMemory | None = None,
     ) -> None:
         self._trainer = trainer
         self._held = dict(held or {})
         self._keep_late = keep_late
+        self._memory = memory
         self._asked: deque[tuple[str, GlobalState | str]] = deque()
         self._opened: dict[bytes, Passage] = {}
         self._late: list[Reply] = []
@@ -107,7 +111,7 @@ class InProcessTransport:
         started = time.perf_counter()
         message, failure = None, ""
         try:
-            message = self._trainer.update(client, held, round_, progress)
+            message = self._trainer.update(client, held, round_, progress, self._memory)
         except Exception as error:  # noqa: BLE001 - the boundary of a client: its faults are its own
             _log.debug("client %s failed in round %d", client, round_, exc_info=True)
             failure = f"{type(error).__name__}: {error}"

@@ -20,17 +20,21 @@ from fedexlora.exchange.files import new_folder, replace_bytes, writing
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.layout import dense_tensors
 from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.version import adapter_digest
 from fedexlora.local.arguments import training_arithmetic
+from fedexlora.local.memory import ClientMemory
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.rounds.divergence import check_finite, check_score
 from fedexlora.rounds.environment import (
     describe_environment,
+    device_of,
     environment_changes,
     resumed_header,
 )
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.observer import Observer, RunInfo
+from fedexlora.rounds.personal import personal_adapters
 from fedexlora.rounds.preparation import Prepared
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.round import Federation, run_round
@@ -48,7 +52,8 @@ class RunResult:
 
     folder: Path
     adapter: Path
-    """The final global model as a PEFT adapter."""
+    """The final global model as a PEFT adapter; of a method without one, the folder of those of its
+    clients."""
     initial_metrics: Mapping[str, float]
     precision: str
     """How the adapted frozen weights are stored."""
@@ -108,7 +113,8 @@ def run_federation(
         with settled_heap():
             records = _rounds(prepared, folder, progress, header, connect, keep_updates, observer)
     metrics, precision = header["initial_metrics"], header["precision"]
-    return RunResult(folder.path, folder.adapter, metrics, precision, records)
+    adapter = folder.adapters if recipe.rule.personal else folder.adapter
+    return RunResult(folder.path, adapter, metrics, precision, records)
 
 
 def _rounds(
@@ -134,7 +140,8 @@ def _rounds(
     observer.started(_info(prepared, header, len(progress.records)))
     keep = partial(_keep, folder, prepared) if keep_updates else _forget
     federation = Federation(
-        method=recipe.method,
+        method=recipe.method.name,
+        rule=recipe.rule,
         model=model,
         specs=prepared.specs,
         seed=recipe.federation.seed,
@@ -157,12 +164,25 @@ def _rounds(
         folder.save(state, holdings, record)
         observer.finished_round(record)
     folder.clear_spool()
+    if recipe.rule.personal:
+        _save_personal(prepared, folder, state)
+        return folder.read_records(recipe.federation.rounds)
     with writing(folder.adapter), new_folder(folder.adapter) as path:
         written = save_global(model, state, path)
     worst = {"worst_module": written.module, "worst_error": written.error}
     with writing(folder.path / "adapter.json"):
         replace_bytes(folder.path / "adapter.json", json.dumps(worst, indent=2).encode())
     return folder.read_records(recipe.federation.rounds)
+
+
+def _save_personal(prepared: Prepared, folder: RunFolder, state: GlobalState) -> None:
+    """Write the adapters of the clients whose memory is here, where each has a model of its own."""
+    found = personal_adapters(prepared.recipe.rule, state, ClientMemory(folder.memory))
+    with writing(folder.adapters), new_folder(folder.adapters) as path:
+        for client, own in found.items():
+            (path / client).mkdir()
+            spec = prepared.specs.get(client)
+            save_factors(prepared.model, own.factors, own.heads, path / client, spec)
 
 
 @contextmanager
@@ -279,7 +299,7 @@ def _initial(prepared: Prepared) -> dict[str, str]:
 def _info(prepared: Prepared, header: Mapping[str, Any], finished: int) -> RunInfo:
     parameters = prepared.model.peft_model.parameters()
     return RunInfo(
-        method=prepared.recipe.federation.method,
+        method=prepared.recipe.method.name,
         rounds=prepared.recipe.federation.rounds,
         clients=header["clients"],
         validation_rows=header["validation_rows"],
@@ -289,4 +309,5 @@ def _info(prepared: Prepared, header: Mapping[str, Any], finished: int) -> RunIn
         headline=header["headline"],
         initial_metrics=header["initial_metrics"],
         finished=finished,
+        device=str(device_of(prepared.model)),
     )

@@ -28,6 +28,8 @@ class RunInfo:
     """Scores of the model before round 1."""
     finished: int
     """Rounds that were finished before, when a run is resumed."""
+    device: str
+    """Where the model is, trained and scored."""
 
 
 _log = logging.getLogger(__name__)

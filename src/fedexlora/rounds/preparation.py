@@ -10,33 +10,30 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_utils import PreTrainedModel
 
-from fedexlora.data.capacity import check_config, load_config
-from fedexlora.data.head import head_labels, head_note, in_head_order
 from fedexlora.data.load import Splits, fingerprint, load_splits, load_train, load_validation
 from fedexlora.data.partition import client_values, split_clients
 from fedexlora.data.task import Task, prepare_task
-from fedexlora.data.tokenizer import prepare_tokenizer
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
-from fedexlora.local.arguments import (
-    check_training_device,
-    training_arithmetic,
-    training_device,
-)
+from fedexlora.local.arguments import check_training_device, training_arithmetic
 from fedexlora.local.clients import LocalClients
+from fedexlora.local.job import LocalJob
+from fedexlora.local.jobs import local_job
 from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.device import find_device
 from fedexlora.peft_bridge.export import file_names
 from fedexlora.peft_bridge.inspect import check_new_weights
-from fedexlora.peft_bridge.load import attach_lora, load_base, probe_shapes, resolve_source
+from fedexlora.peft_bridge.load import attach_lora, probe_shapes
 from fedexlora.peft_bridge.model import AdaptedModel
-from fedexlora.peft_bridge.weightless import weightless_base
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.recipe_tables import ClientTable
 from fedexlora.rounds.rows import RowSummary, check_rows
 from fedexlora.rounds.scoring import Scoring, load_sets, prepare_scoring, scoring_arithmetic
+from fedexlora.rounds.task_base import load_task_base
 
 _ROWS_READ = 8
 """Validation rows over which is measured what comes out of the layers."""
@@ -110,8 +107,8 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
     others = [own.rows for own in sets.values()]
     data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
     prepared = Prepared(recipe, scoring, model, specs, data, summary)
-    collator = task.collator(tokenizer)
-    return prepared, LocalClients(model, rows, shares, collator, recipe.training, seed, specs)
+    job = _job(recipe, task, tokenizer)
+    return prepared, LocalClients(model, rows, shares, job, seed, specs, recipe.rule)
 
 
 def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
@@ -171,8 +168,13 @@ def prepare_client(
     tokenized = {"training": rows}
     check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
     everything = {client: range(len(rows))}
-    collator = task.collator(tokenizer)
-    return LocalClients(model, rows, everything, collator, recipe.training, seed, specs)
+    return LocalClients(
+        model, rows, everything, _job(recipe, task, tokenizer), seed, specs, recipe.rule
+    )
+
+
+def _job(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -> LocalJob:
+    return local_job(recipe.training, task.collator(tokenizer), recipe.federation.rounds)
 
 
 def client_rows(recipe: Recipe) -> dict[str, int]:
@@ -253,10 +255,10 @@ def _load_model(
     shapes = client_shapes(recipe, own, base, task.peft_task_type)
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
     if recipe.model.quantization is None:
-        peft_model.to(training_device(recipe.training))
+        peft_model.to(find_device(recipe.device))
     arithmetics = training_arithmetic(recipe.training), scoring_arithmetic(recipe)
     placement = recipe.federation.placement
-    model = AdaptedModel(peft_model, recipe.method.trained, placement, arithmetics)
+    model = AdaptedModel(peft_model, recipe.rule.factors, placement, arithmetics)
     specs = reshaped(model.spec, shapes)
     check_new_weights(new, model.spec.dense)
     file_names(model)  # refused now, not when the adapter is written
@@ -275,62 +277,6 @@ def reshaped(
             made[key] = spec.reshaped(shape)
         found[client] = made[key]
     return found
-
-
-def load_task_base(
-    recipe: Recipe, task: Task, observer: Observer, *, weights: bool = True
-) -> tuple[Task, Any, PreTrainedModel, frozenset[str], str | None]:
-    """A recipe's untouched base with a head for its task, on the processor unless it is quantised.
-
-    Args:
-        recipe: the recipe.
-        task: its task, as far as it is known from rows.
-        observer: told of progress.
-        weights: load them; else the base is on torch's meta device, and what its files lack is not
-            known.
-
-    Returns:
-        The task with its labels in the order of the base's head, the tokenizer, the base, the
-        names of its parameters that its files lack, and a note.
-
-    Raises:
-        DataError: if the task does not fit the base.
-        BridgeError: if it cannot be loaded.
-    """
-    observer.preparing("loading the model")
-    source, revision = resolve_source(recipe.model.source), recipe.model.revision
-    own_config, tokenizer = load_config(source, revision), prepare_tokenizer(source, revision)
-    check_config(recipe.task, task.model_config.get("num_labels"), own_config, tokenizer)
-    head = head_labels(own_config)
-    stated, task = task, in_head_order(task, head)
-    config = {**task.model_config, "pad_token_id": tokenizer.pad_token_id}
-    table, whole = recipe.model, recipe.lora.get("modules_to_save") or ()
-    if weights:
-        base, new = load_base(
-            source,
-            revision,
-            task.peft_task_type,
-            config,
-            recipe.federation.seed,
-            dtype=table.dtype,
-            quantization=table.quantization,
-            unquantised=whole,
-            device=training_device(recipe.training),
-        )
-    else:
-        base = weightless_base(
-            source,
-            revision,
-            task.peft_task_type,
-            config,
-            dtype=table.dtype,
-            quantization=table.quantization,
-            unquantised=whole,
-        )
-        new = frozenset()
-    inside = f"{base.base_model_prefix}."
-    note = head_note(stated, task, head, trained=all(x.startswith(inside) for x in new))
-    return task, tokenizer, base, new, note
 
 
 def client_shapes(

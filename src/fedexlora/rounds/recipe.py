@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import tomlkit
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fedexlora.data.config import DataConfig, TaskConfig
 from fedexlora.data.partition_config import PartitionConfig
 from fedexlora.errors import RecipeError
-from fedexlora.methods import METHODS, Method
-from fedexlora.methods.options import with_options
+from fedexlora.local.own_keys import stated_device, with_own_keys
+from fedexlora.methods import METHODS, Rule
 from fedexlora.peft_bridge.arithmetic import Width
 from fedexlora.rounds.participation import AccessList, Participation
 from fedexlora.rounds.recipe_faults import method_faults, table_faults
@@ -25,6 +25,7 @@ from fedexlora.rounds.recipe_tables import (
     ClientTable,
     EvaluationTable,
     FederationTable,
+    MethodTable,
     ModelTable,
     Table,
 )
@@ -41,12 +42,19 @@ class Recipe(Table):
     partition: PartitionConfig
     lora: dict[str, Any]
     """Fields of PEFT's ``LoraConfig``."""
-    training: dict[str, Any] = Field(default_factory=dict)
-    """Fields of transformers' ``TrainingArguments`` for the local training of one round."""
+    training: dict[str, Any] = Field(default_factory=dict, validate_default=True)
+    """Fields of transformers' ``TrainingArguments`` for the local training of one round, and
+    ``schedule`` and ``device``."""
+    method: MethodTable = MethodTable()
     federation: FederationTable = FederationTable()
     evaluation: EvaluationTable = EvaluationTable()
     clients: dict[str, ClientTable] = Field(default_factory=dict)
     """By client: what it has otherwise than the others."""
+
+    @field_validator("training")
+    @classmethod
+    def _own_keys_have_values(cls, training: dict[str, Any]) -> dict[str, Any]:
+        return with_own_keys(training)
 
     @model_validator(mode="after")
     def _scoring_has_a_dtype(self) -> Self:
@@ -55,6 +63,21 @@ class Recipe(Table):
             scoring = self.evaluation.model_copy(update={"dtype": self.model.dtype})
             object.__setattr__(self, "evaluation", scoring)
         return self
+
+    @model_validator(mode="after")
+    def _method_is_resolved(self) -> Self:
+        """Options that are not given are stated with their defaults."""
+        if faults := method_faults(self.method.model_dump()):
+            raise ValueError("; ".join(faults))
+        options = METHODS[self.method.name].options.model_validate(self.method.options)
+        stated = MethodTable(name=self.method.name, **options.model_dump())
+        object.__setattr__(self, "method", stated)
+        return self
+
+    @property
+    def device(self) -> str:
+        """The name of the device that the model is on, trained and scored."""
+        return stated_device(self.training)
 
     @property
     def scoring_dtype(self) -> Width:
@@ -91,12 +114,9 @@ class Recipe(Table):
         return Recipe.model_validate(document)
 
     @property
-    def method(self) -> Method:
-        """How adapters are aggregated, with everything that ``[federation]`` says about it."""
-        table = self.federation
-        return with_options(
-            METHODS[table.method], table.next_adapter, table.remainder_rank, table.remainder_energy
-        )
+    def rule(self) -> Rule:
+        """What clients and server do by the method and its options."""
+        return METHODS[self.method.name].rule_of(self.method.options)
 
     @property
     def participation(self) -> Participation:
@@ -140,7 +160,7 @@ class Recipe(Table):
 
 
 def load_recipe(
-    path: Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None
+    path: str | Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Read and check a recipe.
 
@@ -154,7 +174,7 @@ def load_recipe(
             valid ones), missing keys and invalid values at once.
     """
     over = {"model": model} if model else {}
-    return parse_recipe(read_document(path, overrides, over), str(path))
+    return parse_recipe(read_document(Path(path), overrides, over), str(path))
 
 
 def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
@@ -172,11 +192,13 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        faults += [_describe(e["type"], e["loc"], e["msg"], e["input"]) for e in error.errors()]
+        # Faults between tables have no place; those of the method are said below, one by one.
+        found = [e for e in error.errors() if e["loc"]]
+        faults += [_describe(e["type"], e["loc"], e["msg"], e["input"]) for e in found]
     for table, check in (("training", training_faults), ("lora", lora_faults)):
         if isinstance(document.get(table), dict):
             faults += check(document[table])
-    faults += method_faults(document.get("federation", {}))
+    faults += method_faults(document.get("method", {}))
     if recipe is not None:
         faults += table_faults(recipe) + (_set_faults(recipe) or mean_faults(recipe))
         for client, own in recipe.clients.items():

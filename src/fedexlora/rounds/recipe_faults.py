@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from fedexlora.methods import METHODS
-from fedexlora.methods.options import option_faults
+from fedexlora.methods.method import Options
 
 if TYPE_CHECKING:
     from fedexlora.rounds.recipe import Recipe
-    from fedexlora.rounds.recipe_tables import ClientTable, FederationTable
+    from fedexlora.rounds.recipe_tables import ClientTable
 
-_CHOICES = ("next_adapter", "remainder_rank", "remainder_energy")
 _OF_ONE_CLIENT = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def table_faults(recipe: Recipe) -> list[str]:
     """Every fault between keys."""
-    faults = _participation_faults(recipe.federation) + _screening_faults(recipe)
+    faults = _participation_faults(recipe) + _screening_faults(recipe)
     faults += _scoring_faults(recipe) + _loss_faults(recipe)
     for client, own in recipe.clients.items():
         faults += _client_faults(f'clients."{client}"', own, recipe)
@@ -25,21 +28,43 @@ def table_faults(recipe: Recipe) -> list[str]:
 
 
 def method_faults(table: object) -> list[str]:
-    """What is wrong with the method that an unchecked ``[federation]`` names, and its options."""
+    """What is wrong with an unchecked ``[method]``: its name, and the method's options."""
     if not isinstance(table, dict):
-        return []
-    name = table.get("method", "fedex")
+        return []  # said of the table itself
+    name = table.get("name", "fedex")
     if not isinstance(name, str):
         return []
     if name not in METHODS:
-        known = ", ".join(METHODS)
-        return [f"federation.method: expected one of {known}; found {name!r}"]
-    chosen, rank, energy = (table.get(key) for key in _CHOICES)
-    return option_faults(METHODS[name], str(chosen or "mean"), rank, energy)
+        return [f"method.name: {name!r} is no method; {nearest(name, METHODS)}"]
+    options = METHODS[name].options
+    given = {key: value for key, value in table.items() if key != "name"}
+    try:
+        options.model_validate(given)
+    except ValidationError as error:
+        return [_option_fault(name, options, e["type"], e["loc"], e["msg"]) for e in error.errors()]
+    return []
 
 
-def _participation_faults(table: FederationTable) -> list[str]:
-    faults = []
+def nearest(name: str, known: Collection[str]) -> str:
+    """What somebody may have meant who wrote a name that there is not."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def _option_fault(
+    name: str, options: type[Options], kind: str, place: tuple[int | str, ...], said: str
+) -> str:
+    key = ".".join(map(str, place)) or name
+    if kind == "extra_forbidden":
+        known = list(options.model_fields)
+        hint = nearest(key, known) if known else "it has none"
+        return f"method.{key}: {name} has no such option; {hint}"
+    text = said.removeprefix("Value error, ")
+    return f"method.{key}: {text[0].lower()}{text[1:]}"
+
+
+def _participation_faults(recipe: Recipe) -> list[str]:
+    table, faults = recipe.federation, []
     if table.clients_per_round is not None and table.fraction is not None:
         faults.append("federation.fraction: give it or clients_per_round, not both")
     if table.clients_per_round is not None and table.min_updates > table.clients_per_round:
@@ -48,8 +73,10 @@ def _participation_faults(table: FederationTable) -> list[str]:
             f"{table.clients_per_round} clients_per_round"
         )
     if table.stale == "accept":
-        if table.method != "fedex":
-            faults.append(f"federation.stale: {table.method} averages factors; use fedex")
+        if not recipe.rule.late_updates:
+            faults.append(
+                f"federation.stale: {recipe.method.name} has no place for late updates; use fedex"
+            )
         if table.history == 0:
             faults.append("federation.history: 0 keeps no version that a late update can be of")
     if both := sorted(set(table.allow or ()) & set(table.exclude)):
@@ -83,10 +110,10 @@ def _screening_faults(recipe: Recipe) -> list[str]:
             "federation.bad_share: needed by robust = 'multi_krum' or 'trimmed_mean', "
             "and by no other"
         )
-    if table.robust in ("clip", "geometric_median") and table.next_adapter == "keep":
+    if table.robust in ("clip", "geometric_median") and recipe.rule.own_adapters:
         faults.append(
-            f"federation.robust: {table.robust} rejects nobody, and with next_adapter = 'keep' "
-            f"clients would continue from updates of any size; use multi_krum or trimmed_mean"
+            f"federation.robust: {table.robust} rejects nobody, and with method.next_adapter = "
+            f"'keep' clients would continue from any update; use multi_krum or trimmed_mean"
         )
     screening, most = recipe.screening, table.clients_per_round
     if not faults and screening is not None and most is not None:
@@ -107,10 +134,8 @@ def _client_faults(key: str, table: ClientTable, recipe: Recipe) -> list[str]:
         for name in table.lora
         if name not in _OF_ONE_CLIENT
     ]
-    if recipe.federation.method != "fedex":
-        faults.append(
-            f"{key}.lora: {recipe.federation.method} averages factors of one rank; use fedex"
-        )
+    if not recipe.rule.mixed_ranks:
+        faults.append(f"{key}.lora: {recipe.method.name} needs one rank for all; use fedex")
     if recipe.lora.get("lora_bias"):
         faults.append(f"{key}.lora: not together with lora.lora_bias, which the scaling multiplies")
     return faults

@@ -19,7 +19,8 @@ def read_document(
     """A recipe's content, not yet checked.
 
     ``extends = "FILE"``, beside the recipe, takes that recipe's values where this one gives none.
-    A table of another ``kind`` replaces the one that it extends.
+    A table of another ``kind``, or of another method, replaces the one that it extends; overrides
+    that name another method do so too, whatever their order.
 
     Args:
         path: a TOML file.
@@ -30,7 +31,7 @@ def read_document(
         RecipeError: if a file cannot be read or parsed, or extends itself, or an override is none.
     """
     document = _over(_read(path, ()), over or {})
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.startswith("method.name")):
         _set(document, override)
     _read_chat_template(document)
     return document
@@ -69,7 +70,8 @@ def _over(base: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any
 
 
 def _same_kind(held: Mapping[str, Any], table: Mapping[str, Any]) -> bool:
-    return "kind" not in table or table["kind"] == held.get("kind")
+    """Whether two tables are of one kind of task or partition, or of one method."""
+    return all(key not in table or table[key] == held.get(key) for key in ("kind", "name"))
 
 
 def _read_chat_template(document: Mapping[str, Any]) -> None:
@@ -109,4 +111,6 @@ def _set(document: dict[str, Any], override: str) -> None:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise RecipeError(f"--set {override}: {part!r} is a value, not a table")
+    if tables == ["method", "name"] and table.get("name") != value:
+        table.clear()  # its options are those of another method
     table[tables[-1]] = value

@@ -33,18 +33,23 @@ class ModelTable(Table):
     """Store the frozen linear layers in bitsandbytes' 8 or 4 bits."""
 
 
+class MethodTable(BaseModel):
+    """How adapters are aggregated: a method of ``fedexlora methods``, and that method's options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str = "fedex"
+    """The method's name."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own options, by name."""
+        return dict(self.model_extra or {})
+
+
 class FederationTable(Table):
     """How the clients work together."""
 
-    method: str = "fedex"
-    """How adapters are aggregated; ``fedexlora methods`` lists them."""
-    next_adapter: Literal["mean", "svd", "svd_aligned", "reinit", "keep"] = "mean"
-    """What clients continue from; the rest of the mean update goes to the frozen weight."""
-    remainder_rank: int | None = Field(default=None, ge=1)
-    """Keep this many directions of every round's remainder, with the error stated; all if not
-    given."""
-    remainder_energy: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Keep this share of every round's remainder, by its squared norm, with the error stated."""
     placement: Literal["auto", "fold", "side"] = "auto"
     """Where the remainder lives: in the frozen weight, or beside it. ``auto`` is exact, in the
     arithmetic of training and scoring too."""

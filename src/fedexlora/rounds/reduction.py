@@ -18,19 +18,18 @@ factors of clients that have an adapter of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import sqrt
 
 import torch
 from torch import Tensor
 
-from fedexlora.algebra import assignment
 from fedexlora.algebra.assignment import Holder
 from fedexlora.algebra.deviation import Deviation, deviation
-from fedexlora.algebra.factors import Factors
+from fedexlora.algebra.factors import Factors, squared_norm
 from fedexlora.algebra.lowrank import LowRank
-from fedexlora.algebra.moments import Moments
 from fedexlora.algebra.probes import Norm, Probes
 from fedexlora.exchange.layout import each_once
 from fedexlora.exchange.seeds import derive_seed
@@ -39,7 +38,7 @@ from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.step import PIECE, Step
 from fedexlora.exchange.step_writer import StepBuilder, StepSink
 from fedexlora.exchange.version import Adapter
-from fedexlora.methods import Method
+from fedexlora.methods.rule import ModuleRound, ModuleStep, Rule
 from fedexlora.rounds.common_update import CommonForm, CommonUpdate
 
 _PROCESSOR = torch.device("cpu")
@@ -63,11 +62,15 @@ class ModuleFigures:
     error: Norm
     """Of the step less the ideal."""
     ideal: float
-    """Of the ideal update since the untouched base."""
+    """Of the ideal update since the untouched base, and what the method adds to it."""
     deviation: Deviation
     """What averaging the factors would have lost."""
     truncated: float
     """What a truncated remainder lacks on purpose; 0 if nothing was."""
+    added: float = 0.0
+    """What the method added to the ideal on purpose, as momentum."""
+    memory_error: float = 0.0
+    """What the server's memory of the module lacks, held at a lower rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +91,21 @@ class Reducer:
 
     Args:
         form: of the updates; its version is the one that the round starts from.
-        method: what is made of them.
+        rule: what is made of them.
         fresh: draws new factors.
         seed: of the probes.
         stay: what the version itself counts beside the updates.
         device: where a module's updates are reduced; it is held against the ideal on the processor.
+        memory: what the server remembers of the modules from the round before.
     """
 
     form: CommonForm
-    method: Method
+    rule: Rule
     fresh: FreshFactors
     seed: int = 0
     stay: float = 0.0
     device: torch.device = _PROCESSOR
+    memory: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     _drawn: dict[int, Adapter] = field(default_factory=dict)
 
     def reduce(
@@ -121,20 +126,21 @@ class Reducer:
         figures: dict[str, ModuleFigures] = {}
         kept, shared = each_once(self.form.specs)
         drawn: dict[str, dict[str, Factors]] = {client: {} for client in kept}
+        norms = self._norms(updates)
         for name in spec.modules:
-            made = self._module(name, updates, weight, kept)
-            sink.add(name, made.adapter, made.piece)
+            made = self._module(name, updates, weight, norms)
+            sink.add(name, made.adapter, made.piece, made.memory)
             figures[name] = made.figures
             for client, pair in made.own.items():
                 drawn[client][name] = pair
         heads: dict[str, Tensor] = {}
         rounding: dict[str, tuple[float, float]] = {}
-        for name, now in before.dense.items():
+        for name in spec.dense:
             mean = self._mean(name, updates, weight)
-            heads[name] = mean.to(now.dtype)
+            heads[name] = mean.to(before.dense[name].dtype)
             rounding[name] = float((heads[name].double() - mean).norm()), float(mean.norm())
         own: Mapping[str, Adapter] = drawn | {client: drawn[x] for client, x in shared.items()}
-        if self.method.own_adapters:
+        if self.rule.own_adapters:
             own = {**before.own, **{x.update.client: self.form.sent(x.update) for x in updates}}
         step = sink.finish(heads, *before.changed(own), held or {})
         return Reduction(step, figures, rounding)
@@ -144,24 +150,64 @@ class Reducer:
         name: str,
         updates: Sequence[WeightedUpdate],
         weight: float,
-        owners: Mapping[str, AdapterSpec],
+        norms: Mapping[str, tuple[float, ...]],
     ) -> _ModuleResult:
-        """The next adapter of a module, what is beside it, and what was measured."""
+        """What the method makes of a module, and what was measured of it."""
+        offset = self._offset(name, updates, weight)
         with torch.device(self.device):
-            moments = Moments.over(self._on_device(name, updates))
-            wide = self.method.assignment(moments, self._holder(None, self.form.spec, name))
-            remainder = assignment.remainder(moments, wide)
-            kept, lacks = self.method.remainder(remainder)
-            own = {} if self.method.own_adapters else self._own(name, moments, owners)
-            lost = deviation(moments)
-        adapter = wide.to(self.form.spec.modules[name].dtype).on(_PROCESSOR)
-        piece = self._with_offsets(name, kept.on(_PROCESSOR), updates, weight).to(PIECE)
-        truncated = (remainder, kept) if self.method.truncates else None
-        error, ideal = self._held(name, updates, weight, (adapter, piece), truncated)
-        if truncated is None:
-            lacks = 0.0
+            module = self._module_round(name, updates, offset.on(self.device), norms)
+            made = self.rule.server(module)
+            lost = deviation(module.moments)
+        spec = self.form.spec.modules[name]
+        adapter = made.adapter.to(spec.dtype).on(_PROCESSOR)
+        piece = made.remainder.on(_PROCESSOR)
+        if not offset.is_zero:
+            piece = piece.to(torch.float64).accumulate(offset)
+        piece = piece.to(PIECE)
+        error, ideal = self._held(name, updates, weight, (adapter, piece), made)
+        lacks = made.truncation.lacks if made.truncation else 0.0
         error = Norm(error.value, error.bound + lacks)
-        return _ModuleResult(adapter, piece, own, ModuleFigures(error, ideal, lost, lacks))
+        added = 0.0 if made.added is None else sqrt(made.added.squared_norm())
+        figures = ModuleFigures(error, ideal, lost, lacks, added, made.memory_error)
+        own = {client: self._sent(client, name, pair) for client, pair in made.own.items()}
+        memory = {letter: tensor.to(_PROCESSOR) for letter, tensor in made.memory.items()}
+        return _ModuleResult(adapter, piece, own, memory, figures)
+
+    def _module_round(
+        self,
+        name: str,
+        updates: Sequence[WeightedUpdate],
+        offset: LowRank,
+        norms: Mapping[str, tuple[float, ...]],
+    ) -> ModuleRound:
+        """One module as the method sees it, on the device."""
+        remembered = self.memory.get(name, {})
+        return ModuleRound(
+            name=name,
+            round=self.form.before.version + 1,
+            scaling=self.form.spec.modules[name].scaling,
+            clients=lambda: self._on_device(name, updates),
+            holder=self._holder(None, self.form.spec, name),
+            owners={client: self._holder(client, spec, name) for client, spec in self._owners()},
+            offset=offset,
+            memory={letter: tensor.to(self.device) for letter, tensor in remembered.items()},
+            norms=norms,
+        )
+
+    def _owners(self) -> Iterable[tuple[str, AdapterSpec]]:
+        """The clients for which the server makes adapters of their own; each adapter once."""
+        if self.rule.own_adapters:
+            return ()
+        return each_once(self.form.specs)[0].items()
+
+    def _norms(self, updates: Sequence[WeightedUpdate]) -> dict[str, tuple[float, ...]]:
+        """By module, the norm of every update's product, if the method looks at them first."""
+        if not self.rule.surveys:
+            return {}
+        return {
+            name: tuple(sqrt(squared_norm(pair)) for pair, _ in self._clients(name, updates))
+            for name in self.form.spec.modules
+        }
 
     def _clients(
         self, name: str, updates: Sequence[WeightedUpdate]
@@ -177,20 +223,16 @@ class Reducer:
     ) -> Iterator[tuple[Factors, float]]:
         return ((pair.on(self.device), weight) for pair, weight in self._clients(name, updates))
 
-    def _with_offsets(
-        self, name: str, piece: LowRank, updates: Sequence[WeightedUpdate], weight: float
-    ) -> LowRank:
-        """A piece of remainder plus what clients hold beside the weight for their own adapters."""
-        offset = LowRank.zeros(*piece.shape, torch.float64)
+    def _offset(self, name: str, updates: Sequence[WeightedUpdate], weight: float) -> LowRank:
+        """What clients hold beside the weight for their own adapters, on average, float64."""
+        offset = LowRank.zeros(*self.form.before.adapter[name].shape, torch.float64)
         for counted in updates:
             start = counted.update.start(name)
             if start is not None:
                 share = counted.weight / weight
                 common = self.form.before.adapter[name].to(torch.float64).scaled(share)
                 offset = offset.plus([common, start.to(torch.float64).scaled(-share)])
-        if offset.is_zero:
-            return piece
-        return piece.to(torch.float64).accumulate(offset)
+        return offset
 
     def _held(
         self,
@@ -198,19 +240,20 @@ class Reducer:
         updates: Sequence[WeightedUpdate],
         weight: float,
         sent: tuple[Factors, LowRank],
-        truncated: tuple[LowRank, LowRank] | None,
+        made: ModuleStep,
     ) -> tuple[Norm, float]:
         """The error of what is sent against the ideal, and the norm of the ideal.
 
-        The bound is that of everything but what is left out on purpose, whose norm is known and
-        which random probes could only estimate.
+        What the method adds on purpose is part of the ideal. The bound is that of everything but
+        what is left out on purpose, whose norm is known and which random probes could only
+        estimate.
 
         Args:
             name: the module.
             updates: of the round.
             weight: of all that count.
             sent: adapter and piece.
-            truncated: the remainder and what is kept of it, if less is.
+            made: what the method says of it.
         """
         adapter, piece = sent
         shape, before = piece.shape, self.form.before
@@ -223,11 +266,13 @@ class Reducer:
             if start is not None:
                 probes.add(mean, before.adapter[name], counted.weight / weight)
                 probes.add(mean, start, -counted.weight / weight)
+        if made.added is not None:
+            probes.add(mean, made.added.on(_PROCESSOR).value)
         error = probes.add(probes.zeros(shape), adapter)
         found = probes.norm(probes.add(error, piece.value).sub_(mean))
-        if truncated is not None:
-            whole, kept = truncated
-            probes.add(probes.add(error, whole.value), kept.value, -1.0)
+        if made.truncation is not None:
+            probes.add(error, made.truncation.whole.on(_PROCESSOR).value)
+            probes.add(error, made.truncation.kept.on(_PROCESSOR).value, -1.0)
             found = Norm(found.value, probes.norm(error).bound)
         if name in before.total:
             probes.add(mean, before.total[name].value)
@@ -241,17 +286,10 @@ class Reducer:
             total.add_(counted.update.head(name).double(), alpha=counted.weight)
         return total.div_(weight)
 
-    def _own(
-        self, name: str, moments: Moments, owners: Mapping[str, AdapterSpec]
-    ) -> dict[str, Factors]:
-        """What clients with an adapter of their own continue from."""
-        return {
-            client: self.method.assignment(moments, self._holder(client, spec, name))
-            .scaled(1.0 / self.form.scale(client, name))
-            .to(spec.modules[name].dtype)
-            .on(_PROCESSOR)
-            for client, spec in owners.items()
-        }
+    def _sent(self, client: str, name: str, pair: Factors) -> Factors:
+        """A client's next adapter as it is sent: in its own scaling and dtype."""
+        dtype = self.form.spec_of(client).modules[name].dtype
+        return pair.scaled(1.0 / self.form.scale(client, name)).to(dtype).on(_PROCESSOR)
 
     def _holder(self, client: str | None, spec: AdapterSpec, name: str) -> Holder:
         """Whom an adapter of ``spec`` is for: a client with its own, or all others."""
@@ -272,9 +310,10 @@ class Reducer:
         return _rescaled(self._drawn[id(spec)][name], scale).on(self.device)
 
 
-def step_in_memory(before: GlobalState, method: Method) -> StepBuilder:
+def step_in_memory(before: GlobalState, rule: Rule) -> StepBuilder:
     """What takes in a step that is small enough to be held."""
-    return StepBuilder(before.version + 1, before.id, method.trained)
+    version = before.version + 1
+    return StepBuilder(version, before.id, rule.steps(version))
 
 
 def drift(before: GlobalState, step: Step, after: GlobalState, module: str) -> Norm:
@@ -305,6 +344,7 @@ class _ModuleResult:
     adapter: Factors
     piece: LowRank
     own: Mapping[str, Factors]
+    memory: Mapping[str, Tensor]
     figures: ModuleFigures
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank, break_even
@@ -21,12 +22,12 @@ from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.step import PIECE
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.exchange.version import Adapter
-from fedexlora.methods import Method
+from fedexlora.methods.rule import Rule
 from fedexlora.rounds.common_update import CommonForm, HeldUpdate
 from fedexlora.rounds.reduction import Reducer, WeightedUpdate, step_in_memory
 
-_ROUNDS = 2
-"""Rounds that are tried: a method may take turns between two kinds of them."""
+_SETTLED = 6
+"""Rounds after which the memory of a server, as momentum, has come to its largest rank."""
 _ID = "0" * 64
 
 
@@ -35,12 +36,17 @@ class Remainders:
     """The remainders of a run, without numbers, on torch's meta device."""
 
     pieces: Sequence[Mapping[str, LowRank]]
-    """By round from 1, in turns: what a step has of each module, float32. No zero pieces."""
+    """By round from 1: what a step has of each module, float32. No zero pieces."""
+    period: int
+    """After the last of these rounds, this many of them come again."""
     shapes: Mapping[str, tuple[int, int]]
 
     def of_round(self, round_: int) -> Mapping[str, LowRank]:
         """The pieces that a round makes."""
-        return self.pieces[(round_ - 1) % len(self.pieces)]
+        place = round_ - 1
+        if place >= (count := len(self.pieces)):
+            place = count - self.period + (place - count) % self.period
+        return self.pieces[place]
 
     def totals(self, rounds: int) -> list[dict[str, LowRank]]:
         """The sums of the pieces after 0, 1, ... ``rounds`` rounds, float64."""
@@ -55,7 +61,7 @@ class Remainders:
 
 
 def find_remainders(
-    method: Method,
+    rule: Rule,
     spec: AdapterSpec,
     specs: Mapping[str, AdapterSpec],
     clients: Sequence[str],
@@ -63,7 +69,7 @@ def find_remainders(
     """Reduce a round or two of random updates.
 
     Args:
-        method: of the run.
+        rule: of the run's method.
         spec: the common adapter.
         specs: the adapters of the clients that have another one, by client.
         clients: those of a round.
@@ -72,23 +78,27 @@ def find_remainders(
     own = each_once(specs)[0]
     for name, module in spec.modules.items():
         kinds.setdefault((module, *(x.modules[name] for x in own.values())), []).append(name)
-    pieces: list[dict[str, LowRank]] = [{} for _ in range(_ROUNDS)]
+    period = len(rule.halves)
+    rounds = period * (_SETTLED if rule.remembers else 2)
+    pieces: list[dict[str, LowRank]] = [{} for _ in range(rounds)]
     for names in kinds.values():
         for found, piece in zip(
-            pieces, _tried(method, spec, specs, clients, names[0]), strict=True
+            pieces, _tried(rule, spec, specs, clients, names[0], rounds), strict=True
         ):
             if piece is not None and not piece.is_zero:
                 rank = rank_of(piece)
                 found |= {name: shape_lowrank(piece.shape, rank, PIECE) for name in names}
-    return Remainders(pieces, {name: (m.d_out, m.d_in) for name, m in spec.modules.items()})
+    shapes = {name: (m.d_out, m.d_in) for name, m in spec.modules.items()}
+    return Remainders(pieces, period, shapes)
 
 
 def _tried(
-    method: Method,
+    rule: Rule,
     spec: AdapterSpec,
     specs: Mapping[str, AdapterSpec],
     clients: Sequence[str],
     name: str,
+    rounds: int,
 ) -> list[LowRank | None]:
     """The pieces of one module in the rounds that are tried."""
     single: dict[int, AdapterSpec] = {}
@@ -104,11 +114,15 @@ def _tried(
         total = {name: LowRank.zeros(*_shape(common, name), torch.float64)}
         state = GlobalState(0, _ID, _random(common), total, {}, own)
         found: list[LowRank | None] = []
-        for _ in range(_ROUNDS):
-            form = CommonForm(state, common, others)
+        memory: Mapping[str, Mapping[str, Tensor]] = {}
+        for round_ in range(1, rounds + 1):
+            sent = {id(x): rule.upload_spec(x, round_) for x in (common, *others.values())}
+            form = CommonForm(state, sent[id(common)], {c: sent[id(x)] for c, x in others.items()})
             updates = [WeightedUpdate(_update(client, form), 1.0) for client in clients]
-            reduced = Reducer(form, method, _random).reduce(updates, step_in_memory(state, method))
+            sink = step_in_memory(state, rule)
+            reduced = Reducer(form, rule, _random, memory=memory).reduce(updates, sink)
             found.append(reduced.step.pieces.get(name))
+            memory = sink.memory
             # The next round needs what it starts from, and not the sum of what was before.
             state = replace(state.advance([reduced.step]), total=total)
         return found

@@ -19,7 +19,7 @@ from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.step_writer import StepSink
-from fedexlora.methods import Method
+from fedexlora.methods import Rule
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.admission import Admission, Intake, require_enough
@@ -37,7 +37,10 @@ from fedexlora.rounds.transport import Transport
 class Federation:
     """What every round of a run has in common."""
 
-    method: Method
+    method: str
+    """Its name."""
+    rule: Rule
+    """What clients and server do by it."""
     model: AdaptedModel
     """The server's copy of the global model."""
     specs: Mapping[str, AdapterSpec]
@@ -84,10 +87,17 @@ def run_round(
     """
     round_, clock = before.version + 1, _Clock()
     model, observer, rule = federation.model, federation.observer, federation.participation
-    form = CommonForm(before, model.spec, federation.specs)
+    form = CommonForm(before, *_upload_specs(federation, round_))
     spool = Spool(federation.spool, round_, form)
     admission = Admission(
-        federation.transport, rule, form, holdings, model.base_fingerprint, spool, federation.access
+        federation.transport,
+        rule,
+        form,
+        holdings,
+        model.base_fingerprint,
+        spool,
+        federation.access,
+        federation.rule.client.memory if federation.rule.client else "none",
     )
     with clock.phase("ship"), writing(spool.path):  # step 1: who takes part is asked
         for fault in admission.draw(federation.seed):
@@ -106,7 +116,13 @@ def run_round(
     with clock.phase("aggregate"), closing(sink):  # steps 4 and 5, module by module
         fresh = partial(model.fresh, seed=derive_seed(federation.seed, round_, ""))
         reducer = Reducer(
-            form, federation.method, fresh, federation.seed, intake.stay, federation.device
+            form,
+            federation.rule,
+            fresh,
+            federation.seed,
+            intake.stay,
+            federation.device,
+            holdings.history.store.memory(before.version) if federation.rule.remembers else {},
         )
         counted = [WeightedUpdate(x, x.weight) for x in intake.updates]
         reduction = reducer.reduce(counted, sink, held)
@@ -116,7 +132,7 @@ def run_round(
         model.apply(state)
     with clock.phase("certify"):  # step 7
         certificate = certify(model, state, reduction, federation.specs, federation.forwards)
-        if federation.method.certified and not model.lossy_fold:
+        if federation.rule.certified and not model.lossy_fold:
             enforce(certificate, round_, partial(strained, intake, form))
     metrics: Mapping[str, float] = {}
     with clock.phase("evaluate"):
@@ -138,9 +154,23 @@ def _sink(
     """What takes in the round's step."""
     kept, shared = each_once(federation.specs)
     owners = {client: client for client in kept} | shared
-    if federation.method.own_adapters:
+    if federation.rule.own_adapters:
         owners = {update.client: update.client for update in intake.updates}
-    return holdings.history.store.sink(before, federation.method.trained, owners, held)
+    letters = federation.rule.steps(before.version + 1)
+    return holdings.history.store.sink(before, letters, owners, held)
+
+
+def _upload_specs(
+    federation: Federation, round_: int
+) -> tuple[AdapterSpec, Mapping[str, AdapterSpec]]:
+    """What updates of a round contain: of all clients, and of those with an adapter of their own.
+
+    Specs that clients share stay one object.
+    """
+    kept, shared = each_once(federation.specs)
+    own = {client: federation.rule.upload_spec(spec, round_) for client, spec in kept.items()}
+    own |= {client: own[name] for client, name in shared.items()}
+    return federation.rule.upload_spec(federation.model.spec, round_), own
 
 
 def _record(
@@ -162,7 +192,7 @@ def _record(
     return RoundRecord(
         round=round_,
         registered=len(federation.transport.clients),
-        method=federation.method.name,
+        method=federation.method,
         clients=clients,
         left_out=tuple(intake.left_out),
         stay=intake.stay / whole,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedexlora.local.memory import ClientMemory
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.in_process import InProcessTransport
 from fedexlora.rounds.loop import RunResult, run_federation, settled_heap
@@ -14,7 +15,7 @@ from fedexlora.rounds.recipe import Recipe
 
 def run(
     recipe: Recipe,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     keep_updates: bool = False,
@@ -35,7 +36,7 @@ def run(
         RunError: if the run stops; its last version is intact.
     """
     observer = observer or Observer()
-    folder, table = RunFolder(out), recipe.federation
+    folder, table = RunFolder(Path(out)), recipe.federation
     continued = folder.check_same(recipe) if resume else folder.check_new()
     prepared, trainer = prepare(recipe, observer)
     observer.preparing("rehearsing a step")
@@ -47,6 +48,7 @@ def run(
             trainer,
             held=progress.holdings.ids(),
             keep_late=table.stale == "accept",
+            memory=ClientMemory(folder.memory),
         )
 
     return run_federation(

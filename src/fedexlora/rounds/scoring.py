@@ -16,8 +16,8 @@ from fedexlora.data.choices import Choices, prepare_choices
 from fedexlora.data.generation import Generation, check_metrics, prepare_generation, scorers
 from fedexlora.data.load import Splits, load_validation
 from fedexlora.data.task import Task, prepare_task
-from fedexlora.local.arguments import training_device
 from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.device import find_device
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.set_mean import MEAN, mean_score
@@ -157,7 +157,7 @@ def all_scorers(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 def scoring_device(recipe: Recipe) -> torch.device:
     """Where the model is when it is scored: where it is trained."""
-    return training_device(recipe.training)
+    return find_device(recipe.device)
 
 
 def scoring_arithmetic(recipe: Recipe) -> Arithmetic:

@@ -23,13 +23,13 @@ from fedexlora.rounds.preparation import (
     check_clients,
     check_reduction_device,
     client_shapes,
-    load_task_base,
     partition_shares,
     reshaped,
 )
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.rows import RowSummary, check_rows
 from fedexlora.rounds.scoring import Scoring, load_sets, prepare_scoring, scoring_arithmetic
+from fedexlora.rounds.task_base import load_task_base
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,6 @@ def _outlined(
     peft_model.peft_config["default"].init_lora_weights = given
     arithmetics = training_arithmetic(recipe.training), scoring_arithmetic(recipe)
     placement = recipe.federation.placement
-    model = ModelOutline(peft_model, recipe.method.trained, placement, arithmetics)
+    model = ModelOutline(peft_model, recipe.rule.factors, placement, arithmetics)
     file_names(model)
     return task, tokenizer, model, reshaped(model.spec, shapes), note

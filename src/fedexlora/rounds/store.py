@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from fedexlora.errors import VersionError
 from fedexlora.exchange.digest import group, tensors_digest
 from fedexlora.exchange.files import beside, rename
@@ -75,7 +77,7 @@ class VersionStore:
     def sink(
         self,
         before: GlobalState,
-        trained: Sequence[str],
+        letters: Sequence[str],
         owners: Mapping[str, str] | None = None,
         clients: Collection[str] = (),
     ) -> StepSink:
@@ -85,7 +87,7 @@ class VersionStore:
             beside(self.step_file(version)),
             version,
             before.id,
-            trained,
+            letters,
             modules=before.adapter,
             dense=before.dense,
             owners=owners,
@@ -114,6 +116,16 @@ class VersionStore:
         path = self.step_file(version)
         try:
             return open_step(path).step
+        except (*_UNREADABLE, OSError) as error:
+            raise VersionError(f"{path} is damaged: {error}") from error
+
+    def memory(self, version: int) -> Mapping[str, Mapping[str, Tensor]]:
+        """What the server remembers of the step to a version; see ``Steps.memory``."""
+        if version == 0:
+            return {}
+        path = self.step_file(version)
+        try:
+            return read_step(path).memory
         except (*_UNREADABLE, OSError) as error:
             raise VersionError(f"{path} is damaged: {error}") from error
 
@@ -211,8 +223,9 @@ class VersionStore:
         for found in snapshots:
             if found < oldest:
                 self.snapshot_file(found).unlink()
+        # The step to the oldest snapshot stays: it has what the server remembers of that version.
         for found in self._versions("step"):
-            if found <= oldest:
+            if found < oldest:
                 self.step_file(found).unlink()
 
     def _last_snapshot(

@@ -34,7 +34,8 @@ def gram_of(updates: Sequence[CommonUpdate], before: GlobalState, spec: AdapterS
     for name, module in spec.modules.items():
         changes = [_change(update, before, name).scaled(module.scaling) for update in updates]
         total += robust.gram(changes)
-    for name, now in before.dense.items():
+    for name in spec.dense:
+        now = before.dense[name]
         total += robust.flat_gram([(update.head(name), now) for update in updates])
     return total
 

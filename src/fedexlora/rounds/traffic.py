@@ -53,7 +53,7 @@ class Traffic:
     def own(self) -> Mapping[str, Adapter]:
         """The adapters of clients that have their own."""
         specs = dict(self.specs)
-        if self.recipe.method.own_adapters:
+        if self.recipe.rule.own_adapters:
             # Each its own object, as their numbers differ.
             return {c: shape_adapter(specs.get(c, self.spec)) for c in self.rows}
         made = {id(x): shape_adapter(x) for x in specs.values()}
@@ -61,17 +61,19 @@ class Traffic:
 
     def state(self, version: int) -> GlobalState:
         """A version, without numbers."""
-        first = version == 0 and self.recipe.method.own_adapters
+        first = version == 0 and self.recipe.rule.own_adapters
         own = {c: x for c, x in self.own.items() if c in self.specs} if first else self.own
         return shape_state(version, self.spec, self.totals[version], own)
 
     def step(self, version: int) -> Step:
         """The step that leads to a version, without numbers."""
-        return shape_step(version, self.spec, self.remainders.of_round(version), self.own)
+        rule, pieces = self.recipe.rule, self.remainders.of_round(version)
+        sent = rule.upload_spec(self.spec, version)
+        return shape_step(version, sent, rule.steps(version), pieces, self.own)
 
     def up(self, client: str, round_: int = 1) -> int:
         """A client's update."""
-        spec = self.specs.get(client, self.spec)
+        spec = self.recipe.rule.upload_spec(self.specs.get(client, self.spec), round_)
         return update_size(spec, client, round_, self.rows[client], _BASE)
 
     def down(self, client: str, held: int | None, round_: int) -> int:
