@@ -144,6 +144,19 @@ def test_the_process_of_a_flower_message_loads_no_training_library():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_server_without_a_model_and_stored_adapters_need_no_training_library():
+    """The base install has none of them."""
+    pytest.importorskip("flwr")
+    code = (
+        "import sys, fedexlora.errors as errors;"
+        "sys.modules |= dict.fromkeys(errors._TRAINING);"  # as if they were not installed
+        "import fedexlora.flower.server, fedexlora.rounds.loop, fedexlora.cli.main;"
+        "import fedexlora.adapters.aggregate, fedexlora.adapters.deviation;"
+        "import fedexlora.adapters.export"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_the_tables_of_metrics_load_nothing_heavy():
     """What is missing for a metric is asked before a run, where nothing else is loaded yet."""
     code = (

@@ -65,6 +65,7 @@ def test_a_run_leaves_what_the_design_says(document, whole):
         "versions",
         "adapter",
         "adapter.json",
+        "adapter-best",
         "updates",
     }
     assert names == wanted | {".lock"}
@@ -95,7 +96,7 @@ def test_the_adapter_on_the_untouched_base_scores_what_the_last_record_says(docu
     )
     loaded = PeftModel.from_pretrained(base, whole / "adapter")
     tokenizer = prepare_tokenizer(parsed.model.source, None)
-    scores = prepared.task.evaluate(loaded, prepared.validation, tokenizer, 64)
+    scores = prepared.task.evaluate(loaded, prepared.scoring.validation, tokenizer, 64)
     last = RunFolder(whole).load().records[-1]
     assert scores["accuracy"] == last.metrics["accuracy"]
     assert scores["loss"] == pytest.approx(last.metrics["loss"], rel=1e-5)

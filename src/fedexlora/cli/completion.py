@@ -16,8 +16,8 @@ _TABLES = {
     "method": "name next_adapter remainder_rank remainder_energy heads strength momentum rate "
     "momentum_rank",
     "federation": "placement reduce_on clients_per_round fraction min_updates deadline stale "
-    "weighting weight_cap robust clip_norm bad_share history allow exclude rounds seed",
-    "evaluation": "every batch_size dtype sets mean",
+    "weighting weight_cap robust clip_norm bad_share history allow exclude rounds patience seed",
+    "evaluation": "where holdout every batch_size dtype sets mean",
 }
 KEYS = tuple(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys.split())
 _OPEN = ("lora.", "training.", "training.schedule=", "training.device=")

@@ -18,7 +18,7 @@ from fedexlora.cli.methods import methods
 from fedexlora.cli.recipes import recipes
 from fedexlora.cli.run import EPILOG, run
 from fedexlora.cli.text import make_console, plain
-from fedexlora.errors import FedexLoraError
+from fedexlora.errors import FedexLoraError, InputError, of_training
 
 app = typer.Typer(
     name="fedexlora",
@@ -56,6 +56,11 @@ def main() -> None:
         app()
     except FedexLoraError as error:
         _fail(f"{type(error).__name__}: {error}", error.exit_code)
+    except ModuleNotFoundError as error:
+        if not of_training(error):
+            raise
+        said = f"this needs the package {error.name}: pip install 'fedexlora[train]'"
+        _fail(f"InputError: {said}", InputError.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted; --resume continues from the last finished round", 1)
 

@@ -15,9 +15,8 @@ from fedexlora.methods.method import Method
 from fedexlora.methods.rolora import ROLORA
 from fedexlora.methods.rule import Rule
 
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {m.name: m for m in (FEDEX, FEDIT, FFA, ROLORA, FEDSA, FEDROT, FEDAVGM)}
-)
+_TABLE = {m.name: m for m in (FEDEX, FEDIT, FFA, ROLORA, FEDSA, FEDROT, FEDAVGM)}
+METHODS: Mapping[str, Method] = MappingProxyType(_TABLE)
 """Every method by the name that recipes use."""
 
 __all__ = ["METHODS", "Method", "Rule"]

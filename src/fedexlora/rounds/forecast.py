@@ -23,7 +23,7 @@ from fedexlora.local.arguments import training_arithmetic
 from fedexlora.local.footprint import HEAP, scoring_bytes, training_bytes, writing_bytes
 from fedexlora.methods import METHODS
 from fedexlora.peft_bridge.device import find_device
-from fedexlora.peft_bridge.load import resolve_source
+from fedexlora.peft_bridge.source import resolve_source
 from fedexlora.peft_bridge.weightless import stored_bytes, weight_files
 from fedexlora.peft_bridge.weights import is_quantised
 from fedexlora.rounds.observer import Observer
@@ -34,6 +34,8 @@ from fedexlora.rounds.scoring import Scoring, scoring_arithmetic
 from fedexlora.rounds.sketch import Sketch, sketch
 from fedexlora.rounds.traffic import Traffic
 
+_TURNS = ("training", "scoring", "reduction")
+"""What of a process's memory is never held together."""
 _SHOWN = 6
 """Rounds of which is said what a newcomer downloads."""
 _WIDE = torch.float64.itemsize
@@ -119,7 +121,7 @@ def _record(
         all_parameters=sum(p.numel() for p in parameters),
         clients=dict(drawn.num_examples),
         clients_per_round=len(taking_part),
-        validation_rows=len(drawn.scoring.validation),
+        validation_rows=0 if drawn.scoring is None else len(drawn.scoring.validation),
         exact=_exact(recipe),
         up=max(traffic.up(client) for client in taking_part),
         down=max(traffic.down(first, t - 2, t) for t in range(2, max(rounds, 2) + 1))
@@ -227,23 +229,26 @@ def _memory(
     beside = _beside(drawn, last)
     total = held_bytes(last, torch.float64)
     reduced = max(_reduced(m, clients) for m in model.spec.modules.values())
-    base = {"libraries": libraries, "weights": weights, "remainders": beside, "version": total}
-    client = {**base, "training": step}
-    server = {**base, "scoring": score, "reduction": total + reduced}
     # The server's next version is made while that of now is held.
-    return [
-        MemoryRecord(where="client", parts=client, total=sum(client.values())),
-        _turns("server", server, ("scoring", "reduction")),
-        _turns("one process", {**server, "training": step}, ("scoring", "reduction", "training")),
-    ]
+    reduction = {"libraries": libraries, "version": total, "reduction": total + reduced}
+    holder = {"libraries": libraries, "weights": weights, "remainders": beside, "version": total}
+    whole = {**holder, "training": step, "scoring": score, "reduction": total + reduced}
+    server, client = reduction, {**holder, "training": step}
+    if recipe.evaluation.where == "server":
+        server = {**holder, "scoring": score, "reduction": total + reduced}
+    elif recipe.evaluation.where == "clients":
+        client["scoring"] = score
+    else:
+        del whole["scoring"]
+    known = (("client", client), ("server", server), ("one process", whole))
+    return [_turns(where, parts) for where, parts in known]
 
 
-def _turns(where: str, parts: Mapping[str, int], turns: Sequence[str]) -> MemoryRecord:
+def _turns(where: str, parts: Mapping[str, int]) -> MemoryRecord:
     """Parts of which some take turns."""
-    always = sum(size for name, size in parts.items() if name not in turns)
-    return MemoryRecord(
-        where=where, parts=dict(parts), total=always + max(parts[name] for name in turns)
-    )
+    always = sum(size for name, size in parts.items() if name not in _TURNS)
+    most = max(parts[name] for name in _TURNS if name in parts)
+    return MemoryRecord(where=where, parts=dict(parts), total=always + most)
 
 
 def _work(drawn: Sketch) -> tuple[int, int]:
@@ -255,8 +260,12 @@ def _work(drawn: Sketch) -> tuple[int, int]:
         table = recipe.model.model_copy(update={"quantization": None})
         plain = sketch(recipe.model_copy(update={"model": table}), Observer())
     model = plain.model.peft_model
-    scored = max(_scored(plain, own) for own in (plain.scoring, *plain.scoring.sets.values()))
-    return training_bytes(model, drawn.rows, drawn.collator, recipe.training), scored
+    trained = training_bytes(model, drawn.rows, drawn.collator, recipe.training)
+    if plain.scoring is None:  # clients score, if anybody does, on rows of their own
+        batch, arithmetic = recipe.evaluation.batch_size, scoring_arithmetic(recipe)
+        return trained, scoring_bytes(model, drawn.rows, drawn.collator, batch, arithmetic)
+    scored = [_scored(plain, own) for own in (plain.scoring, *plain.scoring.sets.values())]
+    return trained, max(scored)
 
 
 def _scored(drawn: Sketch, scoring: Scoring) -> int:

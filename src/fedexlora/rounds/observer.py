@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.records import FinishRecord, RoundRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,13 @@ class Observer:
         """A client has done one optimizer step."""
 
     def phase(self, round_: int, what: str) -> None:
-        """A round has come to ``aggregate`` or ``evaluate``."""
+        """A round has come to ``aggregate`` or ``evaluate``; after the last one, ``finish``."""
 
     def evaluating(self, done: int, batches: int) -> None:
         """The global model has scored ``done`` of ``batches`` batches."""
 
     def finished_round(self, record: RoundRecord) -> None:
         """A round is recorded and durable."""
+
+    def finished_run(self, record: FinishRecord) -> None:
+        """Clients have come to the final version, where they score."""

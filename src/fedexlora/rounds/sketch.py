@@ -9,7 +9,6 @@ from typing import Any
 from datasets import Dataset
 
 from fedexlora.data.batches import Collator
-from fedexlora.data.load import load_splits
 from fedexlora.data.task import prepare_task
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.local.arguments import check_training_device, training_arithmetic
@@ -20,12 +19,13 @@ from fedexlora.rounds.loop import check_enough_clients
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import (
     admitted_shares,
-    check_clients,
-    check_reduction_device,
     client_shapes,
+    part_rows,
     partition_shares,
     reshaped,
+    run_splits,
 )
+from fedexlora.rounds.prepared import check_clients, check_reduction_device
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.rows import RowSummary, check_rows
 from fedexlora.rounds.scoring import Scoring, load_sets, prepare_scoring, scoring_arithmetic
@@ -46,7 +46,8 @@ class Sketch:
     num_examples: Mapping[str, int]
     """Training rows by client."""
     collator: Collator
-    scoring: Scoring
+    scoring: Scoring | None
+    """None where the server does not score."""
     summary: RowSummary
 
 
@@ -63,20 +64,22 @@ def sketch(recipe: Recipe, observer: Observer) -> Sketch:
     """
     observer.preparing("reading the data")
     sets = load_sets(recipe)
-    splits = load_splits(recipe.data, recipe.federation.seed)
+    splits = run_splits(recipe)
     task = prepare_task(recipe.task, splits)
     every = partition_shares(recipe, task, splits.train)
     check_clients(recipe, list(every))
-    shares = admitted_shares(recipe, every)
+    parted = part_rows(recipe, admitted_shares(recipe, every))
     task, tokenizer, model, specs, note = _outlined(recipe, task, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)
-    scoring = prepare_scoring(recipe, task, tokenizer, model.peft_model, splits.validation, sets)
-    tokenized = {"training": rows, "validation": scoring.validation}
-    summary = check_rows(
-        recipe, task, model.peft_model, tokenizer, tokenized, [note, *scoring.notes], observer
-    )
-    num_examples = {client: len(share) for client, share in shares.items()}
+    scoring, tokenized, notes = None, {"training": rows}, [note]
+    if recipe.evaluation.where == "server":
+        validation = splits.validation
+        scoring = prepare_scoring(recipe, task, tokenizer, model.peft_model, validation, sets)
+        tokenized |= {"validation": scoring.validation}
+        notes += scoring.notes
+    summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, notes, observer)
+    num_examples = {client: len(share) for client, share in parted.train.items()}
     check_enough_clients(recipe, num_examples)
     collator = task.collator(tokenizer)
     return Sketch(recipe, model, specs, rows, num_examples, collator, scoring, summary)
