@@ -6,7 +6,10 @@ the lists against them.
 
 from __future__ import annotations
 
-METHODS = ("fedex", "fedit", "ffa", "rolora", "fedsa", "fedrot", "fedavgm")
+METHODS = (
+    *("fedex", "fedit", "ffa", "rolora", "fedsa", "fedrot", "fedavgm"),
+    *("centralised", "local_only"),
+)
 _TABLES = {
     "model": "source revision dtype quantization",
     "task": "kind text label labels prompt completion prompt_template completion_template messages "

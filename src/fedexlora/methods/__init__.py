@@ -5,19 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from fedexlora.methods.centralised import CENTRALISED
 from fedexlora.methods.fedavgm import FEDAVGM
 from fedexlora.methods.fedex import FEDEX
 from fedexlora.methods.fedit import FEDIT
 from fedexlora.methods.fedrot import FEDROT
 from fedexlora.methods.fedsa import FEDSA
 from fedexlora.methods.ffa import FFA
+from fedexlora.methods.local_only import LOCAL_ONLY
 from fedexlora.methods.method import Method
 from fedexlora.methods.rolora import ROLORA
 from fedexlora.methods.rule import Rule
 
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {m.name: m for m in (FEDEX, FEDIT, FFA, ROLORA, FEDSA, FEDROT, FEDAVGM)}
+_ROWS = (
+    FEDEX,
+    FEDIT,
+    FFA,
+    ROLORA,
+    FEDSA,
+    FEDROT,
+    FEDAVGM,
+    CENTRALISED,
+    LOCAL_ONLY,
 )
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ROWS})
 """Every method by the name that recipes use."""
 
 __all__ = ["METHODS", "Method", "Rule"]

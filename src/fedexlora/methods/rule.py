@@ -174,6 +174,10 @@ class Rule:
     """Whether clients may have adapters of other ranks."""
     late_updates: bool = False
     """Whether an update that was trained from an earlier version may count."""
+    pooled: bool = False
+    """Whether one client has the rows of all: nothing is federated then, and nobody is drawn."""
+    start: tuple[str, ...] | None = None
+    """The values of PEFT's ``init_lora_weights`` that it can start from; any if not given."""
 
     @property
     def remembers_at_clients(self) -> bool:

@@ -29,6 +29,7 @@ from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import attach_lora, probe_shapes
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.observer import Observer
+from fedexlora.rounds.participation import AccessList
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.recipe_tables import ClientTable
 from fedexlora.rounds.rows import RowSummary, check_rows
@@ -94,6 +95,9 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
     every = _shares(recipe, task, splits.train)
     check_clients(recipe, list(every))
     shares = _admitted(recipe, every)
+    values = client_values(splits.train, recipe.partition, shares)
+    if recipe.rule.pooled:
+        shares, values = _pooled(recipe, shares), {}
     task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
@@ -102,7 +106,7 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
     summary = check_rows(
         recipe, task, model.peft_model, tokenizer, tokenized, [note, *scoring.notes], observer
     )
-    summary = replace(summary, client_values=client_values(splits.train, recipe.partition, shares))
+    summary = replace(summary, client_values=values)
     # Every row that a number of the run comes from is part of its data.
     others = [own.rows for own in sets.values()]
     data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
@@ -116,9 +120,15 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
 
     Raises:
         DataError: if the validation rows are missing or do not fit the task.
-        RecipeError: if this machine has not the arithmetic in which clients train.
+        RecipeError: if this machine has not the arithmetic in which clients train, or the method
+            needs all rows in one place.
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
+    if recipe.rule.pooled:
+        raise RecipeError(
+            f"method.name: {recipe.method.name} trains on the rows of all clients in one place",
+            ["nodes keep theirs: run it with fedexlora run, where the data are"],
+        )
     observer.preparing("reading the data")
     sets = load_sets(recipe)
     rows = load_validation(recipe.data, recipe.federation.seed)
@@ -186,6 +196,8 @@ def client_rows(recipe: Recipe) -> dict[str, int]:
     splits = load_splits(recipe.data, recipe.federation.seed)
     task = prepare_task(recipe.task, splits)
     shares = _admitted(recipe, _shares(recipe, task, splits.train))
+    if recipe.rule.pooled:
+        shares = _pooled(recipe, shares)
     return {name: len(share) for name, share in shares.items()}
 
 
@@ -216,12 +228,18 @@ def _admitted(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list
         for name in names
         if name not in shares
     ]
-    admitted = {name: rows for name, rows in shares.items() if not recipe.access.fault(name)}
+    access = AccessList(table.allow, table.exclude)
+    admitted = {name: rows for name, rows in shares.items() if not access.fault(name)}
     if not admitted and not faults:
         faults.append(f"federation.exclude: it names all of {', '.join(shares)}")
     if faults:
         raise RecipeError("the recipe admits clients that there are not", faults)
     return admitted
+
+
+def _pooled(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """The rows of all clients, as those of one."""
+    return {recipe.method.name: sorted(row for share in shares.values() for row in share)}
 
 
 def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
