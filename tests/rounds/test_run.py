@@ -300,6 +300,9 @@ SAMPLED = {"clients_per_round": 2, "rounds": 6, "history": 1}
     [{}, {"next_adapter": "keep"}, *({"name": name} for name in METHODS if name != "fedex")],
 )
 def test_a_sampled_run_resumes_to_the_same_bits_and_traffic(document, tmp_path, changes):
+    start = METHODS[changes.get("name", "fedex")].default.start
+    if start is not None:
+        document["lora"] = document["lora"] | {"init_lora_weights": start[0]}
     parsed = recipe(document, method=changes, **SAMPLED)
     run(parsed, tmp_path / "one")
     for round_, moment in [(2, "aggregate"), (3, "end"), (5, "evaluate")]:

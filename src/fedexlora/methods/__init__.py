@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from fedexlora.methods.centralised import CENTRALISED
+from fedexlora.methods.fedadam_factored import FEDADAM_FACTORED
 from fedexlora.methods.fedavgm import FEDAVGM
 from fedexlora.methods.fedex import FEDEX
 from fedexlora.methods.fedit import FEDIT
 from fedexlora.methods.fedrot import FEDROT
 from fedexlora.methods.fedsa import FEDSA
 from fedexlora.methods.ffa import FFA
+from fedexlora.methods.frlora import FRLORA
 from fedexlora.methods.local_only import LOCAL_ONLY
+from fedexlora.methods.lorafair_ridge import LORAFAIR_RIDGE
 from fedexlora.methods.method import Method
 from fedexlora.methods.rolora import ROLORA
 from fedexlora.methods.rule import Rule
@@ -25,6 +28,9 @@ _ROWS = (
     FEDSA,
     FEDROT,
     FEDAVGM,
+    FEDADAM_FACTORED,
+    LORAFAIR_RIDGE,
+    FRLORA,
     CENTRALISED,
     LOCAL_ONLY,
 )
