@@ -7,6 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.methods import METHODS
 from fedexlora.methods.fedadam_factored import mean_squares
@@ -164,3 +165,27 @@ def test_who_trains_alone_sends_nothing_and_continues_from_itself():
 def test_an_option_out_of_its_range_is_refused(name, options):
     with pytest.raises(ValidationError):
         METHODS[name].rule_of(options)
+
+
+@pytest.mark.parametrize(("local_rank", "count"), [(None, 5), (1, 3), (2, 6), (9, 9)])
+def test_lora_a2_trains_the_ranks_that_matter_most_over_all_modules(local_rank, count):
+    rule = METHODS["lora_a2"].rule_of({"local_rank": local_rank} if local_rank else {})
+    assert [rule.trains(t) for t in (1, 2, 3)] == [("B",), ("A",), ("B",)]
+    received = Trainables({name: pair(i) for i, name in enumerate("mno")}, {})
+    for letter in "BA":
+        probed = {
+            name: Factors(x.A + (letter == "A") * pair(7).A, x.B + (letter == "B") * pair(8).B)
+            for name, x in received.factors.items()
+        }
+        slots = rule.client.slots(entered(rule, received, {}), Trainables(probed, {}))
+        found = {}
+        for name, x in probed.items():
+            before, after = received.factors[name], x
+            for i in range(R):
+                # |dB_i A_i|, the norm of a product of rank 1, multiplied out.
+                d_b, d_a = (after.B - before.B)[:, i], (after.A - before.A)[i]
+                one = np.outer(d_b.numpy(), before.A[i].numpy())
+                other = np.outer(before.B[:, i].numpy(), d_a.numpy())
+                found[name, i] = np.linalg.norm(one) + np.linalg.norm(other)
+        best = sorted(found, key=lambda slot: -found[slot])[:count]
+        assert {(name, i) for name in slots for i in range(R) if slots[name][i]} == set(best)

@@ -53,6 +53,13 @@ def test_a_client_that_trains_alone_ends_where_a_run_of_it_alone_does(document, 
             assert torch.equal(tensor, alone[name])
 
 
+def test_updates_that_nobody_sends_cannot_be_kept(document, tmp_path):
+    parsed = recipe(document, method={"name": "local_only"})
+    with pytest.raises(RecipeError, match="local_only send no adapters"):
+        run(parsed, tmp_path / "run", keep_updates=True)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["centralised", "local_only"])
 def test_where_nothing_is_aggregated_nothing_can_be_robust(document, name):
     changed = document | {"method": {"name": name}}

@@ -18,6 +18,7 @@ from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.local.job import LocalJob
 from fedexlora.local.memory import ClientMemory, Remembered
+from fedexlora.local.slots import putting_back
 from fedexlora.methods.rule import ClientRound, Rule, Trainables
 from fedexlora.peft_bridge.model import AdaptedModel
 
@@ -36,6 +37,7 @@ class LocalClients:
         seed: the federation's.
         specs: the adapters of the clients that have another one than the model, by client.
         rule: what clients do by the method.
+        probe: trains the one epoch by which clients of some methods choose what they train.
     """
 
     def __init__(
@@ -47,12 +49,13 @@ class LocalClients:
         seed: int,
         specs: Mapping[str, AdapterSpec],
         rule: Rule,
+        probe: LocalJob | None = None,
     ) -> None:
         self.model = model
         self._rows = rows
         self._shares = shares
         self.num_examples = {client: len(share) for client, share in shares.items()}
-        self._job = job
+        self._job, self._probe = job, probe
         self._seed = seed
         self._specs = specs
         self.rule = rule
@@ -101,12 +104,18 @@ class LocalClients:
         self._enter(held, at)
         rows = self.rows_of(client)
         with self.model.training_only(self.rule.trains(round_)):
+            put_back = self._choose(held, at, rows)
+
+            def on_step(done: int, steps: int) -> None:
+                put_back()
+                progress(client, done, steps)
+
             done = self._job.train(
                 self.model.peft_model,
                 rows,
                 seed=derive_seed(self._seed, round_, client),
                 round_=round_,
-                on_step=lambda done, steps: progress(client, done, steps),
+                on_step=on_step,
             )
         return ClientUpdate(
             client=client,
@@ -118,6 +127,21 @@ class LocalClients:
             tensors=self._leave(at, memory),
             memory=since,
         ).encode()
+
+    def _choose(self, held: GlobalState, at: ClientRound, rows: Dataset) -> Callable[[], None]:
+        """What puts back, after every step, what the method has the client not train."""
+        choose = self.rule.client.slots if self.rule.client is not None else None
+        if choose is None:
+            return lambda: None
+        if self._probe is None:
+            raise AssertionError("a method whose clients choose what they train needs a probe")
+        seed = derive_seed(self._seed, at.round, f"{at.client}\0probe")
+        self._probe.train(
+            self.model.peft_model, rows, seed=seed, round_=at.round, on_step=lambda *_: None
+        )
+        slots = choose(at, Trainables(self.model.factors(), self.model.dense()))
+        self._enter(held, at)
+        return putting_back(self.model, slots)
 
     def _client_round(
         self, client: str, held: GlobalState, round_: int, memory: ClientMemory | None

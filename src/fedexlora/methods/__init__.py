@@ -15,6 +15,7 @@ from fedexlora.methods.fedsa import FEDSA
 from fedexlora.methods.ffa import FFA
 from fedexlora.methods.frlora import FRLORA
 from fedexlora.methods.local_only import LOCAL_ONLY
+from fedexlora.methods.lora_a2 import LORA_A2
 from fedexlora.methods.lorafair_ridge import LORAFAIR_RIDGE
 from fedexlora.methods.method import Method
 from fedexlora.methods.rolora import ROLORA
@@ -31,6 +32,7 @@ _ROWS = (
     FEDADAM_FACTORED,
     LORAFAIR_RIDGE,
     FRLORA,
+    LORA_A2,
     CENTRALISED,
     LOCAL_ONLY,
 )

@@ -32,7 +32,7 @@ def _rule(options: Options) -> Rule:
 CENTRALISED = Method(
     name="centralised",
     title="centralised LoRA (reference)",
-    paper="arXiv:2410.09432 (ACL 2025), Tables 1-3",
+    paper="arXiv:2410.09432 (ACL 2025)",
     sends="nothing leaves: one client has all rows; its adapter is counted both ways",
     keeps="nothing is left over: there is nothing to average",
     certified_against="the ideal, that is the adapter of the one client",

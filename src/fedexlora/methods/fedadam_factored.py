@@ -134,7 +134,7 @@ def _rule(options: FedAdamOptions) -> Rule:
 FEDADAM_FACTORED = Method(
     name="fedadam_factored",
     title="FedAdam on the exact update, factored second moment",
-    paper="arXiv:2003.00295 (ICLR 2021), with arXiv:1804.04235, Sec. 3",
+    paper="arXiv:2003.00295 (ICLR 2021)",
     sends="up A and B; down mean A, mean B, and residual and step in factors",
     keeps="residual and the server's step, in the frozen weight",
     certified_against="the ideal plus what the server's step adds to it",

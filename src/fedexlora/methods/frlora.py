@@ -44,7 +44,7 @@ def _rule(options: Options) -> Rule:
 FRLORA = Method(
     name="frlora",
     title="FR-LoRA",
-    paper="openreview e0rQRMUhs7 (ICLR 2025)",
+    paper="openreview:e0rQRMUhs7 (ICLR 2025)",
     sends="up A and B; down the change of their means' product, in factors",
     keeps="the change of the mean factors' product, in the frozen weight; the residual is lost",
     certified_against="nothing: its error is measured",

@@ -60,7 +60,7 @@ def _rule(options: Options) -> Rule:
 LOCAL_ONLY = Method(
     name="local_only",
     title="local training alone (reference)",
-    paper="no paper: what a client reaches alone",
+    paper="none (reference)",
     sends="nothing but that it has trained, and its loss",
     keeps="every client's adapter and heads, on its own disk: there is one model a client",
     certified_against="nothing: no model is that of all clients",

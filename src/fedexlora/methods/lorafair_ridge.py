@@ -65,7 +65,7 @@ def _rule(options: LoRAFairRidgeOptions) -> Rule:
 LORAFAIR_RIDGE = Method(
     name="lorafair_ridge",
     title="LoRA-FAIR, closed ridge form",
-    paper="arXiv:2411.14961 (ICCV 2025), a variant",
+    paper="arXiv:2411.14961 (ICCV 2025)",
     sends="up A and B; down mean A and a corrected mean B",
     keeps="nothing: the residual outside the rows of the mean A is lost",
     certified_against="nothing: its error is measured",

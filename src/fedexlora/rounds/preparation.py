@@ -111,8 +111,8 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
     others = [own.rows for own in sets.values()]
     data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
     prepared = Prepared(recipe, scoring, model, specs, data, summary)
-    job = _job(recipe, task, tokenizer)
-    return prepared, LocalClients(model, rows, shares, job, seed, specs, recipe.rule)
+    jobs = _jobs(recipe, task, tokenizer)
+    return prepared, _clients(recipe, model, rows, shares, specs, jobs)
 
 
 def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
@@ -178,13 +178,28 @@ def prepare_client(
     tokenized = {"training": rows}
     check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
     everything = {client: range(len(rows))}
-    return LocalClients(
-        model, rows, everything, _job(recipe, task, tokenizer), seed, specs, recipe.rule
-    )
+    return _clients(recipe, model, rows, everything, specs, _jobs(recipe, task, tokenizer))
 
 
-def _job(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -> LocalJob:
-    return local_job(recipe.training, task.collator(tokenizer), recipe.federation.rounds)
+def _clients(
+    recipe: Recipe,
+    model: AdaptedModel,
+    rows: Dataset,
+    shares: Mapping[str, Sequence[int]],
+    specs: Mapping[str, AdapterSpec],
+    jobs: tuple[LocalJob, LocalJob],
+) -> LocalClients:
+    job, probe = jobs
+    return LocalClients(model, rows, shares, job, recipe.federation.seed, specs, recipe.rule, probe)
+
+
+def _jobs(
+    recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> tuple[LocalJob, LocalJob]:
+    """What trains a client, and what trains it for one epoch."""
+    collator, rounds = task.collator(tokenizer), recipe.federation.rounds
+    once = {**recipe.training, "num_train_epochs": 1, "max_steps": -1}
+    return local_job(recipe.training, collator, rounds), local_job(once, collator, rounds)
 
 
 def client_rows(recipe: Recipe) -> dict[str, int]:
