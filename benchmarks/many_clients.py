@@ -160,8 +160,9 @@ def registered(task: dict) -> dict:
     from fedexlora.exchange.history import History, Holdings
     from fedexlora.exchange.update import ClientUpdate
     from fedexlora.methods import METHODS
-    from fedexlora.peft_bridge.load import attach_lora, load_base, resolve_source
+    from fedexlora.peft_bridge.load import attach_lora, load_base
     from fedexlora.peft_bridge.model import AdaptedModel
+    from fedexlora.peft_bridge.source import resolve_source
     from fedexlora.rounds.folder import RunFolder
     from fedexlora.rounds.in_process import InProcessTransport
     from fedexlora.rounds.observer import Observer
@@ -198,7 +199,7 @@ def registered(task: dict) -> dict:
         seed=0,
         transport=transport,
         participation=Participation(clients_per_round=task["a_round"]),
-        evaluate=dict,
+        evaluate=lambda _: {},
         keep=lambda *_: None,
         observer=Observer(),
     )

@@ -34,7 +34,7 @@ ALLOWED = {
     "report": BELOW_EXCHANGE | {"exchange"},
 }
 HOMES = {
-    "accelerate": {"local"},
+    "accelerate": {"local", "rounds"},
     "peft": {"peft_bridge"},
     "transformers": {"peft_bridge", "data", "local", "rounds"},
     "datasets": {"data", "local", "rounds"},
@@ -46,6 +46,7 @@ HOMES = {
     "pycocoevalcap": {"data"},
     "math_verify": {"data"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
     "typer": {"cli"},
     "rich": {"cli"},
     "flwr": {"flower"},
@@ -140,6 +141,19 @@ def test_the_process_of_a_flower_message_loads_no_training_library():
         "import sys, fedexlora.flower.apps, fedexlora.flower.worker;"
         "found = {'torch', 'peft', 'transformers', 'datasets'} & set(sys.modules);"
         "sys.exit(', '.join(found) or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_server_without_a_model_and_stored_adapters_need_no_training_library():
+    """The base install has none of them."""
+    pytest.importorskip("flwr")
+    code = (
+        "import sys, fedexlora.errors as errors;"
+        "sys.modules |= dict.fromkeys(errors._TRAINING);"  # as if they were not installed
+        "import fedexlora.flower.server, fedexlora.rounds.loop, fedexlora.cli.main;"
+        "import fedexlora.adapters.aggregate, fedexlora.adapters.deviation;"
+        "import fedexlora.adapters.export"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

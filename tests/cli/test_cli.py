@@ -41,7 +41,7 @@ def test_methods_lists_every_method_and_its_paper():
         assert row["name"] in table.stdout
         assert row["paper"].split()[0] in table.stdout
         assert all(option["meaning"] for option in row["options"].values())
-        assert row["options"].keys() <= set(table.stdout.split())
+        assert row["options"].keys() <= set(table.stdout.replace(",", " ").split())
     assert [row["exact"] for row in found] == [method.default.exact for method in METHODS.values()]
 
 
@@ -52,6 +52,8 @@ def test_a_run_ends_with_a_table_and_commands_that_work(recipe_file, tmp_path):
     assert "exact" in done.stdout
     assert "averaging" in done.stdout
     assert str(out / "adapter") in done.stdout.replace("\n", "")
+    assert str(out / "report.html") in done.stdout.replace("\n", "")
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     commands = re.findall(r"^    ((?:fedexlora|python) .*)$", done.stdout, re.M)
     assert len(commands) == 3
     for command in commands:

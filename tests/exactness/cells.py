@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -12,11 +12,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from fedexlora.exchange.layout import adapter_tensors, dense_tensors
 from fedexlora.exchange.records import RoundRecord
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
-from fedexlora.methods import METHODS
+from fedexlora.methods import METHODS, Rule
+from fedexlora.methods.rule import ClientRound, Trainables
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.load import load_base, probe_shapes
 from fedexlora.peft_bridge.model import AdaptedModel
@@ -45,6 +47,14 @@ RANKS: Mapping[str, Mapping[str, dict]] = {
     "patterns, rsLoRA": {},
 }
 NEXT = ("mean", "svd", "svd_aligned", "reinit", "keep")
+MOMENTUM = {"momentum": 0.6, "rate": 0.7, "momentum_rank": 200}
+METHOD_OPTIONS: Mapping[str, Mapping[str, object]] = {"fedavgm": MOMENTUM}
+"""Of the methods that are exact, or held to what they add: those that are not the defaults."""
+OTHER_METHODS = tuple(
+    name
+    for name, method in METHODS.items()
+    if name != "fedex" and (method.default.exact or name in METHOD_OPTIONS)
+)
 DTYPES = ("float32", "bfloat16", "float16", "int8", "nf4")
 _QUANTISABLE = ("llama-gqa", "roberta", "gpt2", "gemma2", "embedding")
 _LINEAR = {
@@ -68,16 +78,25 @@ class Cell:
     ranks: str
     next_adapter: str
     placement: str = "auto"
+    method: str = "fedex"
     autocast: bool = False
     """Whether clients train, and what comes out is measured, under bfloat16 autocast."""
 
     def __str__(self) -> str:
+        if self.method != "fedex":
+            return f"{self.model}-{self.dtype}-{self.method}"
         plain = f"{self.model}-{self.dtype}-{self.ranks.split(',')[0]}-{self.next_adapter}"
         return f"{plain}-autocast" if self.autocast else plain
 
     @property
     def arithmetic(self) -> Arithmetic:
         return Arithmetic(torch.bfloat16) if self.autocast else Arithmetic()
+
+    @property
+    def rule(self) -> Rule:
+        """What clients and server do."""
+        chosen = {"next_adapter": self.next_adapter} if self.method == "fedex" else {}
+        return METHODS[self.method].rule_of({**chosen, **METHOD_OPTIONS.get(self.method, {})})
 
     @property
     def case(self) -> str:
@@ -103,6 +122,16 @@ def autocast_cells() -> list[Cell]:
     bases = [dtype for dtype in DTYPES if dtype != "float16"]
     every = (Cell(m, d, "equal", "mean", autocast=True) for m in MODELS.values() for d in bases)
     return [x for x in every if x.dtype not in ("int8", "nf4") or x.model in _QUANTISABLE]
+
+
+def method_cells() -> list[Cell]:
+    """Every other method that states what it is held to, on three bases that differ in all."""
+    bases = (("gpt2", "float32"), ("llama-gqa", "bfloat16"), ("roberta", "nf4"))
+    return [
+        Cell(model, dtype, "equal", "mean", method=name)
+        for name in OTHER_METHODS
+        for model, dtype in bases
+    ]
 
 
 def core() -> list[Cell]:
@@ -132,7 +161,7 @@ _BUILDERS = {
     "patches": models.vit,
     "embedding": models.llama,
 }
-for _cell in (*cells(), *autocast_cells()):
+for _cell in (*cells(), *autocast_cells(), *method_cells()):
     models.EVERY[_cell.case] = (partial(_BUILDERS[_cell.model], layers=1), _options(_cell))
 
 
@@ -158,19 +187,27 @@ class Training:
     """Clients that train on tokens or pixels of their own, by AdamW."""
 
     def __init__(
-        self, model: AdaptedModel, specs: Mapping[str, AdapterSpec], arithmetic: Arithmetic
+        self,
+        model: AdaptedModel,
+        rule: Rule,
+        specs: Mapping[str, AdapterSpec],
+        arithmetic: Arithmetic,
     ) -> None:
         self.model = model
+        self.rule = rule
         self.specs = specs
         self.arithmetic = arithmetic
         self.started: dict[str, dict[str, Tensor]] = {}
         self.sent: dict[str, dict[str, Tensor]] = {}
 
     def __call__(self, round_: int, client: str, held: GlobalState) -> list[Reply]:
-        self.model.enter(held, client, self.specs.get(client))
-        self.started[client] = self.model.update_tensors()
-        self._train(1000 * round_ + sum(client.encode()))
-        self.sent[client] = self.model.update_tensors()
+        spec = self.specs.get(client)
+        self.model.enter(self._entered(round_, client, held), client, spec)
+        self.started[client] = self._tensors()
+        with self.model.training_only(self.rule.trains(round_)):
+            self._train(1000 * round_ + sum(client.encode()))
+        self.sent[client] = self._tensors()
+        wanted = self.rule.upload_spec(spec or self.model.spec, round_).tensors()
         update = ClientUpdate(
             client=client,
             round=round_,
@@ -178,9 +215,21 @@ class Training:
             num_examples=WEIGHTS[client],
             loss=1.0,
             base=self.model.base_fingerprint,
-            tensors=self.sent[client],
+            tensors={name: self.sent[client][name] for name in wanted},
         )
         return [Reply(client, round_, update.encode())]
+
+    def _entered(self, round_: int, client: str, held: GlobalState) -> GlobalState:
+        """What the method has the client start from, instead of the version."""
+        if self.rule.client is None:
+            return held
+        received = Trainables(held.adapter, held.dense)
+        fresh = partial(self.model.fresh, self.model.spec, 100 * round_ + sum(client.encode()))
+        start = self.rule.client.enter(ClientRound(client, round_, received, {}, fresh))
+        return replace(held, adapter=start.factors, dense=start.heads)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return adapter_tensors(self.model.factors()) | dense_tensors(self.model.dense())
 
     def _train(self, seed: int) -> None:
         peft = self.model.peft_model.train()
@@ -223,13 +272,14 @@ def play(cell: Cell, rounds: int = ROUNDS) -> Outcome:
     peft: PeftModel = get_peft_model(base, LoraConfig(**options))
     untouched = untouched_weights(peft)
     how = cell.arithmetic
-    model = AdaptedModel(peft, placement=cell.placement, arithmetics=[how])
+    rule = cell.rule
+    model = AdaptedModel(peft, rule.factors, cell.placement, [how])
     specs = {client: model.spec.reshaped(shape) for client, shape in shapes.items()}
-    training = Training(model, specs, how)
-    method = METHODS["fedex"].rule_of({"next_adapter": cell.next_adapter})
+    training = Training(model, rule, specs, how)
     read = {how: partial(_read, peft, how)}
-    parts, state = federation(model, method, training, specs=specs, forwards=read)
-    oracle = Oracle(cell.case, {c: overrides.get(c, {}) for c in WEIGHTS}, WEIGHTS)
+    parts, state = federation(model, rule, training, specs=specs, forwards=read)
+    added = MOMENTUM if cell.method == "fedavgm" else {}
+    oracle = Oracle(cell.case, {c: overrides.get(c, {}) for c in WEIGHTS}, WEIGHTS, **added)
     records = []
     for _ in range(rounds):
         state, record = run_round(parts, state)

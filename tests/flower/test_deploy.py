@@ -6,6 +6,7 @@ small machine. Those that kill nodes and servers are slow.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -26,7 +27,11 @@ import torch
 from fedexlora.exchange.delivery import deliver
 from fedexlora.exchange.history import History
 from fedexlora.exchange.state import GlobalState, state_tensors
-from tests.flower.deployment import ROOT, Deployment, free_port
+from fedexlora.rounds.folder import RunFolder
+from fedexlora.rounds.recipe import load_recipe
+from fedexlora.rounds.run import run
+from tests.flower.deployment import ROOT, Deployment, blocked, free_port
+from tests.rounds.conftest import files
 
 LET_IN = "SuperNode ID"
 """What a SuperNode says once the SuperLink has accepted it."""
@@ -226,6 +231,44 @@ def test_nodes_that_sum_in_other_ways_take_no_snapshot_after_their_first(tmp_pat
     snapshot = deliver(History(1), held[0], None)
     assert all(c["since"] == 2 for c in records[3]["clients"])
     assert all(c["downloaded_bytes"] < len(snapshot.message) for c in records[3]["clients"])
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_import_what_trains_ends_with_the_same_model(tmp_path):
+    """It has neither model nor rows; nodes score on rows of their own, which are the server's."""
+    deployment = Deployment(tmp_path, tables='[evaluation]\nwhere = "clients"\n')
+    (tmp_path / "data" / "docstrings" / "validation.jsonl").rename(tmp_path / "own.jsonl")
+    shutil.copytree(tmp_path / "data" / "docstrings", tmp_path / "nodes")
+    (tmp_path / "own.jsonl").rename(tmp_path / "nodes" / "validation.jsonl")
+    deployment("keys")
+    try:
+        deployment("superlink", settings={"PYTHONPATH": blocked(tmp_path / "blocked")})
+        for number in ("1", "2", "3"):
+            deployment("node", number)
+            path = deployment.home / f"node-{number}.toml"
+            text = path.read_text().replace(
+                str(tmp_path / "data" / "docstrings"), str(tmp_path / "nodes")
+            )
+            path.write_text(text.replace("\nshare =", '\nvalidation = "validation"\nshare ='))
+        playing = deployment.begin("run", attempts=3)
+        assert playing.wait() == 0, deployment.logs()
+    finally:
+        deployment("stop", check=False)
+    recipe = deployment.folder / "app" / "recipe.toml"
+    changes = [f'data.source="{tmp_path / "nodes"}"', "evaluation.where=server"]
+    result = run(load_recipe(recipe, changes), tmp_path / "local")
+    assert files(deployment.home / "run" / "adapter") == files(result.adapter)
+    assert files(deployment.home / "run" / "adapter-best") == files(
+        tmp_path / "local" / "adapter-best"
+    )
+    header = json.loads((deployment.home / "run" / "run.json").read_text())
+    assert header["packages"]["torch"]
+    assert header["arithmetic"] is None
+    finish = RunFolder(deployment.home / "run").read_finish()
+    found = [*(record["scores"] for record in deployment.records()), finish.scores.model_dump()]
+    for version, scores in result.scores().items():
+        assert found[version]["pooled"] == pytest.approx(scores, rel=1e-6)
+    assert {deployment.held(f"node-{i}").version for i in (1, 2, 3)} == {2}
 
 
 def differ(one: GlobalState, other: GlobalState) -> bool:

@@ -145,7 +145,11 @@ def test_a_revision_is_the_nodes_to_pin(model, revision):
     "changes",
     [
         {"data": {"source": "/etc"}},
-        {"evaluation": {}},
+        {"evaluation": {"sets": {}}},
+        {"evaluation": {"mean": ["a", "b"]}},
+        {"evaluation": {"where": "clients", "holdout": 0.9}},
+        {"evaluation": {"where": "clients", "holdout": float("nan")}},
+        {"evaluation": {"where": "elsewhere"}},
         {"training__logging_dir": "/etc"},
         {"training__optim_args": "file=/etc/passwd"},
         {"training__lr_scheduler_kwargs": {"path": "../x"}},

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import ExactnessError
-from fedexlora.peft_bridge import export
+from fedexlora.peft_bridge import global_writer
 from fedexlora.peft_bridge.export import save_factors, save_global
 from fedexlora.peft_bridge.model import AdaptedModel
 from tests.models import CASES, adapted, base_of, live_update, logits, lora_layers
@@ -116,7 +116,7 @@ def test_one_module_or_head_that_is_written_a_little_wrong_is_named(case, tmp_pa
     def wrong(tensors, path, **more):
         save_file({**tensors, spoilt: tensors[spoilt] * (1 + 3e-6)}, path, **more)
 
-    monkeypatch.setattr(export, "save_file", wrong)
+    monkeypatch.setattr(global_writer, "save_file", wrong)
     with pytest.raises(
         ExactnessError, match=r"off by [23]\.\d+e-06 of it, allowed 1.00e-06"
     ) as caught:

@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from fedexlora.errors import BridgeError
-from fedexlora.peft_bridge.load import attach_lora, load_base, lora_faults, resolve_source
+from fedexlora.peft_bridge.load import attach_lora, load_base, lora_faults
 from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.peft_bridge.source import resolve_source
 from tests.models import (
     CASES,
     Convolutions,

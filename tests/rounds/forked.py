@@ -25,8 +25,9 @@ from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds import loop
 from fedexlora.rounds import round as round_module
 from fedexlora.rounds import run as run_module
+from fedexlora.rounds import written as written_module
 from fedexlora.rounds.admission import Admission
-from fedexlora.rounds.preparation import Prepared
+from fedexlora.rounds.prepared import Prepared
 from fedexlora.rounds.reduction import Reducer
 
 
@@ -114,11 +115,12 @@ class Moments:
             *((files, name) for name in ("_sync", "sync_folder")),
             *((Path, name) for name in ("replace", "unlink", "mkdir")),
             (shutil, "rmtree"),
-            (round_module, "certify"),
+            (round_module, "_certified"),
             *((Admission, name) for name in ("draw", "ask", "receive", "_hear")),
             (Reducer, "reduce"),
             (AdaptedModel, "apply"),
-            *((loop, name) for name in ("run_round", "save_global", "save_factors")),
+            (loop, "run_round"),
+            *((written_module, name) for name in ("write_global", "write_factors")),
         ):
             self.before(owner, name)
 
@@ -176,6 +178,8 @@ def quick(made: tuple[Prepared, LocalClients] | None, failing: float = 0.0) -> N
         return JobResult(float("inf") if way == "loss" else 1.0, 1, len(rows))
 
     def score(self, observer):
+        if self.model is None:
+            return {}
         parameters = self.model.peft_model.parameters()
         return {"accuracy": float(sum(p.detach().double().sum() for p in parameters))}
 

@@ -108,7 +108,7 @@ def test_scores_are_computed_in_the_stated_dtype(document, tmp_path, training, s
     prepared, _ = prepare(recipe, Observer())
     with torch.autocast("cpu", torch.bfloat16, enabled=scoring == "bfloat16"):
         plain = prepared.task.evaluate(
-            prepared.model.peft_model, prepared.validation, prepared.tokenizer, 64
+            prepared.model.peft_model, prepared.scoring.validation, prepared.scoring.tokenizer, 64
         )
     assert dict(result.initial_metrics) == plain
     other = "float32" if scoring == "bfloat16" else "bfloat16"

@@ -23,7 +23,8 @@ from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.participation import Participation
-from fedexlora.rounds.preparation import Prepared, prepare
+from fedexlora.rounds.preparation import prepare
+from fedexlora.rounds.prepared import Prepared
 from fedexlora.rounds.recipe import Recipe, parse_recipe
 from fedexlora.rounds.round import run_round
 from fedexlora.rounds.run import run

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from fedexlora.errors import RecipeError
 from fedexlora.rounds.observer import Observer
-from fedexlora.rounds.preparation import client_rows, prepare_server
+from fedexlora.rounds.preparation import client_rows, prepare_client
 from fedexlora.rounds.recipe import parse_recipe
 from fedexlora.rounds.run import run
 from tests.rounds.test_run import recipe
@@ -34,9 +34,10 @@ def test_centralised_training_has_the_rows_of_all_admitted_clients(document, tmp
     assert header["clients"] == {"centralised": rows}
 
 
-def test_a_deployment_has_no_place_where_all_rows_are(document):
+def test_a_node_has_not_the_rows_of_all(document):
+    parsed = recipe(document, method={"name": "centralised"})
     with pytest.raises(RecipeError, match="in one place") as caught:
-        prepare_server(recipe(document, method={"name": "centralised"}), Observer())
+        prepare_client(parsed, "site-south", "site-south", Observer())
     assert "fedexlora run" in caught.value.faults[0]
 
 

@@ -18,8 +18,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from fedexlora.adapters.export import export_run
 from fedexlora.data.tokenizer import prepare_tokenizer
-from fedexlora.errors import BridgeError, DataError, NoUpdatesError, ResumeError
+from fedexlora.errors import BridgeError, DataError, InputError, NoUpdatesError, ResumeError
 from fedexlora.exchange.digest import tensors_digest
 from fedexlora.methods import METHODS
 from fedexlora.rounds.folder import RunFolder
@@ -65,6 +66,7 @@ def test_a_run_leaves_what_the_design_says(document, whole):
         "versions",
         "adapter",
         "adapter.json",
+        "adapter-best",
         "updates",
     }
     assert names == wanted | {".lock"}
@@ -95,7 +97,7 @@ def test_the_adapter_on_the_untouched_base_scores_what_the_last_record_says(docu
     )
     loaded = PeftModel.from_pretrained(base, whole / "adapter")
     tokenizer = prepare_tokenizer(parsed.model.source, None)
-    scores = prepared.task.evaluate(loaded, prepared.validation, tokenizer, 64)
+    scores = prepared.task.evaluate(loaded, prepared.scoring.validation, tokenizer, 64)
     last = RunFolder(whole).load().records[-1]
     assert scores["accuracy"] == last.metrics["accuracy"]
     assert scores["loss"] == pytest.approx(last.metrics["loss"], rel=1e-5)
@@ -358,3 +360,30 @@ def test_ffa_uploads_half_and_downloads_no_remainder(document, tmp_path):
     start = RunFolder(tmp_path / "ffa").load().state
     for name, factors in start.adapter.items():
         assert torch.equal(weights[f"base_model.model.{name}.lora_A.weight"], factors.A)
+
+
+def test_clients_with_models_of_their_own_are_scored_each_and_leave_an_adapter_each(
+    document, tmp_path
+):
+    """Of a method without a global model the score is the plain mean over the clients."""
+    result = run(recipe(document, method={"name": "fedsa"}, rounds=2), tmp_path / "run")
+    parsed = recipe(document, method={"name": "fedsa"}, rounds=2)
+    prepared, _ = prepare(parsed, Observer())
+    names = sorted(path.name for path in result.adapter.iterdir())
+    assert names == ["site-north", "site-south", "site-west"]
+    assert result.adapter == result.folder / "adapters"
+    assert not (result.folder / "adapter").exists()
+    found = []
+    for name in names:
+        base = AutoModelForSequenceClassification.from_pretrained(
+            parsed.model.source, **prepared.task.model_config
+        )
+        loaded = PeftModel.from_pretrained(base, result.adapter / name)
+        tokenizer = prepare_tokenizer(parsed.model.source, None)
+        found.append(prepared.task.evaluate(loaded, prepared.scoring.validation, tokenizer, 64))
+    for metric in ("loss", "accuracy"):
+        mean = sum(scores[metric] for scores in found) / 3
+        assert result.records[-1].metrics[metric] == pytest.approx(mean, rel=1e-5)
+    assert len({round(scores["loss"], 6) for scores in found}) == 3
+    with pytest.raises(InputError, match="fedsa has one model a client, and no global one"):
+        export_run(result.folder, tmp_path / "out")

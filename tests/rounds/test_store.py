@@ -102,6 +102,31 @@ def test_what_is_read_is_what_was_reached_to_the_bit(tmp_path, rounds, window):
     assert [step.id for step in steps] == [step.id for step, _ in made[max(0, rounds - window) :]]
 
 
+@pytest.mark.parametrize("best", [0, 3, 10, 17, 20, 33])
+def test_what_leads_to_the_best_version_outlives_what_is_promised(tmp_path, best):
+    begun = state(0)
+    made: list[Round] = []
+    for _ in range(35):
+        made.append(step(made[-1][1] if made else begun))
+    folder = RunFolder(tmp_path / "run")
+    folder.store.path.mkdir(parents=True)
+    reached = Progress(begun, (), Holdings({}, History(WINDOW, folder.store, {0: begun.id})))
+    folder.begin(begun, reached.holdings)
+    for each in made:
+        reached = written(folder, reached, each)
+        seen = min(best, reached.state.version)
+        folder.save(reached.state, reached.holdings, reached.records[-1], seen)
+    assert same(folder.store.state(best), [begun, *(found for _, found in made)][best])
+    assert len(files(folder)) <= 35
+    check_same(folder.load(WINDOW), reached)
+    folder.settle(reached, best)
+    assert same(folder.store.state(best), [begun, *(found for _, found in made)][best])
+    folder.settle(reached)
+    if best < 20:
+        with pytest.raises(VersionError):
+            folder.store.state(best)
+
+
 def test_a_round_writes_its_step_and_not_the_total(tmp_path):
     begun = wide_state()
     folder = RunFolder(tmp_path / "run")

@@ -11,8 +11,6 @@ from typing import Literal
 from fedexlora.adapters.aggregate import RECORD, compress_adapter
 from fedexlora.adapters.card import model_card
 from fedexlora.adapters.finished_run import FinishedRun, last_version, read_finished
-from fedexlora.adapters.merge import RECORD as MERGE_RECORD
-from fedexlora.adapters.merge import merge_adapter
 from fedexlora.adapters.output import check_new, output
 from fedexlora.errors import RunError
 from fedexlora.exchange.adapter_records import ExportRecord
@@ -121,6 +119,9 @@ def _write(
     rank = max(module.rank for module in open_adapter(source).modules.values())
     rounding = 0.0
     if options.kind == "merged":
+        from fedexlora.adapters.merge import RECORD as MERGE_RECORD  # it needs transformers
+        from fedexlora.adapters.merge import merge_adapter
+
         merged = merge_adapter(
             source,
             options.base or run.recipe.model.source,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedexlora.errors import InputError, VersionError
 from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.untrusted import json_object
 from fedexlora.peft_bridge.adapter_file import AdapterFile, open_adapter
 from fedexlora.peft_bridge.export_check import Terms
 from fedexlora.peft_bridge.names import (
@@ -61,12 +62,22 @@ def read_finished(path: Path) -> FinishedRun:
         )
     records = folder.read_records(recipe.federation.rounds)
     header = folder.read_header()
-    if header is None or len(records) < recipe.federation.rounds or not folder.adapter.is_dir():
+    ended = len(records) >= recipe.federation.rounds or _stopped(folder, len(records))
+    if header is None or not ended or not folder.adapter.is_dir():
         raise InputError(
             f"{path}: the run has not ended, round {len(records)} of {recipe.federation.rounds}",
             [f"finish it: fedexlora run {source} --out {path} --resume"],
         )
     return FinishedRun(folder, recipe, header, records)
+
+
+def _stopped(folder: RunFolder, version: int) -> bool:
+    """Whether a run has ended before its last round, as its patience says."""
+    try:
+        said = json_object(folder.adapter_record.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return said.get("stopped") is True and said.get("version") == version
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +105,7 @@ def last_version(run: FinishedRun) -> LastVersion:
         return _stored(open_adapter(run.folder.adapter))
     run.folder.check_layout()
     try:
-        state = run.folder.store.state(run.recipe.federation.rounds)
+        state = run.folder.store.state(len(run.records))
     except VersionError as error:
         raise InputError(
             error.summary, [*error.faults, "an export is measured against the last version"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from fedexlora.errors import AdapterError
+from fedexlora.errors import AdapterError, of_training
 from fedexlora.peft_bridge.adapter_file import AdapterFile
 from fedexlora.peft_bridge.names import bias_owner
 
@@ -60,6 +60,8 @@ class KnownBase:
 def known_base(name: str, adapter: AdapterFile) -> KnownBase | None:
     """The base's layers, or None if its configuration is not here or is of no known model.
 
+    None too where transformers is not installed, which knows the layers.
+
     Args:
         name: a folder, or a hub name that was downloaded before; nothing is downloaded.
         adapter: decides on the class.
@@ -67,9 +69,13 @@ def known_base(name: str, adapter: AdapterFile) -> KnownBase | None:
     folder = _folder(name)
     if folder is None:
         return None
-    from fedexlora.peft_bridge.base_files import BaseFiles
-    from fedexlora.peft_bridge.skeleton import build_skeleton
-
+    try:
+        from fedexlora.peft_bridge.base_files import BaseFiles
+        from fedexlora.peft_bridge.skeleton import build_skeleton
+    except ModuleNotFoundError as error:
+        if not of_training(error):
+            raise
+        return None
     try:
         return KnownBase(name, build_skeleton(BaseFiles(folder, (), indexed=False), adapter))
     except AdapterError:

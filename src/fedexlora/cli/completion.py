@@ -7,8 +7,19 @@ the lists against them.
 from __future__ import annotations
 
 METHODS = (
-    *("fedex", "fedit", "ffa", "rolora", "fedsa", "fedrot", "fedavgm"),
-    *("fedadam_factored", "lorafair_ridge", "frlora", "lora_a2", "centralised", "local_only"),
+    "fedex",
+    "fedit",
+    "ffa",
+    "rolora",
+    "fedsa",
+    "fedrot",
+    "fedavgm",
+    "fedadam_factored",
+    "lorafair_ridge",
+    "frlora",
+    "lora_a2",
+    "centralised",
+    "local_only",
 )
 _TABLES = {
     "model": "source revision dtype quantization",
@@ -19,8 +30,9 @@ _TABLES = {
     "method": "name next_adapter remainder_rank remainder_energy heads strength momentum rate "
     "momentum_rank beta1 beta2 tau ridge local_rank",
     "federation": "placement reduce_on clients_per_round fraction min_updates deadline stale "
-    "weighting weight_cap robust clip_norm bad_share history allow exclude rounds seed",
-    "evaluation": "every batch_size dtype sets mean",
+    "weighting weight_cap robust clip_norm bad_share history allow exclude rounds patience seed",
+    "evaluation": "where holdout every batch_size dtype sets mean",
+    "tracking": "trackers project",
 }
 KEYS = tuple(f"{table}.{key}" for table, keys in _TABLES.items() for key in keys.split())
 _OPEN = ("lora.", "training.", "training.schedule=", "training.device=")

@@ -14,9 +14,10 @@ from fedexlora.cli.evaluate import evaluate
 from fedexlora.cli.export import export
 from fedexlora.cli.methods import methods
 from fedexlora.cli.recipes import recipes
+from fedexlora.cli.report import report
 from fedexlora.cli.run import EPILOG, run
 from fedexlora.cli.text import make_console, plain
-from fedexlora.errors import FedexLoraError
+from fedexlora.errors import FedexLoraError, InputError, of_training
 
 app = typer.Typer(
     name="fedexlora",
@@ -32,6 +33,7 @@ app.command()(deviation)
 app.command()(evaluate)
 app.command()(export)
 app.command()(methods)
+app.command()(report)
 
 
 @app.callback(invoke_without_command=True)
@@ -52,6 +54,11 @@ def main() -> None:
         app()
     except FedexLoraError as error:
         _fail(f"{type(error).__name__}: {error}", error.exit_code)
+    except ModuleNotFoundError as error:
+        if not of_training(error):
+            raise
+        said = f"this needs the package {error.name}: pip install 'fedexlora[train]'"
+        _fail(f"InputError: {said}", InputError.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted; --resume continues from the last finished round", 1)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from fedexlora.cli.tables import folding_table
+from fedexlora.cli.tables import folding_table, print_entry
 from fedexlora.cli.text import make_console
 
 if TYPE_CHECKING:
@@ -24,20 +24,29 @@ def methods(
     if as_json:
         typer.echo(json.dumps([_described(method) for method in METHODS.values()]))
         return
-    table = folding_table("method", "exact", "sends", "keeps", "options", "paper")
+    table = folding_table("method", "exact", "sends", "keeps", "paper")
     table.columns[-1].no_wrap = True
     for method in METHODS.values():
         paper = method.paper.replace(" ", "\n", 1)
-        exact = method.default.exact
-        said = Text("yes", style="green") if exact else Text("no", style="red")
-        options = "\n".join(method.options.model_fields) or "-"
-        table.add_row(method.name, said, method.sends, method.keeps, options, paper)
+        table.add_row(method.name, _exact(method), method.sends, method.keeps, paper)
     console = make_console()
     console.print(table)
+    console.print("options, in \\[method] of a recipe", style="bold")
+    for method in METHODS.values():
+        if method.options.model_fields:
+            print_entry(console, method.name, ", ".join(method.options.model_fields))
     console.print(
-        'Choose one in a recipe, [bold]name = "fedit"[/] in its table \\[method], with its options '
-        "beside it, or with [bold]--set method.name=fedit[/]."
+        "Exact [bold]as stated[/]: it adds to the mean update on purpose, or leaves out a stated "
+        'part. Choose one in a recipe, [bold]name = "fedit"[/] in its table \\[method], or with '
+        "[bold]--set method.name=fedit[/]; [bold]--json[/] says what every option means."
     )
+
+
+def _exact(method: Method) -> Text:
+    rule = method.default
+    if rule.exact:
+        return Text("yes", style="green")
+    return Text("as stated", style="yellow") if rule.certified else Text("no", style="red")
 
 
 def _described(method: Method) -> dict[str, object]:

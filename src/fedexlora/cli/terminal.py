@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -66,19 +67,21 @@ class Terminal(Observer):
     def started(self, info: RunInfo) -> None:
         """Say who takes part, and where the rounds start."""
         self._info = info
-        rows = info.clients.values()
+        rows, scored = info.clients.values(), info.validation_rows
+        validation = f", {scored:,} validation rows" if scored else ""
         self.console.print(
             f"[bold]{METHODS[info.method].title}[/]: {len(info.clients)} clients with "
-            f"{min(rows):,} to {max(rows):,} training rows, {info.validation_rows:,} validation "
-            f"rows; {info.modules} adapted modules in {info.precision}, "
+            f"{min(rows):,} to {max(rows):,} training rows{validation}; "
+            f"{info.modules} adapted modules in {info.precision}, "
             f"{info.trained_parameters:,} trained parameters"
         )
         self.console.print(_place(info.device), soft_wrap=True)
         if info.finished:
             self.console.print(f"resumed after round {info.finished}")
         else:
-            score = score_text(info.initial_metrics, info.headline) or "not computed"
-            self.console.print(f"before round 1    {info.headline} {score}")
+            score = score_text(info.initial_metrics, info.headline)
+            if score:
+                self.console.print(f"before round 1    {info.headline} {score}")
         self._progress.update(
             self._rounds, description="rounds", total=info.rounds, completed=info.finished
         )
@@ -103,8 +106,7 @@ class Terminal(Observer):
             return
         headline, certificate = self._info.headline, record.certificate
         asked = len(record.clients) + len(record.left_out)
-        text = score_text(record.metrics, headline)
-        score = f"{headline} {text}  " if text else ""
+        score = _score(record, headline)
         sampled = f"{len(record.clients)} clients  " if asked < record.registered else ""
         self.console.print(
             f"round {record.round:>3} of {self._info.rounds:<4}  {sampled}"
@@ -119,27 +121,43 @@ class Terminal(Observer):
         self._progress.update(self._rounds, completed=record.round)
 
 
-def closing(result: RunResult, recipe: Recipe) -> None:
-    """The table at the end of a run, where the adapter is, and what to do next."""
+def _score(record: RoundRecord, headline: str) -> str:
+    """The headline of a round; where clients score, that of the version before."""
+    if text := score_text(record.metrics, headline):
+        return f"{headline} {text}  "
+    if record.scores is None:
+        return ""
+    text = score_text(record.scores.metrics, headline)
+    return f"version {record.scores.version} {headline} {text}  " if text else ""
+
+
+def closing(result: RunResult, recipe: Recipe, report: Path | None) -> None:
+    """The table at the end of a run, where adapter and report are, and what to do next."""
     console = make_console()
     _print_table(console, result, METHODS[recipe.method.name].title)
     for label, text in _verdict(result, recipe):
         print_entry(console, label, text)
     console.print(f"adapter      [bold]{plain(result.adapter)}[/]", soft_wrap=True)
+    if result.best is not None and result.best.version < len(result.records):
+        best, folder = result.best, result.folder / "adapter-best"
+        said = f"version {best.version}, {best.metric} {best.score:.4f}: {folder}"
+        print_entry(console, "best", plain(said))
+    if report is not None:
+        console.print(f"report       [bold]{plain(report)}[/]", soft_wrap=True)
     console.print("next", style="bold")
     for what, command in _next_commands(result, recipe):
         console.print(f"  {what}\n    {plain(command)}", soft_wrap=True)
 
 
 def _print_table(console: Console, result: RunResult, title: str) -> None:
-    every = [result.initial_metrics, *(record.metrics for record in result.records)]
-    names = list(dict.fromkeys(name for scores in every for name in scores))
-    scores = [score_text(result.initial_metrics, name) for name in names]
+    every = result.scores()
+    names = list(dict.fromkeys(name for scores in every.values() for name in scores))
+    scores = [score_text(every.get(0, {}), name) for name in names]
     rows = [["start", *scores, *[""] * 5]]
     rows += [
         [
             str(record.round),
-            *(score_text(record.metrics, name) for name in names),
+            *(score_text(every.get(record.round, {}), name) for name in names),
             f"{record.deviation:.2%}",
             f"{record.certificate.error:.1e}",
             f"{record.bytes.up / 1e6:.2f}",
@@ -149,7 +167,8 @@ def _print_table(console: Console, result: RunResult, title: str) -> None:
         for record in result.records
     ]
     header = ["round", *names, "averaging\nloses", "error", "MB up", "MB down", "seconds"]
-    print_blocks(console, f"{title}, scores on the validation rows", header, rows)
+    where = "the validation rows" if result.finish is None else "the clients' held-out rows"
+    print_blocks(console, f"{title}, scores on {where}", header, rows)
 
 
 def _place(device: str) -> str:
@@ -171,6 +190,8 @@ def _verdict(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:
     lost = max(record.deviation for record in result.records)
     up = sum(record.bytes.up for record in result.records)
     down = sum(record.bytes.down for record in result.records)
+    if result.finish is not None:
+        up, down = up + result.finish.bytes.up, down + result.finish.bytes.down
     return [
         ("certificate", _certificate(result, recipe)),
         ("arithmetic", _arithmetic(result)),
@@ -216,20 +237,33 @@ def _certificate(result: RunResult, recipe: Recipe) -> str:
 
 def _arithmetic(result: RunResult) -> str:
     """What the layers make of the update, as training and scoring multiply."""
-    worst = max(record.certificate.worst_forward for record in result.records)
-    kept = [c.kept for c in (record.certificate for record in result.records) if c.kept is not None]
+    figures = [_figures(record) for record in result.records]
+    worst = max((forward for forward, _ in figures), default=0.0)
+    kept = [share for _, share in figures if share is not None]
     said = f"as the layers multiply, their update is off by up to {worst:.1e}"
     if kept:
         furthest = max(kept, key=lambda share: abs(share - 1.0))
         said += f"; {furthest:.1%} of the remainder comes out of them"
     modules = [module for record in result.records for module in record.modules]
     # What a method drops or truncates on purpose is no loss of the arithmetic.
-    lossy = [m for m in modules if m.forward > MOST_FORWARD + m.allowed and m.error <= m.allowed]
-    if not lossy:
+    lossy = [
+        m
+        for m in modules
+        if m.forward is not None and m.forward > MOST_FORWARD + m.allowed and m.error <= m.allowed
+    ]
+    holders = [record.holders for record in result.records if record.holders is not None]
+    if not lossy and not any(x.forward > MOST_FORWARD for x in holders):
         return said
     if not any(module.placement == "fold" for module in lossy):
         return f"[yellow]lossy[/]: {said}"
     return f"[yellow]lossy[/]: {said}; federation.placement = 'auto' keeps it beside the weight"
+
+
+def _figures(record: RoundRecord) -> tuple[float, float | None]:
+    """The largest forward error of a round, and what of the remainder comes out of the layers."""
+    if record.certificate.worst_forward is not None:
+        return record.certificate.worst_forward, record.certificate.kept
+    return (0.0, None) if record.holders is None else (record.holders.forward, record.holders.kept)
 
 
 def _next_commands(result: RunResult, recipe: Recipe) -> list[tuple[str, str]]:

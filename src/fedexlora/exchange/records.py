@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fedexlora.texts import few, printable
 
@@ -30,6 +30,79 @@ class Record(BaseModel):
         # JSON has no NaN; as null, the score of a model that diverged could not be read again.
         ser_json_inf_nan="strings",
     )
+
+
+def _absent(value: object) -> bool:
+    return value is None
+
+
+class ClientScores(Record):
+    """Scores of a version on a client's own held-out rows."""
+
+    rows: int
+    targets: int
+    """What the loss is the mean of: tokens of a language model, else rows."""
+    metrics: dict[str, float]
+
+
+class ScoresRecord(Record):
+    """Scores of one version by the clients, each on its own held-out rows."""
+
+    version: int
+    """Which one: the one that a round starts from, which its clients score before they train."""
+    clients: int
+    """How many scored it."""
+    rows: int
+    targets: int
+    """What the loss is the mean of: tokens of a language model, else rows."""
+    pooled: dict[str, float]
+    """Over all clients' rows: of metrics that are means over rows or targets."""
+    mean_of_clients: dict[str, float]
+    """The plain mean of the clients' scores, of all other metrics."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Both, by name."""
+        return self.pooled | self.mean_of_clients
+
+
+class HolderRecord(Record):
+    """A holder's half of the certificate: its live model against the version that it holds."""
+
+    error: float
+    """|live model - version| / |version| of the module that is farthest off."""
+    bound: float
+    """What that is at most."""
+    allowed: float
+    """The largest that is accepted: rounding of a folded weight is part of it."""
+    forward: float
+    """The largest ``forward`` of a module."""
+    kept: float | None
+    """The share of the remainder that comes out of its layers, over some of its rows; 1 is all.
+    None where there is no remainder."""
+    kept_error: float | None
+    """The standard error of ``kept``."""
+
+
+class HoldersRecord(Record):
+    """The worst of what a round's clients say of their models, when they have come to a version."""
+
+    version: int
+    """Which one: the one that the round starts from."""
+    clients: int
+    """How many say it."""
+    worst_client: str
+    """Whose error is the largest share of what is allowed."""
+    error: float
+    bound: float
+    allowed: float
+    worst_forward_client: str
+    forward: float
+    worst_kept_client: str | None
+    kept: float | None
+    kept_error: float | None
+    held: bool
+    """Whether every one's bound is within what is allowed of it."""
 
 
 class ClientRecord(Record):
@@ -54,10 +127,14 @@ class ClientRecord(Record):
     """What brought it from there to the version that it trained from."""
     uploaded_bytes: int
     seconds: float
-    """Local training."""
+    """Local training, and scoring before it."""
     memory: int | None = None
     """The round of what the client remembered of the method when it began, 0 for nothing; None
     where the method remembers nothing."""
+    scores: ClientScores | None = Field(default=None, exclude_if=_absent)
+    """Of the version that it was trained from; absent where clients do not score."""
+    holder: HolderRecord | None = Field(default=None, exclude_if=_absent)
+    """Of its model at that version, before it trained; absent where the server has a model."""
 
 
 class LeftOutRecord(Record):
@@ -70,6 +147,17 @@ class LeftOutRecord(Record):
     """The version that it held before the round; None for nothing."""
     downloaded_bytes: int
     uploaded_bytes: int
+
+
+class FinishedClient(Record):
+    """A client that holds the final version, and has scored it."""
+
+    client: str
+    since: int | None
+    """The version that it held before; None for nothing."""
+    downloaded_bytes: int
+    uploaded_bytes: int
+    scores: ClientScores
 
 
 class ModuleRecord(Record):
@@ -86,9 +174,10 @@ class ModuleRecord(Record):
     than this with a chance of 1e-9."""
     allowed: float
     """The largest error that is accepted, in the same unit: rounding, and what is truncated."""
-    forward: float
+    forward: float | None
     """|what the layer multiplies by - the same at version 0 - update| / |update|, every operand
-    rounded to the dtype in which the layer multiplies it; the worse of training and scoring."""
+    rounded to the dtype in which the layer multiplies it; the worse of training and scoring.
+    None where the server has no model: then the holders say it."""
     kept: float | None
     """The share of the remainder that comes out of the layer, over validation rows; 1 is all. None
     where there is no remainder, or no rows."""
@@ -105,9 +194,18 @@ class ModuleRecord(Record):
     """What the server's memory of the module lacks, as it is held at a lower rank, as a share of
     the ideal; the next round adds that much less."""
     placement: str
-    """Where the remainder lives: ``fold``, in the frozen weight, or ``side``, beside it."""
+    """Where the remainder lives: ``fold``, in the frozen weight, or ``side``, beside it;
+    ``clients`` where the server has no model."""
     remainder: str
     """How the cumulative remainder is held: ``none``, ``rank N`` or ``dense``."""
+    mean_product: float | None = None
+    """|M|: Frobenius norm of this round's mean product, scaled; ``deviation`` is a share of it.
+    None in records of before, as the two that follow."""
+    remainder_norm: float | None = None
+    """Frobenius norm of the cumulative remainder, scaled; of a large module, by random probes."""
+    bf16_loss: float | None = None
+    """The share of the cumulative remainder that a fold into a bfloat16 weight would lose, over up
+    to 32 rows of the module; None too where there is no remainder."""
 
 
 class OwnRecord(Record):
@@ -126,9 +224,11 @@ class CertificateRecord(Record):
     """All modules together, and the dense tensors."""
 
     placement: str
-    """Where the remainder lives: ``fold``, ``side``, or ``fold and side`` by module."""
+    """Where the remainder lives: ``fold``, ``side``, or ``fold and side`` by module; ``clients``
+    where the server has no model."""
     error: float
-    """|applied - ideal| / |ideal| over all modules."""
+    """|applied - ideal| / |ideal| over all modules; that of the step where the server has no model,
+    and what holders make of it is in the round's ``holders``."""
     bound: float
     """What that is at most."""
     allowed: float
@@ -137,10 +237,10 @@ class CertificateRecord(Record):
     """What the method left out of this round's remainder on purpose, as a share of the ideal."""
     worst_module: str
     worst_error: float
-    forward: float
+    forward: float | None
     """The modules' ``forward`` over all modules."""
-    worst_forward_module: str
-    worst_forward: float
+    worst_forward_module: str | None
+    worst_forward: float | None
     kept: float | None
     """The modules' ``kept`` over all modules."""
     kept_error: float | None
@@ -186,8 +286,26 @@ class RoundRecord(Record):
     metrics: dict[str, float]
     """Scores of the new global model on the validation rows; empty in rounds without scores. What
     has a slash in its name is a count, such as ``gsm8k/unparsed``."""
+    scores: ScoresRecord | None = Field(default=None, exclude_if=_absent)
+    """By the clients, of the version that the round started from; absent where clients do not
+    score, or did not in this round."""
+    holders: HoldersRecord | None = Field(default=None, exclude_if=_absent)
+    """The clients' half of the certificate; absent where the server has a model."""
     seconds: dict[str, float]
     """Wall-clock seconds by phase."""
+
+
+class FinishRecord(Record):
+    """What followed the last round: its clients came to the final version, and scored it."""
+
+    version: int
+    clients: tuple[FinishedClient, ...]
+    left_out: tuple[LeftOutRecord, ...]
+    bytes: BytesRecord
+    """Beside those of the rounds."""
+    scores: ScoresRecord | None
+    """None if nobody scored it."""
+    seconds: float
 
 
 def score_text(scores: Mapping[str, float], name: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ class TensorSpec:
     def of(tensor: Tensor) -> TensorSpec:
         """The shape and dtype that ``tensor`` has."""
         return TensorSpec(tuple(tensor.shape), tensor.dtype)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.shape)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"

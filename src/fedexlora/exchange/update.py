@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from typing import Any
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
 from fedexlora.errors import UpdateError
+from fedexlora.exchange.holders import holder_from
+from fedexlora.exchange.records import ClientScores, HolderRecord
+from fedexlora.exchange.scores import scores_from, scores_header
 from fedexlora.exchange.spec import AdapterSpec, TensorSpec
 from fedexlora.exchange.untrusted import LARGEST, short
 from fedexlora.exchange.wire import pack, unpack
@@ -38,6 +41,10 @@ class ClientUpdate:
     base: str
     """Fingerprint of the base model that it was trained on."""
     tensors: Mapping[str, Tensor]
+    scores: ClientScores | None = None
+    """Of the version that it was trained from, on the client's own rows, where clients score."""
+    holder: HolderRecord | None = None
+    """Of the client's model at that version, where the server has none."""
     memory: int | None = None
     """The round of what the client remembered of the method when it began, 0 for nothing; None
     where the method remembers nothing."""
@@ -58,6 +65,10 @@ class ClientUpdate:
             "loss": self.loss,
             "base": self.base,
         }
+        if self.scores is not None:
+            header["scores"] = scores_header(self.scores)
+        if self.holder is not None:
+            header["holder"] = self.holder.model_dump()
         if self.memory is not None:
             header["memory"] = self.memory
         return pack(self.tensors, header)
@@ -76,7 +87,14 @@ def largest_update(spec: AdapterSpec) -> int:
 
 
 def decode_update(
-    message: bytes, spec: AdapterSpec, round_: int, client: str, *, remembers: bool = False
+    message: bytes,
+    spec: AdapterSpec,
+    round_: int,
+    client: str,
+    metrics: Collection[str] = (),
+    *,
+    holder: bool = False,
+    remembers: bool = False,
 ) -> ClientUpdate:
     """The update in ``message``, which came from ``client`` in ``round_``; not yet checked.
 
@@ -89,9 +107,17 @@ def decode_update(
 
     Nothing of a message is read that is larger than what ``spec`` asks for.
 
+    Args:
+        message: what arrived.
+        spec: what it must contain.
+        round_: the round, which errors name.
+        client: who sent it.
+        metrics: the scores that it must have; none if not given.
+        holder: whether it must have the client's half of the certificate.
+
     Raises:
-        UpdateError: if the message is too large or damaged, or its header lacks a field or has
-            another type.
+        UpdateError: if the message is too large or damaged, its header lacks a field or has another
+            type, or its figures are not finite numbers under known names.
     """
     sizes = {
         "an update": (len(message), largest_update(spec)),
@@ -122,11 +148,20 @@ def decode_update(
         for key, kind in fields.items()
         if type(header.get(key)) is not kind
     ]
-    if faults or len(header) != len(fields):
-        unexpected = f"header: unexpected {short(sorted(header.keys() - fields.keys()))}"
-        raise UpdateError(round_, client, faults or [unexpected])
+    scores = None
+    if metrics:
+        scores, more = scores_from(header.pop("scores", None), metrics)
+        faults += more
+    half = None
+    if holder:
+        half, more = holder_from(header.pop("holder", None))
+        faults += more
+    if unknown := header.keys() - fields.keys():
+        faults.append(f"header: unexpected {short(sorted(unknown))}")
+    if faults:
+        raise UpdateError(round_, client, faults)
     values: dict[str, Any] = header
-    return ClientUpdate(**values, tensors=tensors)
+    return ClientUpdate(**values, tensors=tensors, scores=scores, holder=half)
 
 
 def check_update(

@@ -13,8 +13,10 @@ from flwr.app import Message
 
 from fedexlora.exchange.node_faults import fault_text
 from fedexlora.exchange.untrusted import client_name, number
+from fedexlora.flower.agreement import Agreement
 from fedexlora.flower.frames import Bounds, error_text, from_records
 from fedexlora.flower.names import Names
+from fedexlora.peft_bridge.origin import Statement
 from fedexlora.rounds.participation import AccessList
 from fedexlora.texts import outside
 
@@ -70,14 +72,20 @@ class Membership:
         greet: push a greeting to a node; the id of its message, or None if Flower does not take it.
         names: which node has which name.
         access: whom the recipe admits.
+        agreement: on what nodes agree, where the server has no model.
     """
 
     def __init__(
-        self, greet: Callable[[int], str | None], names: Names, access: AccessList
+        self,
+        greet: Callable[[int], str | None],
+        names: Names,
+        access: AccessList,
+        agreement: Agreement | None = None,
     ) -> None:
         self._greet = greet
         self._names = names
         self._access = access
+        self._agreement = agreement
         self._guests: dict[int, _Guest] = {}
         self._greetings: dict[str, tuple[int, float]] = {}
         self._lines = 0
@@ -138,8 +146,11 @@ class Membership:
             self._warn(f"node {node}: {guest.fault}")
             return
         try:
-            client, rows, keeps = _introduction(message)
-            if fault := self._access.fault(client) or self._names.fault(client, guest.key):
+            client, rows, keeps, stated = _introduction(message, self._agreement is not None)
+            fault = self._access.fault(client) or self._names.fault(client, guest.key)
+            if not fault and self._agreement is not None and stated is not None:
+                fault = self._agreement.fault(stated)
+            if fault:
                 raise ValueError(fault)
         except ValueError as error:
             guest.fault = str(error)
@@ -151,10 +162,19 @@ class Membership:
             self._warn(f"node {node}: {guest.fault}")
             return
         self._names.take(client, guest.key)
+        if self._agreement is not None and stated is not None:
+            self._agreement.stated[client] = stated
         guest.fault, guest.client = "", client
         self.nodes[client], self.rows[client] = node, rows
         (self.stateless.discard if keeps else self.stateless.add)(client)
         _log.info("node %d is client %r: %d rows", node, client, rows)
+
+    def refuse(self, client: str, fault: str) -> None:
+        """Have a client be none any more."""
+        guest = self._guests[self.nodes.pop(client)]
+        del self.rows[client]
+        guest.fault, guest.client = fault, ""
+        self._warn(f"client {client!r} is not part of the federation: {fault}")
 
     def _forget(self, node: int) -> None:
         """A node has gone; it is greeted again if it comes back."""
@@ -163,6 +183,8 @@ class Membership:
             del self._greetings[guest.greeting]
         if guest.client:
             del self.nodes[guest.client], self.rows[guest.client]
+            if self._agreement is not None:
+                self._agreement.stated.pop(guest.client, None)
             _log.info("client %r is no longer connected", guest.client)
 
     def _warn(self, line: str) -> None:
@@ -173,8 +195,12 @@ class Membership:
             _log.warning("more such nodes are not named here")
 
 
-def _introduction(message: Message) -> tuple[str, int, bool]:
-    """What a node says of itself: its client's name and rows, and whether it keeps versions.
+def _introduction(message: Message, states: bool) -> tuple[str, int, bool, Statement | None]:
+    """What a node says of itself: its client's name and rows, whether it keeps versions, its model.
+
+    Args:
+        message: its answer to a greeting.
+        states: whether it must state its model.
 
     Raises:
         ValueError: why it is no client, in words of ours.
@@ -184,6 +210,7 @@ def _introduction(message: Message) -> tuple[str, int, bool]:
         if "failure" in header:
             raise ValueError(fault_text(header["failure"]))
         keeps = header.get("keeps") is not False
-        return client_name(header, "client"), number(header, "rows"), keeps
+        stated = Statement.read(header.get("origin")) if states else None
+        return client_name(header, "client"), number(header, "rows"), keeps, stated
     except ValueError as error:
         raise ValueError(outside(str(error))) from error

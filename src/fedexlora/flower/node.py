@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _FEDERATION = ("placement", "seed")
 """What of the federation's table concerns a client: it need not load anew when the rest changes."""
+EVALUATION = ("where", "holdout", "every", "batch_size", "dtype")
+"""What of the evaluation's table concerns a client, where the server does not score."""
 TASK_OF_SERVER = frozenset({"generation", "choices"})
 """Fields of a task that concern scores alone, and that no node is sent."""
 
@@ -51,6 +53,9 @@ class NodeData(_Table):
     """The hub's branch, tag or commit."""
     train: str = Field(default="train", min_length=1)
     """The training split: a hub split, or a file of the folder."""
+    validation: str | None = Field(default=None, min_length=1)
+    """The same of rows of its own that it scores on, where clients score; if not given, a share of
+    the training rows is held out for that."""
     max_train_rows: int | None = Field(default=None, gt=0)
     """Use a random subset of this many rows."""
     share: str | None = None
@@ -166,17 +171,24 @@ def load_node(path: Path) -> Node:
 def recipe_for_nodes(recipe: Recipe, task: Mapping[str, Any]) -> dict[str, Any]:
     """What the server sends of its recipe: no data, and the task with its labels.
 
-    What is generated for scores is left out: nodes have no part in that.
+    What is generated for scores is left out: nodes have no part in that. How versions are scored is
+    sent where the server does not do it.
 
     Args:
         recipe: the server's.
         task: the task's table.
     """
-    document = recipe.model_dump(mode="json", exclude_none=True, exclude={"data", "evaluation"})
+    document = recipe.model_dump(
+        mode="json", exclude_none=True, exclude={"data", "evaluation", "tracking"}
+    )
     federation = {key: document["federation"][key] for key in _FEDERATION}
     # Where a node trains is for the node to say.
     document["training"].pop("device", None)
     if recipe.training["schedule"] == "run":
         federation["rounds"] = recipe.federation.rounds
     learned = {key: value for key, value in task.items() if key not in TASK_OF_SERVER}
-    return {**document, "task": learned, "federation": federation}
+    sent = {**document, "task": learned, "federation": federation}
+    if recipe.evaluation.where == "server":
+        return sent
+    table = recipe.evaluation.model_dump(mode="json", exclude_none=True)
+    return {**sent, "evaluation": {key: table[key] for key in EVALUATION if key in table}}

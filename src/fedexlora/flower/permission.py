@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fedexlora.errors import NodeError, RecipeError
 from fedexlora.exchange.node_faults import NodeFault
 from fedexlora.exchange.untrusted import short
-from fedexlora.flower.node import Node, recipe_for_nodes
+from fedexlora.flower.node import EVALUATION, Node, recipe_for_nodes
 from fedexlora.flower.recipe_options import TABLES, option_faults, text_faults
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def _document(sent: object, node: Node) -> dict[str, Any]:
     faults = list(text_faults(document))
     faults += option_faults(document)
     known = {
+        "evaluation": frozenset(EVALUATION),
         "task": TASK_COLUMNS | TASK_OPTIONS,
         "partition": PARTITION_COLUMNS | PARTITION_OPTIONS,
     }
@@ -196,6 +197,8 @@ def _limit_faults(recipe: Recipe, node: Node) -> Iterator[str]:
             limits.max_batch,
         ),
     ]
+    if recipe.evaluation.where == "clients":
+        asked.append(("evaluation.batch_size", recipe.evaluation.batch_size, limits.max_batch))
     for key, value, most in asked:
         if not value <= most:  # of NaN, `>` would say that it is not more
             yield f"{key}: {value} is more than this node allows ({most})"

@@ -13,7 +13,17 @@ from typing import Any
 from fedexlora.exchange.untrusted import short
 
 TABLES = frozenset(
-    {"model", "task", "partition", "lora", "training", "method", "federation", "clients"}
+    {
+        "model",
+        "task",
+        "partition",
+        "lora",
+        "training",
+        "method",
+        "federation",
+        "evaluation",
+        "clients",
+    }
 )
 """Tables of a recipe that a server may send."""
 TRAINING_OPTIONS = frozenset(

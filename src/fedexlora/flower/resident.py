@@ -84,6 +84,10 @@ def simulated(
     round_ = number(frame.header, "round")
     started = time.perf_counter()
     remembered = None if memory is None else ClientMemory(memory)
+    if frame.header["kind"] == "score":
+        report = resident.trainer.report(client, state, remembered)
+        spent = time.perf_counter() - started
+        return Frame({"seconds": spent, "keeps": False}, {"report": report})
     update = resident.trainer.update(client, state, round_, lambda *_: None, remembered)
     seconds = time.perf_counter() - started
     return Frame({"seconds": seconds, "keeps": False}, {"update": update})

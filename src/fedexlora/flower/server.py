@@ -9,11 +9,11 @@ from pathlib import Path
 from flwr.serverapp import Grid
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedexlora.data.task import stated
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.records import RoundRecord, score_text
 from fedexlora.exchange.update import largest_update
 from fedexlora.flower import names
+from fedexlora.flower.coordinator import begun, check_coordinator
 from fedexlora.flower.names import Names
 from fedexlora.flower.node import recipe_for_nodes
 from fedexlora.flower.run_id import run_id
@@ -21,8 +21,9 @@ from fedexlora.flower.transport import FlowerTransport
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.loop import RunResult, run_federation
 from fedexlora.rounds.observer import Observer, RunInfo
-from fedexlora.rounds.preparation import check_clients, prepare, prepare_server
+from fedexlora.rounds.prepared import Prepared, check_clients, refuse_one_place
 from fedexlora.rounds.recipe import Recipe
+from fedexlora.rounds.tracking import check_trackers, tracked
 
 _log = logging.getLogger(__name__)
 
@@ -116,23 +117,19 @@ def serve(
         InputError: before any node is asked, if the recipe names something that is not there.
         RunError: if too few nodes are ready, or the run stops; its last version is intact.
     """
+    if recipe.rule.personal and recipe.evaluation.where == "server":
+        raise RecipeError(
+            f"{recipe.method.name} has one model a client; the server has none of them to score",
+            ["set evaluation.where = 'clients' or 'none'"],
+        )
+    if not simulated:
+        refuse_one_place(recipe)
+    check_trackers(recipe)
     folder = RunFolder(settings.out)
     continued = folder.check_same(recipe) if settings.resume else folder.check_new()
-    prepared = prepare(recipe, observer)[0] if simulated else prepare_server(recipe, observer)
-    task = stated(prepared.task).model_dump(mode="json", exclude_none=True)
-    sent = recipe_for_nodes(recipe, task)
-    specs = [prepared.model.spec, *prepared.specs.values()]
     owners = Names(folder.path / names.FILE if settings.authenticated and not simulated else None)
-    transport = FlowerTransport(
-        grid,
-        sent,
-        prepared.model.base_fingerprint,
-        largest_update=max(map(largest_update, specs)),
-        names=owners,
-        access=recipe.access,
-    )
-    observer.preparing(f"waiting for {settings.nodes} clients")
-    transport.gather(settings.nodes, settings.wait)
+    opened = _with_model if simulated or recipe.evaluation.where == "server" else _without_model
+    prepared, transport = opened(grid, recipe, settings, owners, observer, simulated)
     check_clients(recipe, transport.clients)
 
     def connect(progress: Progress) -> FlowerTransport:
@@ -141,12 +138,65 @@ def serve(
         transport.run = run_id(folder.path)
         return transport
 
-    return run_federation(
-        prepared,
-        folder,
-        transport.rows,
-        connect,
-        continued=continued,
-        keep_updates=settings.keep_updates,
-        observer=observer,
+    with tracked(recipe, folder.path, observer) as watching:
+        return run_federation(
+            prepared,
+            folder,
+            transport.rows,
+            connect,
+            continued=continued,
+            keep_updates=settings.keep_updates,
+            observer=watching,
+        )
+
+
+def _with_model(
+    grid: Grid,
+    recipe: Recipe,
+    settings: Settings,
+    owners: Names,
+    observer: Observer,
+    simulated: bool,
+) -> tuple[Prepared, FlowerTransport]:
+    """The server loads the model, and waits for nodes whose base is the same."""
+    from fedexlora.data.task import stated
+    from fedexlora.rounds.preparation import prepare, prepare_server
+
+    prepared = prepare(recipe, observer)[0] if simulated else prepare_server(recipe, observer)
+    task = recipe.task if prepared.task is None else stated(prepared.task)
+    transport = FlowerTransport(
+        grid,
+        recipe_for_nodes(recipe, task.model_dump(mode="json", exclude_none=True)),
+        prepared.base,
+        largest_update=max(map(largest_update, [prepared.spec, *prepared.specs.values()])),
+        names=owners,
+        access=recipe.access,
     )
+    _gather(transport, settings, observer)
+    return prepared, transport
+
+
+def _without_model(
+    grid: Grid,
+    recipe: Recipe,
+    settings: Settings,
+    owners: Names,
+    observer: Observer,
+    simulated: bool,
+) -> tuple[Prepared, FlowerTransport]:
+    """The server waits for nodes, and begins with what they agree on."""
+    del simulated
+    check_coordinator(recipe)
+    task = recipe.task.model_dump(mode="json", exclude_none=True)
+    sent = recipe_for_nodes(recipe, task)
+    transport = FlowerTransport(grid, sent, None, names=owners, access=recipe.access)
+    _gather(transport, settings, observer)
+    observer.preparing("taking version 0 from a client")
+    prepared = begun(recipe, transport, settings.wait)
+    transport.expect(largest_update(prepared.spec))
+    return prepared, transport
+
+
+def _gather(transport: FlowerTransport, settings: Settings, observer: Observer) -> None:
+    observer.preparing(f"waiting for {settings.nodes} clients")
+    transport.gather(settings.nodes, settings.wait)

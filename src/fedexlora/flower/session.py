@@ -15,7 +15,7 @@ from fedexlora import __version__
 from fedexlora.errors import BridgeError, DataError, NodeError, RecipeError, RunError
 from fedexlora.exchange.delivery import open_message, with_own
 from fedexlora.exchange.digest import known_digest
-from fedexlora.exchange.files import replace_bytes
+from fedexlora.exchange.files import new_folder, replace_bytes
 from fedexlora.exchange.layout import unpack_finite
 from fedexlora.exchange.node_faults import NodeFault
 from fedexlora.exchange.state import GlobalState, state_from, state_tensors
@@ -29,6 +29,8 @@ from fedexlora.flower.node import Node
 from fedexlora.flower.permission import local_recipe
 from fedexlora.local.clients import LocalClients
 from fedexlora.local.memory import ClientMemory
+from fedexlora.peft_bridge.export import origin_of, save_factors
+from fedexlora.peft_bridge.origin import Statement
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare_client
 
@@ -49,12 +51,14 @@ class Session:
         self._last_answer = AnswerFile(node)
         self._recipe: Mapping[str, Any] | None = None
         self._trainer: LocalClients | None = None
+        self._origin: tuple[Statement, bytes] | None = None
         self._held = _read(stored)
 
     def answer(self, frame: Frame) -> Frame:
         """The reply to one of the server's requests; it never raises, and says faults as codes."""
         kinds: Mapping[object, Callable[[Frame], Frame]]
-        kinds = {"hello": self._hello, "train": self._train}
+        kinds = {"hello": self._hello, "train": self._train, "score": self._score}
+        kinds |= {"origin": self._send_origin}
         try:
             _check_peer(frame.header)
             kind = frame.header.get("kind")
@@ -69,7 +73,25 @@ class Session:
         trainer, client = self._ready(frame.header), self.node.client
         rows = trainer.num_examples[client]
         _log.info("ready as %r: %d rows, base %s", client, rows, trainer.model.base_fingerprint)
-        return Frame({"client": client, "rows": rows})
+        said: dict[str, Any] = {"client": client, "rows": rows}
+        if frame.header.get("base") is None:
+            said["origin"] = self._begun()[0].header()
+        return Frame(said)
+
+    def _send_origin(self, frame: Frame) -> Frame:
+        """Send version 0, as this node has it, to a server without a model."""
+        self._ready(frame.header)
+        return Frame({}, {"origin": self._begun()[1]})
+
+    def _begun(self) -> tuple[Statement, bytes]:
+        """Version 0, as it was when the model was loaded.
+
+        Raises:
+            NodeError: if the recipe has the server score, which then has a model of its own.
+        """
+        if self._origin is None:
+            raise NodeError(NodeFault.REQUEST_INVALID, "the server should have the base model")
+        return self._origin
 
     def _train(self, frame: Frame) -> Frame:
         """Train and send; a request that comes again gets the same answer again.
@@ -84,13 +106,33 @@ class Session:
             self._last_answer.write(frame, answer)
         return answer
 
+    def _score(self, frame: Frame) -> Frame:
+        """Come to the final version, and say what it is worth on this node's rows."""
+        trainer, client = self._ready(frame.header), self.node.client
+        held = self._landed(frame, _round_of(frame))
+        if held is None:
+            return Frame({"missed": str(NodeFault.VERSION_MISSING)})
+        started = time.perf_counter()
+        with _told_as(Exception, NodeFault.TRAINING_FAILED):
+            memory = ClientMemory(self.node.home / "memory", _run_of(frame))
+            report = trainer.report(client, held, memory)
+            if trainer.rule.personal:
+                self._save_own(trainer, held, memory)
+        _log.info("scored version %d", held.version)
+        return Frame({"seconds": time.perf_counter() - started}, {"report": report})
+
+    def _save_own(self, trainer: LocalClients, held: GlobalState, memory: ClientMemory) -> None:
+        """Write the model of this node, which nobody else has, as a PEFT adapter."""
+        own, folder = trainer.trainables(self.node.client, held, memory), self.node.home / "adapter"
+        with new_folder(folder) as path:
+            save_factors(trainer.model, own.factors, own.heads, path)
+        _log.info("this node's own adapter: %s", folder)
+
     def _trained(self, frame: Frame) -> Frame:
         trainer, client = self._ready(frame.header), self.node.client
         round_ = _round_of(frame)
-        try:
-            held = self._land(frame)
-        except RunError as error:
-            _log.warning("round %d: %s", round_, error)
+        held = self._landed(frame, round_)
+        if held is None:
             return Frame({"missed": str(NodeFault.VERSION_MISSING)})
         _log.info("round %d: training from version %d", round_, held.version)
         started = time.perf_counter()
@@ -112,13 +154,28 @@ class Session:
                 _told_as((DataError, RecipeError), NodeFault.TASK_REFUSED),
                 _told_as(BridgeError, NodeFault.MODEL_UNFIT),
             ):
-                self._trainer = prepare_client(recipe, client, share, Observer())
-            self._recipe = sent
+                own = self.node.data.validation is not None
+                self._trainer = prepare_client(
+                    recipe, client, share, Observer(), own_validation=own
+                )
+            self._recipe, self._origin = sent, None
+            if recipe.evaluation.where != "server":
+                self._origin = origin_of(self._trainer.model).encode()
+        if header.get("base") is None and header.get("kind") == "hello":
+            return self._trainer  # nobody has said yet which base it is to be
         found, wanted = self._trainer.model.base_fingerprint, header.get("base")
         if found != wanted:
             said = f"the base model is another one: {found} here, {short(wanted)} at the server"
             raise NodeError(NodeFault.BASE_DIFFERS, said)
         return self._trainer
+
+    def _landed(self, frame: Frame, round_: int) -> GlobalState | None:
+        """The version of the round; None if this node cannot come to it from what it holds."""
+        try:
+            return self._land(frame)
+        except RunError as error:
+            _log.warning("round %d: %s", round_, error)
+            return None
 
     def _land(self, frame: Frame) -> GlobalState:
         """Come to the version of the round, and make it durable."""
@@ -150,14 +207,14 @@ def _check_peer(header: Mapping[str, Any]) -> None:
 
 
 def _round_of(frame: Frame) -> int:
-    """The round of a request to train that is whole.
+    """The round of a request to train, or to score, that is whole.
 
     Raises:
         NodeError: if it is not.
     """
     with _told_as(ValueError, NodeFault.REQUEST_INVALID):
         if "message" not in frame.parts:
-            raise ValueError("a request to train has no message")
+            raise ValueError("a request has no message")
         return number(frame.header, "round")
 
 

@@ -27,10 +27,10 @@ from fedexlora.flower.replies import (
 )
 from fedexlora.methods.fedex import FEDEX
 from fedexlora.peft_bridge.export_check import TOLERANCE
-from fedexlora.rounds.certificate import deviation_of
 from fedexlora.rounds.common_update import CommonForm, HeldUpdate
 from fedexlora.rounds.reduction import Reducer, Reduction, WeightedUpdate, drift, step_in_memory
 from fedexlora.rounds.screening import MOST_STRAIN, strain_reason
+from fedexlora.rounds.step_certificate import deviation_of
 from fedexlora.rounds.survey import strains_of
 from fedexlora.texts import few
 

@@ -17,8 +17,10 @@ from fedexlora import __version__
 from fedexlora.errors import RunError
 from fedexlora.exchange.delivery import Delivery
 from fedexlora.exchange.node_faults import fault_text
+from fedexlora.exchange.scores import LARGEST_REPORT
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.untrusted import seconds
+from fedexlora.flower.agreement import Agreement
 from fedexlora.flower.announcement import announcing
 from fedexlora.flower.frames import (
     PROTOCOL,
@@ -65,6 +67,8 @@ class _Asked:
     """To be pushed again; None where its round is over."""
     size: int
     """Bytes of its parts."""
+    answer: str
+    """The part that its reply must have."""
     times: int = 1
     """How often it was pushed."""
 
@@ -82,7 +86,7 @@ class FlowerTransport:
     Args:
         grid: Flower's.
         recipe: what nodes are sent, from :func:`fedexlora.flower.node.recipe_for_nodes`.
-        base: fingerprint of the server's base model.
+        base: fingerprint of the server's base model; None where it has none, and nodes agree.
         largest_update: the most bytes that an update of any client may have.
         names: which node has which name; by default as where nodes are not authenticated.
         access: whom the recipe admits; by default everybody.
@@ -92,9 +96,9 @@ class FlowerTransport:
         self,
         grid: Grid,
         recipe: Mapping[str, Any],
-        base: str,
+        base: str | None,
         *,
-        largest_update: int,
+        largest_update: int = 0,
         names: Names | None = None,
         access: AccessList | None = None,
     ) -> None:
@@ -103,13 +107,24 @@ class FlowerTransport:
         self._grid = grid
         self._recipe = recipe
         self._base = base
-        self._bounds = Bounds(parts={"update": largest_update})
-        self._members = Membership(self._greet, names or Names(), access or AccessList())
+        self.agreement = Agreement()
+        """On what nodes agree, where the server has no model."""
+        self.expect(largest_update)
+        self._members = Membership(
+            self._greet,
+            names or Names(),
+            access or AccessList(),
+            self.agreement if base is None else None,
+        )
         self._asked: dict[str, _Asked] = {}
         self._answers: deque[Reply] = deque()
         self._round = 0
         self._looked = float("-inf")
         self._slower_look = self._slower_poll = 1.0
+
+    def expect(self, largest_update: int) -> None:
+        """Take answers of at most so many bytes to requests to train."""
+        self._bounds = Bounds(parts={"update": largest_update, "report": LARGEST_REPORT})
 
     @property
     def rows(self) -> Mapping[str, int]:
@@ -133,7 +148,7 @@ class FlowerTransport:
             RunError: if fewer than ``count`` were ready in time, naming those that refused.
         """
         ends = time.monotonic() + wait
-        while len(self.clients) < count:
+        while not self._complete(count):
             if time.monotonic() > ends:
                 raise RunError(
                     f"{len(self.clients)} of {count} nodes were ready within {wait:g} s",
@@ -144,6 +159,46 @@ class FlowerTransport:
             if len(self.clients) < count:
                 self._pause(heard, ends)
 
+    def _complete(self, count: int) -> bool:
+        """Whether enough nodes are clients, and agree on the run's beginning if they have to.
+
+        Those that do not agree are clients no more.
+        """
+        if len(self.clients) >= count and self._base is None:
+            for client, fault in self.agreement.settle().items():
+                self._members.refuse(client, fault)
+            self._base = self.agreement.settled.base if self.agreement.settled else None
+        return len(self.clients) >= count
+
+    def fetch_origin(self, client: str, size: int, wait: float) -> bytes:
+        """Have a client send the run's beginning.
+
+        Args:
+            client: one that has stated it.
+            size: its bytes, as stated.
+            wait: for how many seconds.
+
+        Raises:
+            ValueError: if it sends something else, or nothing.
+        """
+        node = self._members.nodes.get(client)
+        pushed = None
+        if node is not None:
+            pushed = self._push(node, MessageType.QUERY, self._frame("origin", {}, {}), "origin")
+        ends = time.monotonic() + wait
+        while pushed is not None and time.monotonic() < ends:
+            for message in self._grid.pull_messages([pushed]):
+                if message.has_error():
+                    raise ValueError(error_text(message.error))
+                frame = from_records(message.content, Bounds(parts={"origin": size}))
+                if "failure" in frame.header:
+                    raise ValueError(fault_text(frame.header["failure"]))
+                if "origin" not in frame.parts:
+                    raise ValueError("its reply has no version 0")
+                return frame.parts["origin"]
+            time.sleep(_POLL_SECONDS)
+        raise ValueError("it has not answered")
+
     @property
     def stateless(self) -> Collection[str]:
         """The clients that said of themselves that they keep nothing."""
@@ -151,11 +206,20 @@ class FlowerTransport:
 
     def ask(self, round_: int, client: str, delivery: Delivery) -> None:
         """Push the client's part of the round; what goes wrong is its reply."""
+        self._request("train", "update", round_, client, delivery)
+
+    def ask_scores(self, round_: int, client: str, delivery: Delivery) -> None:
+        """The same, for scores of the version alone."""
+        self._request("score", "report", round_, client, delivery)
+
+    def _request(
+        self, kind: str, answer: str, round_: int, client: str, delivery: Delivery
+    ) -> None:
         parts = {"message": delivery.message}
         if delivery.own is not None:
             parts["own"] = delivery.own
         more = {"run": self.run, "round": round_, **announcing(delivery)}
-        frame = self._frame("train", more, parts)
+        frame = self._frame(kind, more, parts)
         if round_ != self._round:  # a request of an earlier round is not pushed again
             self._asked = {k: replace(asked, frame=None) for k, asked in self._asked.items()}
         self._round = round_
@@ -169,7 +233,7 @@ class FlowerTransport:
         else:
             rows = self._members.rows[client]
             size = sum(map(len, parts.values()))
-            asked = _Asked(client, node, rows, round_, time.monotonic(), frame, size)
+            asked = _Asked(client, node, rows, round_, time.monotonic(), frame, size, answer)
             self._asked[pushed] = asked
 
     def restore(self, client: str, state: GlobalState) -> None:
@@ -280,13 +344,13 @@ class FlowerTransport:
                 return Reply(client, round_, missed=fault_text(frame.header["missed"]))
             if "failure" in frame.header:
                 raise ValueError(fault_text(frame.header["failure"]))
-            if "update" not in frame.parts:
-                raise ValueError("its reply has no update")
+            if asked.answer not in frame.parts:
+                raise ValueError(f"its reply has no {asked.answer}")
             spent = seconds(frame.header, "seconds")
         except ValueError as error:
             return Reply(client, round_, failure=str(error), landed=False)
         keeps = frame.header.get("keeps") is not False
-        return Reply(client, round_, frame.parts["update"], landed=keeps, seconds=spent)
+        return Reply(client, round_, frame.parts[asked.answer], landed=keeps, seconds=spent)
 
     def _frame(self, kind: str, more: Mapping[str, Any], parts: Mapping[str, bytes]) -> Frame:
         said = {"kind": kind, "protocol": PROTOCOL, "fedexlora": __version__}

@@ -5,22 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from datasets import Dataset
 from torch import Tensor
+from torch.nn import Module
 
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import RecipeError
 from fedexlora.exchange.layout import adapter_tensors, dense_tensors
+from fedexlora.exchange.records import HolderRecord
+from fedexlora.exchange.scores import ScoreReport
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.update import ClientUpdate
 from fedexlora.local.job import LocalJob
 from fedexlora.local.memory import ClientMemory, Remembered
-from fedexlora.local.slots import putting_back
+from fedexlora.local.scoring import HeldOut
+from fedexlora.local.slots import after_each, putting_back
 from fedexlora.methods.rule import ClientRound, Rule, Trainables
 from fedexlora.peft_bridge.model import AdaptedModel
+
+Found = TypeVar("Found")
+Measure = Callable[[AdaptedModel, GlobalState, Dataset], HolderRecord]
+"""A model as a client's, at a version, and rows of that client: its half of the certificate."""
 
 
 class LocalClients:
@@ -37,6 +46,8 @@ class LocalClients:
         seed: the federation's.
         specs: the adapters of the clients that have another one than the model, by client.
         rule: what clients do by the method.
+        held_out: rows that are scored and not trained on, where clients score.
+        measure: what the holder of a model says of it, where the server has none.
         probe: trains the one epoch by which clients of some methods choose what they train.
     """
 
@@ -49,6 +60,8 @@ class LocalClients:
         seed: int,
         specs: Mapping[str, AdapterSpec],
         rule: Rule,
+        held_out: HeldOut | None = None,
+        measure: Measure | None = None,
         probe: LocalJob | None = None,
     ) -> None:
         self.model = model
@@ -59,6 +72,8 @@ class LocalClients:
         self._seed = seed
         self._specs = specs
         self.rule = rule
+        self._held_out = held_out
+        self._measure = measure
         self._applied: Mapping[str, LowRank] | None = None
 
     def rehearse(self) -> None:
@@ -90,6 +105,8 @@ class LocalClients:
     ) -> bytes:
         """Train one client from the version that it holds, and encode what it learned.
 
+        Where clients score, it scores that version first.
+
         Args:
             client: the client.
             held: the version, with the client's own adapter if it has one.
@@ -101,21 +118,20 @@ class LocalClients:
             OSError: if what the client remembers cannot be written.
         """
         at, since = self._client_round(client, held, round_, memory)
-        self._enter(held, at)
-        rows = self.rows_of(client)
+        entered = self._enter(held, at)
+        rows, live, holder, scores = self.rows_of(client), self.model.peft_model, None, None
+        if self._measure is not None:
+            holder = self._measure(self.model, entered, rows)
+        if self._held_out is not None and held.version % self._held_out.every == 0:
+            scores = self._held_out.scores(client, live)
         with self.model.training_only(self.rule.trains(round_)):
             put_back = self._choose(held, at, rows)
-
-            def on_step(done: int, steps: int) -> None:
-                put_back()
-                progress(client, done, steps)
-
             done = self._job.train(
-                self.model.peft_model,
+                live,
                 rows,
                 seed=derive_seed(self._seed, round_, client),
                 round_=round_,
-                on_step=on_step,
+                on_step=after_each(put_back, partial(progress, client)),
             )
         return ClientUpdate(
             client=client,
@@ -126,6 +142,8 @@ class LocalClients:
             base=self.model.base_fingerprint,
             tensors=self._leave(at, memory),
             memory=since,
+            scores=scores,
+            holder=holder,
         ).encode()
 
     def _choose(self, held: GlobalState, at: ClientRound, rows: Dataset) -> Callable[[], None]:
@@ -143,6 +161,42 @@ class LocalClients:
         self._enter(held, at)
         return putting_back(self.model, slots)
 
+    def as_client(
+        self,
+        client: str,
+        held: GlobalState,
+        work: Callable[[Module], Found],
+        memory: ClientMemory | None = None,
+    ) -> Found:
+        """What comes of work on the model that a client would train from a version.
+
+        Args:
+            client: the client.
+            held: the version that it holds, with its own adapter if it has one.
+            work: given the live model; it trains nothing.
+            memory: what clients remember of the method; None where it remembers nothing.
+        """
+        self._enter(held, self._client_round(client, held, held.version + 1, memory)[0])
+        return work(self.model.peft_model)
+
+    def trainables(
+        self, client: str, held: GlobalState, memory: ClientMemory | None = None
+    ) -> Trainables:
+        """What a client would train from a version: of a method without a global model, its own."""
+        at, _ = self._client_round(client, held, held.version + 1, memory)
+        return at.received if self.rule.client is None else self.rule.client.enter(at)
+
+    def report(self, client: str, held: GlobalState, memory: ClientMemory | None = None) -> bytes:
+        """Score the version that a client holds on its own rows, and encode what it found.
+
+        Raises:
+            RecipeError: if clients do not score.
+        """
+        if self._held_out is None:
+            raise RecipeError("evaluation.where: clients do not score in this run")
+        scores = self.as_client(client, held, partial(self._held_out.scores, client), memory)
+        return ScoreReport(client, held.id, self.model.base_fingerprint, scores).encode()
+
     def _client_round(
         self, client: str, held: GlobalState, round_: int, memory: ClientMemory | None
     ) -> tuple[ClientRound, int | None]:
@@ -157,8 +211,8 @@ class LocalClients:
         fresh = partial(self.model.fresh, spec, seed)
         return ClientRound(client, round_, received, remembered.tensors, fresh), since
 
-    def _enter(self, held: GlobalState, at: ClientRound) -> None:
-        """Have the model be what the client starts from."""
+    def _enter(self, held: GlobalState, at: ClientRound) -> GlobalState:
+        """Have the model be what the client starts from; that, as the client's own version."""
         if self._applied is not held.total:
             self.model.apply(held)
             self._applied = held.total
@@ -171,6 +225,7 @@ class LocalClients:
             else:
                 held = replace(held, adapter=factors, dense=start.heads)
         self.model.enter(held, client, self._specs.get(client))
+        return held
 
     def _leave(self, at: ClientRound, memory: ClientMemory | None) -> dict[str, Tensor]:
         """What the client sends, by the names of ``AdapterSpec.tensors``; it remembers the rest."""

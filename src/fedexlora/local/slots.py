@@ -6,8 +6,19 @@ from collections.abc import Callable
 
 import torch
 
+from fedexlora.local.job import OnStep
 from fedexlora.methods.rule import Slots
 from fedexlora.peft_bridge.model import AdaptedModel
+
+
+def after_each(put_back: Callable[[], None], told: OnStep) -> OnStep:
+    """What puts back after a step, and then tells of it."""
+
+    def on_step(done: int, steps: int) -> None:
+        put_back()
+        told(done, steps)
+
+    return on_step
 
 
 def putting_back(model: AdaptedModel, slots: Slots) -> Callable[[], None]:

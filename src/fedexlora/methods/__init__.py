@@ -21,22 +21,25 @@ from fedexlora.methods.method import Method
 from fedexlora.methods.rolora import ROLORA
 from fedexlora.methods.rule import Rule
 
-_ROWS = (
-    FEDEX,
-    FEDIT,
-    FFA,
-    ROLORA,
-    FEDSA,
-    FEDROT,
-    FEDAVGM,
-    FEDADAM_FACTORED,
-    LORAFAIR_RIDGE,
-    FRLORA,
-    LORA_A2,
-    CENTRALISED,
-    LOCAL_ONLY,
-)
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ROWS})
+_TABLE = {
+    m.name: m
+    for m in (
+        FEDEX,
+        FEDIT,
+        FFA,
+        ROLORA,
+        FEDSA,
+        FEDROT,
+        FEDAVGM,
+        FEDADAM_FACTORED,
+        LORAFAIR_RIDGE,
+        FRLORA,
+        LORA_A2,
+        CENTRALISED,
+        LOCAL_ONLY,
+    )
+}
+METHODS: Mapping[str, Method] = MappingProxyType(_TABLE)
 """Every method by the name that recipes use."""
 
 __all__ = ["METHODS", "Method", "Rule"]

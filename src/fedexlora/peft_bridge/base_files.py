@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 
 from fedexlora.errors import AdapterError, BridgeError
 from fedexlora.exchange.tensors import TensorFile
-from fedexlora.peft_bridge.load import locate, refuse_adapter
+from fedexlora.peft_bridge.source import locate, refuse_adapter
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_FILES = frozenset(

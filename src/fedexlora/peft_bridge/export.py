@@ -1,64 +1,31 @@
-"""Adapters as folders that ``PeftModel.from_pretrained`` loads on the untouched base."""
+"""Adapters of a live model as folders that ``PeftModel.from_pretrained`` loads on its base."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.lowrank import LowRank, stack
-from fedexlora.algebra.product import compact
 from fedexlora.errors import BridgeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
-from fedexlora.peft_bridge.export_check import Terms, WrittenError, check_export
+from fedexlora.peft_bridge.adapter_layout import AdapterLayout, stored_module
+from fedexlora.peft_bridge.export_check import WrittenError
+from fedexlora.peft_bridge.global_writer import write_factors, write_global
 from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
-from fedexlora.peft_bridge.names import PREFIX, bias_owner, shape_settings
+from fedexlora.peft_bridge.modules import EmbeddingModule
+from fedexlora.peft_bridge.names import PREFIX
+from fedexlora.peft_bridge.origin import Origin
 
 
 def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> WrittenError:
-    """Write the final global model, adapter and all remainders, as one PEFT adapter.
-
-    On the untouched base its update is ``scaling * (total + B A)``, at the lowest rank that loses
-    nothing, with PEFT's scaling set to 1. What an initialisation such as PiSSA took out of the
-    base is part of it: ``[B | -B0] [A ; A0]`` on the original weights.
-
-    Args:
-        model: the model that the state belongs to.
-        state: the version to write.
-        folder: an existing folder.
-
-    Returns:
-        The worst module, of what was read back from the written files.
-
-    Raises:
-        ExactnessError: if a module or head that was written is not that of the model.
-    """
-    terms = partial(_terms, model, state)
-    scaled = {
-        # A bias of the factors is multiplied by the scaling.
-        name: tensor * model.spec.modules[owner].scaling if owner else tensor
-        for name, tensor in state.dense.items()
-        for owner in (bias_owner(name),)
-    }
-    if all(total.is_zero for total in state.total.values()) and not model.taken_out:
-        save_factors(model, state.adapter, state.dense, folder)
-        return check_export(folder, model.spec.modules, terms, scaled)
-    whole = {
-        name: _whole(state.total[name], _since_original(model, name, pair), spec.scaling)
-        for name, spec in model.spec.modules.items()
-        for pair in (state.adapter[name],)
-    }
-    ones = dict.fromkeys(whole, 1.0)
-    _write(model, _config(model, whole, ones), whole, scaled, folder)
-    return check_export(folder, model.spec.modules, terms, scaled)
+    """Write a version of a model; see :func:`fedexlora.peft_bridge.global_writer.write_global`."""
+    return write_global(layout_of(model), state, folder)
 
 
 def save_factors(
@@ -68,29 +35,37 @@ def save_factors(
     folder: Path,
     spec: AdapterSpec | None = None,
 ) -> None:
-    """Write factors as a PEFT adapter, as they are.
+    """Write factors of a model; see :func:`fedexlora.peft_bridge.global_writer.write_factors`."""
+    write_factors(layout_of(model), factors, dense, folder, spec)
 
-    Args:
-        model: the model that they belong to.
-        factors: by module, of ``spec``'s ranks.
-        dense: heads and biases.
-        folder: an existing folder.
-        spec: ranks and scalings; by default the model's own.
+
+def layout_of(model: AdaptedModel) -> AdapterLayout:
+    """How PEFT stores what a model trains.
 
     Raises:
-        BridgeError: if the model's base was changed by the initialisation of its adapter, so that
-            the factors alone mean nothing to anyone else.
+        BridgeError: as :func:`file_names`.
     """
-    if model.taken_out:
-        raise BridgeError(
-            "factors on a base that their initialisation changed cannot be stored as adapters",
-            ["leave out --keep-updates, or set lora.init_lora_weights = true"],
+    modules = {
+        name: stored_module(
+            name,
+            model.spec.modules[name],
+            embedding=isinstance(module, EmbeddingModule),
+            kernel=tuple(module.parameters()["A"].shape[2:]),
         )
-    if spec is None or spec == model.spec:
-        config = _plain(model)
-    else:
-        config = _config(model, factors, {n: m.scaling for n, m in spec.modules.items()})
-    _write(model, config, factors, dense, folder)
+        for name, module in model.modules.items()
+    }
+    return AdapterLayout(model.spec, _config(model), file_names(model), modules, model.taken_out)
+
+
+def origin_of(model: AdaptedModel) -> Origin:
+    """Where a run begins with a model that is as it was loaded.
+
+    Raises:
+        BridgeError: as :func:`file_names`.
+    """
+    first = model.initial_state()
+    base, precision = model.base_fingerprint, model.precision()
+    return Origin(layout_of(model), base, precision, first.adapter, first.dense)
 
 
 def file_names(model: AdaptedModel) -> dict[str, str]:
@@ -116,69 +91,9 @@ def file_names(model: AdaptedModel) -> dict[str, str]:
     return names
 
 
-def _terms(model: AdaptedModel, state: GlobalState, name: str) -> Terms:
-    """``scaling * (total + B A)`` on the untouched base."""
-    scaling = model.spec.modules[name].scaling
-    yield state.total[name].value, scaling
-    yield _since_original(model, name, state.adapter[name]), scaling
-
-
-def _since_original(model: AdaptedModel, name: str, adapter: Factors) -> Factors:
-    wide = adapter.to(torch.float64)
-    if name not in model.taken_out:
-        return wide
-    start = model.taken_out[name].to(torch.float64)
-    return stack([wide, start.scaled(-1.0)])
-
-
-def _whole(total: LowRank, adapter: Factors, scaling: float) -> Factors:
-    """``scaling * (total + B A)`` as float32 factors."""
-    d_out, d_in = total.shape
-    if isinstance(total.value, Factors):
-        rows = stack([total.value, adapter])
-        low = compact(Factors(rows.A, scaling * rows.B)).to(torch.float32)
-        # PEFT has no adapter of rank 0; a module without any update gets a zero of rank 1.
-        return low.padded(max(low.rank, 1))
-    matrix = (scaling * (total.dense() + adapter.product())).float()
-    # A full-rank matrix is its own best factor: the other one is the identity, and nothing rounds.
-    if d_out <= d_in:
-        return Factors(matrix, torch.eye(d_out))
-    return Factors(torch.eye(d_in), matrix)
-
-
-def _plain(model: AdaptedModel) -> LoraConfig:
+def _config(model: AdaptedModel) -> dict[str, Any]:
+    """What PEFT writes of the model's adapter, for inference."""
     config = copy.deepcopy(model.peft_model.peft_config[model.adapter])
     config.inference_mode = True
-    if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)
-    return config
-
-
-def _config(
-    model: AdaptedModel, factors: Mapping[str, Factors], scalings: Mapping[str, float]
-) -> LoraConfig:
-    """The model's configuration with the ranks of ``factors`` and these scalings."""
-    config = _plain(model)
-    settings = shape_settings({name: pair.rank for name, pair in factors.items()}, scalings)
-    for key, value in settings.items():
-        setattr(config, key, value)
-    config.init_lora_weights = True
-    return config
-
-
-def _write(
-    model: AdaptedModel,
-    config: LoraConfig,
-    factors: Mapping[str, Factors],
-    dense: Mapping[str, Tensor],
-    folder: Path,
-) -> None:
-    known: dict[str, Tensor] = {f"{PREFIX}{name}": tensor for name, tensor in dense.items()}
-    for name, pair in factors.items():
-        module = model.modules[name]
-        for letter, key in module.keys().items():
-            value = pair.A if letter == "A" else pair.B
-            known[f"{PREFIX}{name}.{key}"] = module.stored_factor(letter, value)
-    tensors = {key: known[ours].contiguous().cpu() for key, ours in file_names(model).items()}
-    config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    said: dict[str, Any] = config.to_dict()
+    return {key: sorted(x) if isinstance(x, set) else x for key, x in said.items()}

@@ -8,7 +8,7 @@ in the round's record, with every fault, and the round goes on.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -93,6 +93,8 @@ class Admission:
         access: whom the recipe admits; by default everybody.
         memory: whether clients remember something of the method, and whether one that has lost it
             is left out.
+        metrics: by version, what clients that train from it score it by; nothing by default.
+        holders: whether clients send their half of the certificate.
     """
 
     def __init__(
@@ -105,6 +107,9 @@ class Admission:
         spool: Spool,
         access: AccessList | None = None,
         memory: MemoryRule = "none",
+        metrics: Callable[[int], Collection[str]] | None = None,
+        *,
+        holders: bool = False,
     ) -> None:
         self._transport = transport
         self._rule = rule
@@ -116,6 +121,8 @@ class Admission:
         self._spool = spool
         self._access = access or AccessList()
         self._memory = memory
+        self._metrics = metrics or _no_metrics
+        self._holders = holders
         self._delivered: set[str] = set()
         self._waiting = dict(transport.waiting)
         self._deliveries: dict[tuple[int | None, bool], Delivery] = {}
@@ -281,9 +288,16 @@ class Admission:
             self._refuse(client, reply.failure or reply.missed)
         start = self._before if reply.round >= self._round else self._stale_start(reply)
         spec = self._form.spec_of(client)
-        remembers = self._memory != "none"
-        message = reply.message or b""
-        update = decode_update(message, spec, self._round, client, remembers=remembers)
+        metrics, message = self._metrics(start.version), reply.message or b""
+        update = decode_update(
+            message,
+            spec,
+            self._round,
+            client,
+            metrics,
+            holder=self._holders,
+            remembers=self._memory != "none",
+        )
         check_update(
             update,
             spec,
@@ -326,6 +340,8 @@ class Admission:
             uploaded_bytes=len(reply.message or b""),
             seconds=reply.seconds,
             memory=update.memory,
+            scores=update.scores,
+            holder=update.holder,
         )
 
     def _stale_start(self, reply: Reply) -> GlobalState:
@@ -347,6 +363,12 @@ class Admission:
 
     def _leave_out(self, client: str, why: Sequence[str], uploaded: int) -> None:
         self.intake.leave_out(client, why, self._holdings.versions.get(client), uploaded)
+
+
+def _no_metrics(version: int) -> tuple[str, ...]:
+    """Clients score nothing."""
+    del version
+    return ()
 
 
 def require_enough(intake: Intake, rule: Participation, round_: int) -> None:

@@ -14,42 +14,25 @@ gets it, and ``auto`` places the remainder so that both hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import hypot, isnan, nan
 
-from torch import Tensor
-
 from fedexlora.algebra.deviation import ratio
-from fedexlora.algebra.factors import Factors
-from fedexlora.algebra.lowrank import LowRank
-from fedexlora.algebra.probes import Norm, Probes
-from fedexlora.errors import ExactnessError
+from fedexlora.algebra.probes import Norm
 from fedexlora.exchange.layout import each_once
 from fedexlora.exchange.records import CertificateRecord, ModuleRecord, OwnRecord
-from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.base_norms import bf16_loss
 from fedexlora.peft_bridge.export_check import TOLERANCE
 from fedexlora.peft_bridge.forward import Kept, measure_kept, multiplied_image
 from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.rounds.holder import Forward, held_against, held_error, probes_of, wanted_image
 from fedexlora.rounds.reduction import ModuleFigures, Reduction
-from fedexlora.rounds.screening import strain_reason
-
-Forward = Callable[[], None]
-"""Runs the model on some real inputs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """The measured exactness of one round."""
-
-    overall: CertificateRecord
-    modules: tuple[ModuleRecord, ...]
-    deviation: float
-    """|R| / |M| over all modules, scaled."""
+from fedexlora.rounds.step_certificate import Certificate, deviation_of, form_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +49,8 @@ class _Measured:
     """Of the update since version 0."""
     narrowed: float
     """Of what the layer multiplies by, less that update."""
+    remainder: float
+    """Of the cumulative remainder."""
     kept: Kept | None
 
 
@@ -107,7 +92,10 @@ def certify(
             added=ratio(m.scaling * reduction.modules[m.name].added, m.ideal),
             memory_error=ratio(m.scaling * reduction.modules[m.name].memory_error, m.ideal),
             placement=model.placement(m.name),
-            remainder=_form(state.total[m.name]),
+            remainder=form_of(state.total[m.name]),
+            mean_product=m.scaling * reduction.modules[m.name].deviation.ideal,
+            remainder_norm=m.remainder,
+            bf16_loss=bf16_loss(model, m.name, state.total[m.name]),
         )
         for m in measured
     )
@@ -116,76 +104,6 @@ def certify(
     held = overall.held and all(record.held for record in own)
     overall = overall.model_copy(update={"own": own, "held": held})
     return Certificate(overall, modules, deviation_of(reduction, model.spec))
-
-
-def deviation_of(reduction: Reduction, spec: AdapterSpec) -> float:
-    """|R| / |M| of a round over all modules, scaled."""
-    found = [(m.scaling, reduction.modules[name].deviation) for name, m in spec.modules.items()]
-    lost = hypot(*(scaling * x.residual for scaling, x in found))
-    return ratio(lost, hypot(*(scaling * x.ideal for scaling, x in found)))
-
-
-def enforce(
-    certificate: Certificate, round_: int, strained: Callable[[], Mapping[str, float]]
-) -> None:
-    """Stop a run whose model does not apply the ideal.
-
-    Args:
-        certificate: the round's.
-        round_: from 1.
-        strained: finds the clients for whose sake the mean of factors cancels beyond what float32
-            holds, and how much.
-
-    Raises:
-        ExactnessError: naming every module that is off, its error and what is allowed, and clients
-            that may be the cause.
-    """
-    if certificate.overall.held:
-        return
-    faults = [
-        f"{m.module}: error {m.error:.2e} of the update, at most {m.bound:.2e}, "
-        f"allowed {m.allowed:.2e}"
-        for m in certificate.modules
-        if not m.bound <= m.allowed  # NaN is neither
-    ]
-    faults += [
-        f"client {own.client}: error {own.error:.2e} of the update, as it applies it"
-        for own in certificate.overall.own
-        if not own.held
-    ]
-    if not certificate.overall.dense_error <= TOLERANCE:
-        faults.append(f"heads and biases: error {certificate.overall.dense_error:.2e}")
-    found = strained()
-    faults += [f"client {client}: {strain_reason(strain)}" for client, strain in found.items()]
-    if found:
-        named = ", ".join(f'"{client}"' for client in found)
-        faults.append(f"to go on without: --resume --set 'federation.exclude=[{named}]'")
-    raise ExactnessError(f"round {round_}: the applied update is not the ideal one", faults)
-
-
-def held_error(model: AdaptedModel, name: str, state: GlobalState) -> Norm:
-    """The holder's half: the live module less adapter and total, scaled.
-
-    Args:
-        model: the model, with the version applied.
-        name: the module.
-        state: the version.
-    """
-    probes = _probes(name, state)
-    return _held(model, name, state, probes, _wanted(model, name, state, probes))
-
-
-def _held(
-    model: AdaptedModel, name: str, state: GlobalState, probes: Probes, wanted: Tensor
-) -> Norm:
-    """The same, of what the module should add as :func:`_wanted` says; that is not written."""
-    if probes.exact or name not in model.untouched:
-        return probes.norm(model.image(name, probes).sub_(wanted))
-    # The rounding of a fold is what is allowed: of that an estimate's bound would be too wide.
-    folded = model.fold_error(name, state.total[name])
-    image, scaling = model.adapter_image(name, probes), model.spec.modules[name].scaling
-    beside = probes.norm(probes.add(image, state.adapter[name], -scaling))
-    return Norm(hypot(folded, beside.value), folded + beside.bound)
 
 
 def head_error(model: AdaptedModel, state: GlobalState, reduction: Reduction) -> float:
@@ -201,9 +119,10 @@ def _measure(
     model: AdaptedModel, name: str, state: GlobalState, figures: ModuleFigures, kept: Kept | None
 ) -> _Measured:
     scaling = model.spec.modules[name].scaling
-    probes, start = _probes(name, state), model.start.get(name)
-    wanted = _wanted(model, name, state, probes)
-    held = _held(model, name, state, probes, wanted)
+    probes, start = probes_of(name, state), model.start.get(name)
+    wanted = wanted_image(model, name, state, probes)
+    held = held_against(model, name, state, probes, wanted)
+    beside = probes.add(wanted.clone(), state.adapter[name], -scaling)
     ideal = update = scaling * figures.ideal
     if start is not None:
         update = probes.norm(probes.add(wanted, start, -scaling)).value
@@ -220,6 +139,7 @@ def _measure(
         truncated=scaling * figures.truncated,
         update=update,
         narrowed=hypot(scaling * figures.error.value, narrowed),
+        remainder=0.0 if state.total[name].is_zero else probes.norm(beside).value,
         kept=kept,
     )
 
@@ -227,18 +147,6 @@ def _measure(
 def _together(step: Norm, scaling: float, held: Norm) -> Norm:
     """Both halves: independent rounding adds up in squares, what it is at most in full."""
     return Norm(hypot(scaling * step.value, held.value), scaling * step.bound + held.bound)
-
-
-def _probes(name: str, state: GlobalState) -> Probes:
-    shape = state.adapter[name].shape
-    return Probes.of(shape, derive_seed(0, state.version, f"holder/{name}"))
-
-
-def _wanted(model: AdaptedModel, name: str, state: GlobalState, probes: Probes) -> Tensor:
-    """The image of what a module should add to its untouched weight."""
-    scaling, pair = model.spec.modules[name].scaling, state.adapter[name]
-    image = probes.add(probes.zeros(pair.shape), pair, scaling)
-    return probes.add(image, state.total[name].value, scaling)
 
 
 def _kept(
@@ -262,7 +170,7 @@ def _overall(
     ideal = hypot(*(m.ideal for m in measured))
     excused = hypot(*(m.rounding + m.truncated for m in measured))
     worst = max(modules, key=lambda m: m.error / m.allowed)
-    narrowest = max(modules, key=lambda m: m.forward)
+    narrowest = max(modules, key=lambda m: m.forward or 0.0)
     kept = [m.kept for m in measured if m.kept]
     pooled = _pooled(kept)
     return CertificateRecord(
@@ -318,9 +226,3 @@ def _own_records(
     if records:
         model.enter(state)
     return tuple(records[client] for client in sorted(records))
-
-
-def _form(total: LowRank) -> str:
-    if total.is_zero:
-        return "none"
-    return f"rank {total.value.rank}" if isinstance(total.value, Factors) else "dense"

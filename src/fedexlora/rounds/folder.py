@@ -6,7 +6,10 @@ adapter/        the final global model     updates/      with --keep-updates, wh
 spool/          what clients have sent in the round that is open
 clients.jsonl   over Flower, the key that each client's name belongs to
 run-id          over Flower, what tells the run from others of the same recipe
-adapter.json    its worst module, read back from its files
+adapter.json    which version it is, and its worst module, read back from its files
+adapter-best/   the version with the best headline score, if there are scores
+finish.json     where clients score: what they say of the final version
+report.html     the run as one page        tracking.json with trackers, what they have been told
 memory/         of simulated clients, what they remember of the method
 adapters/       of a method without a global model, every client's own PEFT adapter
 """
@@ -27,15 +30,21 @@ from filelock import FileLock, Timeout
 from fedexlora.errors import ResumeError, VersionError
 from fedexlora.exchange.files import append_bytes, cut_off, replace_bytes, writing
 from fedexlora.exchange.history import Holdings
-from fedexlora.exchange.records import RoundRecord
+from fedexlora.exchange.records import FinishRecord, RoundRecord
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.untrusted import json_object
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.record_lines import RecordLines
 from fedexlora.rounds.store import VersionStore
 
-LOCK = ".lock"
-_CHANGEABLE = ("federation.allow:", "federation.exclude:", "training.device:")
+LOCK, FINISH = ".lock", "finish.json"
+_CHANGEABLE = (
+    "federation.patience:",
+    "federation.allow:",
+    "federation.exclude:",
+    "training.device:",
+    "tracking.",
+)
 """Keys in which a resumed run may differ from the one that is in the folder."""
 _ROUNDS = "federation.rounds:"
 
@@ -68,6 +77,16 @@ class RunFolder:
     def adapter(self) -> Path:
         """The final global model as a PEFT adapter."""
         return self.path / "adapter"
+
+    @property
+    def best_adapter(self) -> Path:
+        """The same of the version with the best headline score."""
+        return self.path / "adapter-best"
+
+    @property
+    def adapter_record(self) -> Path:
+        """What is said of both."""
+        return self.path / "adapter.json"
 
     @property
     def memory(self) -> Path:
@@ -195,6 +214,30 @@ class RunFolder:
         except (ValueError, OSError) as error:
             raise ResumeError(f"{path} is damaged: {error}") from error
 
+    def write_finish(self, record: FinishRecord) -> None:
+        """Write ``finish.json``.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        path = self.path / FINISH
+        with writing(path):
+            replace_bytes(path, record.model_dump_json(indent=2).encode())
+
+    def read_finish(self) -> FinishRecord | None:
+        """``finish.json``, or None if there is none.
+
+        Raises:
+            ResumeError: if it is damaged.
+        """
+        path = self.path / FINISH
+        if not path.exists():
+            return None
+        try:
+            return FinishRecord.model_validate_json(path.read_bytes())
+        except (ValueError, OSError) as error:
+            raise ResumeError(f"{path} is damaged: {error}") from error
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep every other process out of the folder until the block ends.
@@ -228,8 +271,14 @@ class RunFolder:
         with writing(self._records):
             append_bytes(self._records, b"")
 
-    def save(self, state: GlobalState, holdings: Holdings, record: RoundRecord) -> None:
-        """Make a version durable, with the record of its round.
+    def save(
+        self,
+        state: GlobalState,
+        holdings: Holdings,
+        record: RoundRecord,
+        best: int | None = None,
+    ) -> None:
+        """Make a version durable, with the record of its round; what leads to the best one stays.
 
         The record comes first: it is one of no version, and dropped, until the step that was
         written in the round has its name. A kill in between loses the round, and nothing else.
@@ -242,16 +291,16 @@ class RunFolder:
         with writing(self.store.step_file(state.version)):
             self.store.commit(state.version)
         with writing(self.store.path):
-            self.store.keep_snapshots(state, holdings)
+            self.store.keep_snapshots(state, holdings, best)
 
-    def settle(self, progress: Progress) -> None:
+    def settle(self, progress: Progress, best: int | None = None) -> None:
         """Remove what is beyond the version that a run goes on from, and do what a kill cut off.
 
         Raises:
             RunError: if a file cannot be written or removed.
         """
         with writing(self.store.path):
-            self.store.settle(progress.state, progress.holdings, progress.damaged)
+            self.store.settle(progress.state, progress.holdings, progress.damaged, best)
         lines = self.read_records(progress.state.version)
         with writing(self._records):
             cut_off(self._records, lines.size)

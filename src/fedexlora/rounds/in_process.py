@@ -48,6 +48,7 @@ class InProcessTransport:
         self._keep_late = keep_late
         self._memory = memory
         self._asked: deque[tuple[str, GlobalState | str]] = deque()
+        self._scoring = False
         self._opened: dict[bytes, Passage] = {}
         self._late: list[Reply] = []
 
@@ -64,6 +65,16 @@ class InProcessTransport:
     def ask(self, round_: int, client: str, delivery: Delivery) -> None:
         """Bring the client to the version at once; training waits for :meth:`replies`."""
         del round_
+        self._scoring = False
+        self._bring(client, delivery)
+
+    def ask_scores(self, round_: int, client: str, delivery: Delivery) -> None:
+        """The same; scoring waits for :meth:`replies`."""
+        del round_
+        self._scoring = True
+        self._bring(client, delivery)
+
+    def _bring(self, client: str, delivery: Delivery) -> None:
         try:
             self._asked.append((client, self._land(client, delivery)))
         except RunError as error:
@@ -111,7 +122,10 @@ class InProcessTransport:
         started = time.perf_counter()
         message, failure = None, ""
         try:
-            message = self._trainer.update(client, held, round_, progress, self._memory)
+            if self._scoring:
+                message = self._trainer.report(client, held, self._memory)
+            else:
+                message = self._trainer.update(client, held, round_, progress, self._memory)
         except Exception as error:  # noqa: BLE001 - the boundary of a client: its faults are its own
             _log.debug("client %s failed in round %d", client, round_, exc_info=True)
             failure = f"{type(error).__name__}: {error}"

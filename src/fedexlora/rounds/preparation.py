@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_utils import PreTrainedModel
 
+from fedexlora.data.holdout import Holdout, hold_out
 from fedexlora.data.load import Splits, fingerprint, load_splits, load_train, load_validation
 from fedexlora.data.partition import client_values, split_clients
 from fedexlora.data.task import Task, prepare_task
@@ -20,62 +19,27 @@ from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.local.arguments import check_training_device, training_arithmetic
 from fedexlora.local.clients import LocalClients
-from fedexlora.local.job import LocalJob
 from fedexlora.local.jobs import local_job
-from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.local.scoring import HeldOut, RowScorer
 from fedexlora.peft_bridge.device import find_device
-from fedexlora.peft_bridge.export import file_names
+from fedexlora.peft_bridge.export import file_names, origin_of
 from fedexlora.peft_bridge.inspect import check_new_weights
 from fedexlora.peft_bridge.load import attach_lora, probe_shapes
 from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.rounds.holder import HolderMeasure
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.participation import AccessList
+from fedexlora.rounds.prepared import (
+    Prepared,
+    check_clients,
+    check_reduction_device,
+    refuse_one_place,
+)
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.recipe_tables import ClientTable
-from fedexlora.rounds.rows import RowSummary, check_rows
-from fedexlora.rounds.scoring import Scoring, load_sets, prepare_scoring, scoring_arithmetic
+from fedexlora.rounds.rows import check_rows
+from fedexlora.rounds.scoring import load_sets, prepare_scoring, scoring_arithmetic
 from fedexlora.rounds.task_base import load_task_base
-
-_ROWS_READ = 8
-"""Validation rows over which is measured what comes out of the layers."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What the server's side of a recipe names, loaded and checked; nothing is written yet."""
-
-    recipe: Recipe
-    scoring: Scoring
-    model: AdaptedModel
-    specs: Mapping[str, AdapterSpec]
-    """The adapters of the clients that have another one than the model, by client."""
-    data_fingerprint: str
-    summary: RowSummary
-
-    @property
-    def task(self) -> Task:
-        """With what it learned from the rows and the model."""
-        return self.scoring.task
-
-    @property
-    def tokenizer(self) -> Any:  # noqa: ANN401 - transformers is untyped here
-        """The model's."""
-        return self.scoring.tokenizer
-
-    @property
-    def validation(self) -> Dataset:
-        """Tokenised."""
-        return self.scoring.validation
-
-    def evaluate(self, observer: Observer) -> dict[str, float]:
-        """Scores of the model as it is now."""
-        return self.scoring.scores(self.model.peft_model, observer)
-
-    @property
-    def forwards(self) -> dict[Arithmetic, Callable[[], None]]:
-        """By arithmetic in which the model is used: it reads some validation rows."""
-        read, model = self.scoring.read_rows, self.model.peft_model
-        return {how: partial(read, model, how, _ROWS_READ) for how in self.model.arithmetics}
 
 
 def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]:
@@ -87,32 +51,42 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
             this machine has not.
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
-    seed = recipe.federation.seed
     observer.preparing("reading the data")
     sets = load_sets(recipe)
-    splits = load_splits(recipe.data, seed)
+    splits = _run_splits(recipe)
     task = prepare_task(recipe.task, splits)
     every = _shares(recipe, task, splits.train)
     check_clients(recipe, list(every))
     shares = _admitted(recipe, every)
-    values = client_values(splits.train, recipe.partition, shares)
-    if recipe.rule.pooled:
-        shares, values = _pooled(recipe, shares), {}
+    parted = _parted(recipe, shares)
     task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
-    scoring = prepare_scoring(recipe, task, tokenizer, model.peft_model, splits.validation, sets)
-    tokenized = {"training": rows, "validation": scoring.validation}
-    summary = check_rows(
-        recipe, task, model.peft_model, tokenizer, tokenized, [note, *scoring.notes], observer
-    )
-    summary = replace(summary, client_values=values)
+    scoring, tokenized, notes = None, {"training": rows}, [note]
+    if recipe.evaluation.where == "server":
+        validation = splits.validation
+        scoring = prepare_scoring(recipe, task, tokenizer, model.peft_model, validation, sets)
+        tokenized |= {"validation": scoring.validation}
+        notes += scoring.notes
+    summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, notes, observer)
+    if not recipe.rule.pooled:
+        values = client_values(splits.train, recipe.partition, shares)
+        summary = replace(summary, client_values=values)
     # Every row that a number of the run comes from is part of its data.
     others = [own.rows for own in sets.values()]
     data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
-    prepared = Prepared(recipe, scoring, model, specs, data, summary)
-    jobs = _jobs(recipe, task, tokenizer)
-    return prepared, _clients(recipe, model, rows, shares, specs, jobs)
+    held_out = _held_out(recipe, task, tokenizer, rows, parted)
+    clients = _clients(recipe, task, tokenizer, model, rows, parted, specs, held_out)
+    prepared = Prepared(
+        recipe,
+        specs,
+        task,
+        scoring,
+        data_fingerprint=data,
+        summary=summary,
+        arithmetic=_arithmetic(recipe),
+    )
+    return _with_model(prepared, model), clients
 
 
 def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
@@ -120,15 +94,9 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
 
     Raises:
         DataError: if the validation rows are missing or do not fit the task.
-        RecipeError: if this machine has not the arithmetic in which clients train, or the method
-            needs all rows in one place.
+        RecipeError: if this machine has not the arithmetic in which clients train.
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
-    if recipe.rule.pooled:
-        raise RecipeError(
-            f"method.name: {recipe.method.name} trains on the rows of all clients in one place",
-            ["nodes keep theirs: run it with fedexlora run, where the data are"],
-        )
     observer.preparing("reading the data")
     sets = load_sets(recipe)
     rows = load_validation(recipe.data, recipe.federation.seed)
@@ -141,29 +109,47 @@ def prepare_server(recipe: Recipe, observer: Observer) -> Prepared:
         recipe, task, model.peft_model, tokenizer, tokenized, [note, *scoring.notes], observer
     )
     data = fingerprint(rows, *(own.rows for own in sets.values()))
-    return Prepared(recipe, scoring, model, specs, data, summary)
+    return Prepared(
+        recipe,
+        specs,
+        task,
+        scoring,
+        model,
+        data_fingerprint=data,
+        summary=summary,
+        arithmetic=_arithmetic(recipe),
+    )
 
 
 def prepare_client(
-    recipe: Recipe, client: str, share: str | None, observer: Observer
+    recipe: Recipe,
+    client: str,
+    share: str | None,
+    observer: Observer,
+    *,
+    own_validation: bool = False,
 ) -> LocalClients:
-    """Load and check one client's side: the model and its own training rows.
+    """Load and check one client's side: the model and its own rows.
 
     Args:
         recipe: with the client's own data, and the labels of the task if it has any.
         client: its name.
         share: whose rows of the recipe's partition these are; None for all training rows.
         observer: told of progress.
+        own_validation: whether it scores on the rows that its data name for that, if clients score;
+            else a share of its training rows is held out.
 
     Raises:
-        DataError: if the training rows are missing or do not fit the task.
-        RecipeError: if the partition has no such share.
+        DataError: if rows are missing, do not fit the task, or are too few to hold some out.
+        RecipeError: if the partition has no such share, or the method needs all rows in one place.
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
-    seed = recipe.federation.seed
+    refuse_one_place(recipe)
     observer.preparing("reading the data")
-    rows = load_train(recipe.data, seed)
-    task = prepare_task(recipe.task, Splits.one("training", rows))
+    rows, separate = load_train(recipe.data, recipe.federation.seed), None
+    if own_validation and recipe.evaluation.where == "clients":
+        separate = load_validation(recipe.data, recipe.federation.seed)
+    task = prepare_task(recipe.task, _node_splits(rows, separate))
     if share is not None:
         shares = _shares(recipe, task, rows)
         if share not in shares:
@@ -174,32 +160,16 @@ def prepare_client(
     own = {name: table for name, table in recipe.clients.items() if name == client}
     task, tokenizer, model, specs, note = _load_model(recipe, task, own, observer)
     observer.preparing("tokenising the data")
-    rows = task.tokenize(rows, tokenizer)
-    tokenized = {"training": rows}
+    tokenized = {"training": task.tokenize(rows, tokenizer)}
+    parted = Holdout({client: range(len(rows))}, {})
+    if separate is None:
+        parted, scored = _parted(recipe, parted.train), tokenized["training"]
+    else:
+        tokenized["validation"] = scored = task.tokenize(separate, tokenizer)
+        parted = Holdout(parted.train, {client: range(len(separate))})
     check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
-    everything = {client: range(len(rows))}
-    return _clients(recipe, model, rows, everything, specs, _jobs(recipe, task, tokenizer))
-
-
-def _clients(
-    recipe: Recipe,
-    model: AdaptedModel,
-    rows: Dataset,
-    shares: Mapping[str, Sequence[int]],
-    specs: Mapping[str, AdapterSpec],
-    jobs: tuple[LocalJob, LocalJob],
-) -> LocalClients:
-    job, probe = jobs
-    return LocalClients(model, rows, shares, job, recipe.federation.seed, specs, recipe.rule, probe)
-
-
-def _jobs(
-    recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase
-) -> tuple[LocalJob, LocalJob]:
-    """What trains a client, and what trains it for one epoch."""
-    collator, rounds = task.collator(tokenizer), recipe.federation.rounds
-    once = {**recipe.training, "num_train_epochs": 1, "max_steps": -1}
-    return local_job(recipe.training, collator, rounds), local_job(once, collator, rounds)
+    held_out = _held_out(recipe, task, tokenizer, scored, parted)
+    return _clients(recipe, task, tokenizer, model, tokenized["training"], parted, specs, held_out)
 
 
 def client_rows(recipe: Recipe) -> dict[str, int]:
@@ -208,25 +178,10 @@ def client_rows(recipe: Recipe) -> dict[str, int]:
     Raises:
         DataError: if data, columns or partitions are wrong.
     """
-    splits = load_splits(recipe.data, recipe.federation.seed)
+    splits = _run_splits(recipe)
     task = prepare_task(recipe.task, splits)
     shares = _admitted(recipe, _shares(recipe, task, splits.train))
-    if recipe.rule.pooled:
-        shares = _pooled(recipe, shares)
-    return {name: len(share) for name, share in shares.items()}
-
-
-def check_clients(recipe: Recipe, clients: Sequence[str]) -> None:
-    """Refuse a recipe that says something of a client that there is not.
-
-    Raises:
-        RecipeError: naming every such client.
-    """
-    if unknown := [client for client in recipe.clients if client not in clients]:
-        raise RecipeError(
-            "the recipe names clients that there are not",
-            [f'clients."{client}": expected one of {", ".join(clients)}' for client in unknown],
-        )
+    return {name: len(share) for name, share in _parted(recipe, shares).train.items()}
 
 
 def _admitted(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list[int]]:
@@ -252,9 +207,82 @@ def _admitted(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list
     return admitted
 
 
-def _pooled(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """The rows of all clients, as those of one."""
-    return {recipe.method.name: sorted(row for share in shares.values() for row in share)}
+def _with_model(prepared: Prepared, model: AdaptedModel) -> Prepared:
+    """The server's side of a run in one process: the model is the clients' where these score."""
+    if prepared.scoring is not None:
+        return replace(prepared, model=model)
+    first = model.initial_state(prepared.specs, prepared.recipe.federation.seed)
+    return replace(prepared, origin=origin_of(model), first=first)
+
+
+def _arithmetic(recipe: Recipe) -> dict[str, str]:
+    trained = str(training_arithmetic(recipe.training))
+    return {"training": trained, "scoring": str(scoring_arithmetic(recipe))}
+
+
+def _run_splits(recipe: Recipe) -> Splits:
+    """The rows of a run in one process; no validation rows where nobody scores on them."""
+    if recipe.evaluation.where == "server":
+        return load_splits(recipe.data, recipe.federation.seed)
+    rows = load_train(recipe.data, recipe.federation.seed)
+    return Splits(rows, rows, fingerprint(rows), "training")
+
+
+def _node_splits(rows: Dataset, separate: Dataset | None) -> Splits:
+    return Splits.one("training", rows) if separate is None else Splits(rows, separate, "")
+
+
+def _parted(recipe: Recipe, shares: Mapping[str, Sequence[int]]) -> Holdout:
+    """What clients train on, and what they hold out where they score; all of it as one client's."""
+    parted = Holdout(shares, {})
+    if recipe.evaluation.where == "clients":
+        parted = hold_out(shares, recipe.evaluation.holdout, recipe.federation.seed)
+    if not recipe.rule.pooled:
+        return parted
+    return Holdout(*(_pooled(recipe, part) for part in (parted.train, parted.held_out)))
+
+
+def _pooled(recipe: Recipe, rows: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    return {recipe.method.name: sorted(row for share in rows.values() for row in share)}
+
+
+def _held_out(
+    recipe: Recipe, task: Task, tokenizer: Tokenizer, rows: Dataset, parted: Holdout
+) -> HeldOut | None:
+    """What clients score versions on, if they do."""
+    if recipe.evaluation.where != "clients":
+        return None
+    table = recipe.evaluation
+    scorer = RowScorer(task, tokenizer, table.batch_size, scoring_arithmetic(recipe))
+    return HeldOut(scorer, rows, parted.held_out, table.every)
+
+
+def _clients(
+    recipe: Recipe,
+    task: Task,
+    tokenizer: Tokenizer,
+    model: AdaptedModel,
+    rows: Dataset,
+    parted: Holdout,
+    specs: Mapping[str, AdapterSpec],
+    held_out: HeldOut | None,
+) -> LocalClients:
+    measure, collator = None, task.collator(tokenizer)
+    once = {**recipe.training, "num_train_epochs": 1, "max_steps": -1}
+    if recipe.evaluation.where != "server":
+        measure = HolderMeasure(task, tokenizer, recipe.evaluation.batch_size)
+    return LocalClients(
+        model,
+        rows,
+        parted.train,
+        local_job(recipe.training, collator, recipe.federation.rounds),
+        recipe.federation.seed,
+        specs,
+        recipe.rule,
+        held_out,
+        measure,
+        probe=local_job(once, collator, recipe.federation.rounds),
+    )
 
 
 def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
@@ -262,26 +290,12 @@ def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
     return split_clients(rows, recipe.partition, default_column=column, seed=seed)
 
 
-def _check_reduction_device(recipe: Recipe) -> None:
-    """Refuse a device that this machine has not.
-
-    Raises:
-        RecipeError: if it has not.
-    """
-    found, wanted = torch.cuda.device_count(), torch.device(recipe.federation.reduce_on)
-    if wanted.type == "cuda" and (wanted.index or 0) >= found:
-        raise RecipeError(
-            "this machine cannot reduce updates there",
-            [f"federation.reduce_on: {wanted} is asked for, there are {found} CUDA device(s)"],
-        )
-
-
 def _load_model(
     recipe: Recipe, task: Task, own: Mapping[str, ClientTable], observer: Observer
 ) -> tuple[Task, Any, AdaptedModel, dict[str, AdapterSpec], str | None]:
     """What a base makes of a task: its labels' order, tokenizer, model, own specs, and a note."""
     check_training_device(recipe.training)
-    _check_reduction_device(recipe)
+    check_reduction_device(recipe)
     seed = recipe.federation.seed
     task, tokenizer, base, new, note = load_task_base(recipe, task, observer)
     shapes = _client_shapes(recipe, own, base, task.peft_task_type)

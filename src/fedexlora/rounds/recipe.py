@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from fedexlora.data.config import DataConfig, TaskConfig
 from fedexlora.data.partition_config import PartitionConfig
-from fedexlora.errors import RecipeError
+from fedexlora.errors import RecipeError, of_training
 from fedexlora.local.own_keys import stated_device, with_own_keys
 from fedexlora.methods import METHODS, Rule
 from fedexlora.peft_bridge.arithmetic import Width
@@ -28,6 +28,7 @@ from fedexlora.rounds.recipe_tables import (
     MethodTable,
     ModelTable,
     Table,
+    TrackingTable,
 )
 from fedexlora.rounds.screening import Screening
 from fedexlora.rounds.set_mean import MEAN, mean_faults
@@ -48,6 +49,7 @@ class Recipe(Table):
     method: MethodTable = MethodTable()
     federation: FederationTable = FederationTable()
     evaluation: EvaluationTable = EvaluationTable()
+    tracking: TrackingTable = TrackingTable()
     clients: dict[str, ClientTable] = Field(default_factory=dict)
     """By client: what it has otherwise than the others."""
 
@@ -89,8 +91,21 @@ class Recipe(Table):
         """The score that runs are compared by."""
         return self.task.headline if self.evaluation.mean is None else MEAN
 
+    @property
+    def client_metrics(self) -> tuple[str, ...]:
+        """What clients score versions by; nothing where they do not."""
+        if self.evaluation.where != "clients":
+            return ()
+        return tuple(dict.fromkeys(("loss", *self.task.metrics)))
+
+    def metrics_of(self, version: int) -> tuple[str, ...]:
+        """What clients score a version by that they train from."""
+        return self.client_metrics if version % self.evaluation.every == 0 else ()
+
     def scored(self, round_: int) -> bool:
-        """Whether a round ends with scores."""
+        """Whether a round ends with scores of the server's."""
+        if self.evaluation.where != "server":
+            return False
         return round_ % self.evaluation.every == 0 or round_ == self.federation.rounds
 
     def of_set(self, name: str) -> Recipe:
@@ -163,6 +178,12 @@ class Recipe(Table):
         ]
 
 
+_NO_MODEL_HERE = (
+    "evaluation.where: 'server' needs the model here, and with it transformers and PEFT: "
+    "pip install 'fedexlora[train]', or have nodes score, evaluation.where = 'clients'"
+)
+
+
 def load_recipe(
     path: str | Path, overrides: Sequence[str] = (), model: Mapping[str, Any] | None = None
 ) -> Recipe:
@@ -187,10 +208,6 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
     Raises:
         RecipeError: with every fault.
     """
-    # PEFT and transformers take seconds to import, so only a command that runs a recipe does so.
-    from fedexlora.local.arguments import training_faults
-    from fedexlora.peft_bridge.load import lora_faults
-
     faults: list[str] = []
     recipe = None
     try:
@@ -199,17 +216,37 @@ def parse_recipe(document: Mapping[str, Any], name: str) -> Recipe:
         # Faults between tables have no place; those of the method are said below, one by one.
         found = [e for e in error.errors() if e["loc"]]
         faults += [_describe(e["type"], e["loc"], e["msg"], e["input"]) for e in found]
-    for table, check in (("training", training_faults), ("lora", lora_faults)):
+    checks = _library_checks()
+    for table, check in checks.items():
         if isinstance(document.get(table), dict):
-            faults += check(document[table])
+            faults += check(document[table], table)
     faults += method_faults(document.get("method", {}))
     if recipe is not None:
         faults += table_faults(recipe) + (_set_faults(recipe) or mean_faults(recipe))
-        for client, own in recipe.clients.items():
-            faults += lora_faults({**recipe.lora, **own.lora}, f'clients."{client}".lora')
+        for client, own in recipe.clients.items() if checks else ():
+            faults += checks["lora"]({**recipe.lora, **own.lora}, f'clients."{client}".lora')
+        if not checks and recipe.evaluation.where == "server":
+            faults.append(_NO_MODEL_HERE)
     if faults or recipe is None:
         raise RecipeError(f"recipe {name}: {len(faults)} fault(s)", faults)
     return recipe
+
+
+def _library_checks() -> Mapping[str, Callable[[Mapping[str, Any], str], list[str]]]:
+    """By table whose keys are a library's: finds its faults.
+
+    None where these libraries are not installed, as at a server without a model: every node holds
+    the recipe against its own.
+    """
+    try:
+        # They take seconds to import, so only a command that runs a recipe does so.
+        from fedexlora.local.arguments import training_faults
+        from fedexlora.peft_bridge.load import lora_faults
+    except ModuleNotFoundError as error:
+        if not of_training(error):
+            raise
+        return {}
+    return {"training": lambda found, _: training_faults(found), "lora": lora_faults}
 
 
 def _set_faults(recipe: Recipe) -> list[str]:

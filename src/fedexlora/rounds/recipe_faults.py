@@ -21,7 +21,8 @@ _OF_ONE_CLIENT = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_patter
 def table_faults(recipe: Recipe) -> list[str]:
     """Every fault between keys."""
     faults = _participation_faults(recipe) + _screening_faults(recipe)
-    faults += _scoring_faults(recipe) + _loss_faults(recipe) + _start_faults(recipe)
+    faults += _scoring_faults(recipe) + _loss_faults(recipe) + _place_faults(recipe)
+    faults += _start_faults(recipe)
     for client, own in recipe.clients.items():
         faults += _client_faults(f'clients."{client}"', own, recipe)
     return faults
@@ -101,6 +102,29 @@ def _scoring_faults(recipe: Recipe) -> list[str]:
         return []
     said = f"evaluation.dtype: {weights} weights cannot be multiplied in {scoring}"
     return [f"{said}; leave it out, or set model.dtype = {scoring!r}"]
+
+
+def _place_faults(recipe: Recipe) -> list[str]:
+    """What needs validation rows at the server, where it has none."""
+    where = recipe.evaluation.where
+    if where == "server":
+        return []
+    patience = recipe.federation.patience
+    asked = {
+        "evaluation.sets": recipe.evaluation.sets,
+        "evaluation.mean": recipe.evaluation.mean,
+        "task.generation": getattr(recipe.task, "generation", None),
+        "task.choices": getattr(recipe.task, "choices", None),
+    }
+    faults = [
+        f"{key}: is scored on the server's rows, and evaluation.where is {where!r}; leave it out, "
+        f"or set evaluation.where = 'server'"
+        for key, value in asked.items()
+        if value
+    ]
+    if where == "none" and patience is not None:
+        faults.append("federation.patience: there are no scores, as evaluation.where is 'none'")
+    return faults
 
 
 def _loss_faults(recipe: Recipe) -> list[str]:

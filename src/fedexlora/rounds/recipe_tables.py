@@ -87,6 +87,9 @@ class FederationTable(Table):
     may change it."""
     rounds: int = Field(default=10, ge=1)
     """Number of federated rounds."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the run once so many versions have no better headline score than one before; a resumed
+    run may change it."""
     seed: int = Field(default=0, ge=0)
     """Where all randomness comes from."""
 
@@ -103,6 +106,11 @@ class EvaluationSet(Table):
 class EvaluationTable(Table):
     """How the global model is scored, before the first round and after others."""
 
+    where: Literal["server", "clients", "none"] = "server"
+    """Who scores it: the server, on its validation rows; the clients, each on held-out rows of its
+    own; or nobody."""
+    holdout: float = Field(default=0.1, gt=0.0, le=0.5)
+    """With ``where = "clients"``: the share of every client's rows that is held out for scores."""
     every: int = Field(default=1, ge=1)
     """After every this many rounds, and after the last one."""
     batch_size: int = Field(default=64, ge=1)
@@ -114,6 +122,15 @@ class EvaluationTable(Table):
     mean: tuple[str, ...] | None = Field(default=None, min_length=2)
     """Scores, those of sets as ``NAME.METRIC``, whose mean is the run's headline; none if not
     given."""
+
+
+class TrackingTable(Table):
+    """Where rounds are written to beside the run's own record."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Which trackers are told of every round; none if not given. A resumed run may change it."""
+    project: str = Field(default="fedexlora", min_length=1)
+    """Under which name, for ``wandb`` and ``mlflow``."""
 
 
 class ClientTable(Table):

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from fedexlora.errors import RunError
 from fedexlora.exchange.files import writing
 from fedexlora.exchange.history import Holdings
+from fedexlora.exchange.holders import worst_of
 from fedexlora.exchange.layout import each_once
 from fedexlora.exchange.records import BytesRecord, RoundRecord
+from fedexlora.exchange.scores import taken_together
 from fedexlora.exchange.seeds import derive_seed
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.step_writer import StepSink
+from fedexlora.exchange.version import Adapter
 from fedexlora.methods import Rule
 from fedexlora.peft_bridge.arithmetic import Arithmetic
-from fedexlora.peft_bridge.model import AdaptedModel
+from fedexlora.peft_bridge.origin import Origin
 from fedexlora.rounds.admission import Admission, Intake, require_enough
-from fedexlora.rounds.certificate import Certificate, Forward, certify, enforce
 from fedexlora.rounds.common_update import CommonForm
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.participation import AccessList, Participation
-from fedexlora.rounds.reduction import Reducer, WeightedUpdate
+from fedexlora.rounds.reduction import Reducer, Reduction, WeightedUpdate
 from fedexlora.rounds.screening import Screening, screen, strained
 from fedexlora.rounds.spool import Spool, SpooledUpdate
+from fedexlora.rounds.step_certificate import Certificate, certify_step, enforce
 from fedexlora.rounds.transport import Transport
+
+if TYPE_CHECKING:  # it needs PEFT
+    from fedexlora.peft_bridge.model import AdaptedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +49,16 @@ class Federation:
     """Its name."""
     rule: Rule
     """What clients and server do by it."""
-    model: AdaptedModel
-    """The server's copy of the global model."""
+    model: AdaptedModel | None
+    """The server's copy of the global model, if it has one."""
     specs: Mapping[str, AdapterSpec]
     """The adapters of the clients that have another one than the model, by client."""
     seed: int
     """The federation's."""
     transport: Transport
     participation: Participation
-    evaluate: Callable[[], Mapping[str, float]]
-    """Scores of the server's copy."""
+    evaluate: Callable[[GlobalState], Mapping[str, float]]
+    """Scores of a version that the server's copy is at."""
     spool: Path
     """The folder of the updates of the round that is open."""
     keep: Callable[[Sequence[SpooledUpdate]], None]
@@ -62,10 +70,40 @@ class Federation:
     """Where updates are reduced."""
     screening: Screening | None = None
     """The rule against bad updates, if there is one."""
-    forwards: Mapping[Arithmetic, Forward] = field(default_factory=dict)
+    forwards: Mapping[Arithmetic, Callable[[], None]] = field(default_factory=dict)
     """By arithmetic in which the model is used: runs the server's copy so on some real inputs."""
     scored: Callable[[int], bool] | None = None
     """Which rounds end with scores; all if not given."""
+    metrics: Callable[[int], Collection[str]] | None = None
+    """By version, what clients that train from it score it by; nothing if not given."""
+    origin: Origin | None = None
+    """Where the run begins, if the server has no model."""
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """What clients train that have no adapter of their own."""
+        return self._begun.spec if self.model is None else self.model.spec
+
+    @property
+    def base(self) -> str:
+        """Fingerprint of the base model."""
+        return self._begun.base if self.model is None else self.model.base_fingerprint
+
+    @property
+    def _begun(self) -> Origin:
+        if self.origin is None:
+            raise RunError("a federation needs a model, or where its run begins")
+        return self.origin
+
+    def fresh(self, spec: AdapterSpec, seed: int) -> Adapter:
+        """New factors of given ranks.
+
+        Raises:
+            RunError: if the server has no model to draw them for.
+        """
+        if self.model is None:
+            raise RunError("a server without a model draws no factors")
+        return self.model.fresh(spec, seed)
 
 
 def run_round(
@@ -94,10 +132,12 @@ def run_round(
         rule,
         form,
         holdings,
-        model.base_fingerprint,
+        federation.base,
         spool,
         federation.access,
         federation.rule.client.memory if federation.rule.client else "none",
+        federation.metrics,
+        holders=model is None,
     )
     with clock.phase("ship"), writing(spool.path):  # step 1: who takes part is asked
         for fault in admission.draw(federation.seed):
@@ -114,7 +154,7 @@ def run_round(
     held = holdings.changes(before.version, intake.landed, intake.lost)
     sink = _sink(federation, before, holdings, intake, held)
     with clock.phase("aggregate"), closing(sink):  # steps 4 and 5, module by module
-        fresh = partial(model.fresh, seed=derive_seed(federation.seed, round_, ""))
+        fresh = partial(federation.fresh, seed=derive_seed(federation.seed, round_, ""))
         reducer = Reducer(
             form,
             federation.rule,
@@ -129,19 +169,29 @@ def run_round(
         federation.keep(intake.updates)
     with clock.phase("apply"):  # step 6
         state = before.advance([reduction.step])
-        model.apply(state)
+        if model is not None:
+            model.apply(state)
     with clock.phase("certify"):  # step 7
-        certificate = certify(model, state, reduction, federation.specs, federation.forwards)
-        if federation.rule.certified and not model.lossy_fold:
+        certificate = _certified(federation, state, reduction)
+        if federation.rule.certified and not (model is not None and model.lossy_fold):
             enforce(certificate, round_, partial(strained, intake, form))
     metrics: Mapping[str, float] = {}
     with clock.phase("evaluate"):
         if federation.scored is None or federation.scored(round_):
             observer.phase(round_, "evaluate")
-            metrics = federation.evaluate()
+            metrics = federation.evaluate(state)
     after = holdings.after(reduction.step, held)
     record = _record(federation, round_, intake, certificate, metrics, clock.seconds)
     return state, after, record  # step 8, making both durable, is the run's
+
+
+def _certified(federation: Federation, state: GlobalState, reduction: Reduction) -> Certificate:
+    """Both halves, or the step's alone where clients hold the models."""
+    if federation.model is None:
+        return certify_step(federation.spec, state, reduction)
+    from fedexlora.rounds.certificate import certify
+
+    return certify(federation.model, state, reduction, federation.specs, federation.forwards)
 
 
 def _sink(
@@ -170,7 +220,7 @@ def _upload_specs(
     kept, shared = each_once(federation.specs)
     own = {client: federation.rule.upload_spec(spec, round_) for client, spec in kept.items()}
     own |= {client: own[name] for client, name in shared.items()}
-    return federation.rule.upload_spec(federation.model.spec, round_), own
+    return federation.rule.upload_spec(federation.spec, round_), own
 
 
 def _record(
@@ -189,6 +239,9 @@ def _record(
     up = sum(c.uploaded_bytes for c in clients) + sum(c.uploaded_bytes for c in intake.left_out)
     # Not of the left out alone: a client that sends twice is listed twice, and downloads once.
     down = sum(intake.downloads.values())
+    in_time = [x for x in clients if x.staleness == 0]
+    holders = {x.client: x.holder for x in in_time if x.holder is not None}
+    scores = [x.scores for x in in_time if x.scores is not None]
     return RoundRecord(
         round=round_,
         registered=len(federation.transport.clients),
@@ -202,6 +255,8 @@ def _record(
         modules=certificate.modules,
         # In the order in which the store gives them back: records are the same to the byte.
         metrics=dict(sorted(metrics.items())),
+        scores=taken_together(round_ - 1, scores) if scores else None,
+        holders=worst_of(round_ - 1, holders) if holders else None,
         seconds=dict(sorted(seconds.items())),
     )
 

@@ -190,8 +190,14 @@ class VersionStore:
             raise VersionError(f"{self.path} has no version {version}", [*damaged.values()])
         return state
 
-    def settle(self, state: GlobalState, holdings: Holdings, damaged: Mapping[Path, str]) -> None:
-        """Make the store that of a run which has just reached a version.
+    def settle(
+        self,
+        state: GlobalState,
+        holdings: Holdings,
+        damaged: Mapping[Path, str],
+        best: int | None = None,
+    ) -> None:
+        """Make the store that of a run which has just reached a version; see `keep_snapshots`.
 
         Raises:
             OSError: if a file cannot be written or removed.
@@ -203,13 +209,20 @@ class VersionStore:
         for version in self._versions("snapshot"):
             if version > state.version or self.snapshot_file(version) in damaged:
                 self.snapshot_file(version).unlink()
-        self.keep_snapshots(state, holdings)
+        self.keep_snapshots(state, holdings, best)
 
-    def keep_snapshots(self, state: GlobalState, holdings: Holdings) -> None:
+    def keep_snapshots(
+        self, state: GlobalState, holdings: Holdings, best: int | None = None
+    ) -> None:
         """Write the snapshot of a version that has one, and remove what is no longer promised.
 
         What stays reaches back to the last snapshot that all promised steps lead on from, and is
-        not the newest: that one may be damaged.
+        not the newest: that one may be damaged. So does what leads to the best version.
+
+        Args:
+            state: the version of now.
+            holdings: what clients hold.
+            best: the version with the best score so far, if there is one.
 
         Raises:
             OSError: if a file cannot be written or removed.
@@ -220,12 +233,14 @@ class VersionStore:
             self.add_snapshot(state, holdings)
         snapshots = self._versions("snapshot")
         oldest = max((s for s in snapshots[:-1] if s <= version - window), default=0)
+        kept = version if best is None else best
+        start = max((s for s in snapshots if s <= kept), default=0)
         for found in snapshots:
-            if found < oldest:
+            if found < oldest and found != start:
                 self.snapshot_file(found).unlink()
         # The step to the oldest snapshot stays: it has what the server remembers of that version.
         for found in self._versions("step"):
-            if found < oldest:
+            if found < oldest and not start < found <= kept:
                 self.step_file(found).unlink()
 
     def _last_snapshot(

@@ -11,7 +11,8 @@ from fedexlora.data.head import head_labels, head_note, in_head_order
 from fedexlora.data.task import Task
 from fedexlora.data.tokenizer import prepare_tokenizer
 from fedexlora.peft_bridge.device import find_device
-from fedexlora.peft_bridge.load import load_base, resolve_source
+from fedexlora.peft_bridge.load import load_base
+from fedexlora.peft_bridge.source import resolve_source
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.recipe import Recipe
 

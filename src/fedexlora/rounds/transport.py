@@ -21,7 +21,7 @@ class Reply:
     round: int
     """The round in which it was asked."""
     message: bytes | None = None
-    """An encoded update; None if there is none."""
+    """An encoded update, or the report of scores that was asked for; None if there is none."""
     failure: str = ""
     """Why there is none."""
     missed: str = ""
@@ -64,6 +64,12 @@ class Transport(Protocol):
         Raises:
             RunError: if the client cannot be reached.
             OSError: if the client cannot be reached.
+        """
+
+    def ask_scores(self, round_: int, client: str, delivery: Delivery) -> None:
+        """Have a client come to a version and score it, without training; as :meth:`ask`.
+
+        Its reply's message is a :class:`~fedexlora.exchange.scores.ScoreReport`.
         """
 
     def restore(self, client: str, state: GlobalState) -> None:
