@@ -106,7 +106,7 @@ def _since_original(layout: AdapterLayout, name: str, adapter: Factors) -> Facto
     if name not in layout.taken_out:
         return wide
     start = layout.taken_out[name].to(torch.float64)
-    # B A - B0 A0 by differences of factors: where these are equal, nothing is left, and no rounding.
+    # B A - B0 A0 by differences of factors: where those are 0, nothing is left, and no rounding.
     return stack([Factors(wide.A, wide.B - start.B), Factors(wide.A - start.A, start.B)])
 
 
