@@ -40,7 +40,7 @@ HOMES = {
     "datasets": {"data", "local", "rounds"},
     "flwr_datasets": {"data"},
     "sklearn": {"data"},
-    "scipy": {"data"},
+    "scipy": {"data", "report"},
     "huggingface_hub": {"peft_bridge", "adapters"},
     "sacrebleu": {"data"},
     "pycocoevalcap": {"data"},

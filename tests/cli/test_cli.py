@@ -172,7 +172,9 @@ def test_a_recipe_that_is_not_there_is_refused_with_the_way_out(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["run", "aggregate", "deviation", "export", "methods"])
+@pytest.mark.parametrize(
+    "command", ["run", "check", "compare", "aggregate", "deviation", "export", "methods"]
+)
 def test_every_option_has_a_help(command):
     options = get_command(app).commands[command].params
     assert options

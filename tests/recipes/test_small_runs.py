@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from fedexlora.cli.recipes import packaged_recipes
 from fedexlora.data.text_metrics.table import TEXT_METRICS, metric_faults
+from fedexlora.exchange.forecast_records import ForecastRecord
+from fedexlora.exchange.records import RoundRecord
+from fedexlora.rounds.forecast import forecast
+from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.recipe import Recipe, load_recipe
 from fedexlora.rounds.run import run
 from tests.recipes.row_files import COMMONSENSE, made_files, real_files, sources, write_files
@@ -79,6 +84,29 @@ def trains_scores_and_resumes(recipe: Recipe, folder: Path) -> None:
     same_run(whole, stopped)
 
 
+def is_what_was_checked(found: ForecastRecord, folder: Path) -> None:
+    """A run without faults moves the bytes that were reckoned, to within a few digits."""
+    assert found.rehearsed, found.why_not
+    lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [RoundRecord.model_validate_json(line) for line in lines]
+    for record, up, down in zip(records, found.round_up, found.round_down, strict=True):
+        assert up == pytest.approx(record.bytes.up, rel=0.05)
+        assert down == pytest.approx(record.bytes.down, rel=0.05)
+    header = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert (found.clients, found.precision) == (header["clients"], header["precision"])
+    most = {
+        (kind.kind, kind.placement, kind.d_out * kind.d_in): kind.total_rank
+        for kind in found.modules
+    }
+    for module in records[-1].modules:
+        name = module.module.rpartition(".")[2]
+        ranks = [rank for key, rank in most.items() if key[:2] == (name, module.placement)]
+        assert ranks, module.module
+        # Where the sum is compacted, it may come to a lower rank than factors in general have.
+        if None not in ranks:
+            assert module.remainder in {f"rank {rank}" if rank else "none" for rank in ranks}
+
+
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory):
     """The folder of a recipe's small model, made once for each kind."""
@@ -102,7 +130,9 @@ def test_no_recipe_is_left_out():
 def test_a_recipe_trains_scores_and_resumes(name, small_models, tmp_path):
     write_files(made_files(name), tmp_path / "rows")
     recipe = smaller(name, tmp_path / "rows", small_models(name))
+    found = forecast(recipe, name, Observer())
     trains_scores_and_resumes(recipe, tmp_path)
+    is_what_was_checked(found, tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import typer
 
 from fedexlora import __version__
 from fedexlora.cli.aggregate import aggregate
+from fedexlora.cli.check import check
+from fedexlora.cli.compare import compare
 from fedexlora.cli.deviation import deviation
 from fedexlora.cli.evaluate import evaluate
 from fedexlora.cli.export import export
@@ -27,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog=EPILOG)(run)
+app.command()(check)
+app.command()(compare)
 app.command()(recipes)
 app.command()(aggregate)
 app.command()(deviation)

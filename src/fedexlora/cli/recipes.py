@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedexlora.cli.tables import folding_table
 from fedexlora.cli.text import make_console, plain
-from fedexlora.errors import InputError
+from fedexlora.errors import InputError, RecipeError
 from fedexlora.rounds.recipe_file import read_document
 
 
@@ -23,6 +23,19 @@ def packaged_recipes() -> dict[str, Path]:
     installed = package / "recipes"
     folder = installed if installed.is_dir() else package.parents[1] / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def check_is_there(recipe: Path) -> None:
+    """Say at once, and with the way out, what is no file."""
+    if recipe.is_dir() and (recipe / "recipe.toml").is_file():
+        raise RecipeError(
+            f"recipe {recipe}: this is a run's folder", [f"its recipe is {recipe / 'recipe.toml'}"]
+        )
+    if not recipe.exists():
+        ways = ["`fedexlora recipes` lists those that come with the package"]
+        if recipe.stem in packaged_recipes():
+            ways = [f"`fedexlora recipes --write {recipe.stem}` writes {recipe.stem}.toml here"]
+        raise RecipeError(f"recipe {recipe}: cannot be read: No such file or directory", ways)
 
 
 def recipes(

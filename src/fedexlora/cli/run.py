@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedexlora.cli.completion import override
-from fedexlora.cli.recipes import packaged_recipes
+from fedexlora.cli.recipes import check_is_there
 from fedexlora.cli.report import add_report
 from fedexlora.errors import RecipeError
 from fedexlora.local.notices import quiet_libraries
@@ -127,7 +127,7 @@ def run(
     """
     set_threads(threads)
     quiet_libraries()
-    _check_is_there(recipe)
+    check_is_there(recipe)
     from fedexlora.cli.terminal import JsonLines, Terminal, closing
     from fedexlora.rounds.recipe import load_recipe
 
@@ -142,19 +142,6 @@ def run(
     with Terminal() as terminal:
         result = play(loaded, out, resume=resume, keep_updates=keep_updates, observer=terminal)
     closing(result, loaded, add_report(out))
-
-
-def _check_is_there(recipe: Path) -> None:
-    """Say at once, and with the way out, what is no file."""
-    if recipe.is_dir() and (recipe / "recipe.toml").is_file():
-        raise RecipeError(
-            f"recipe {recipe}: this is a run's folder", [f"its recipe is {recipe / 'recipe.toml'}"]
-        )
-    if not recipe.exists():
-        ways = ["`fedexlora recipes` lists those that come with the package"]
-        if recipe.stem in packaged_recipes():
-            ways = [f"`fedexlora recipes --write {recipe.stem}` writes {recipe.stem}.toml here"]
-        raise RecipeError(f"recipe {recipe}: cannot be read: No such file or directory", ways)
 
 
 def _player(engine: Engine, cpus: int, gpus: float) -> Callable[..., RunResult]:

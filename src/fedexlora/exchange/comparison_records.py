@@ -149,3 +149,12 @@ class ComparisonRecord(Record):
     """By seed with at least two runs that have begun."""
     arms: tuple[ArmRecord, ...]
     cells: tuple[CellRecord, ...]
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether a score is the better the smaller it is; counts, such as of answers unread, are.
+
+    >>> [less_is_better(name) for name in ("loss", "gsm8k.perplexity", "accuracy", "f1/unparsed")]
+    [True, True, False, True]
+    """
+    return "/" in metric or metric.rpartition(".")[2] in ("loss", "perplexity", "mse")

@@ -47,10 +47,20 @@ def encode_snapshot(
         Tensors, fields, and the digest that is announced.
     """
     total = state.total if bitwise else {n: _compacted(x) for n, x in state.total.items()}
-    tensors = lowrank_tensors("total", total) | adapter_tensors(state.adapter)
     header = {"own": group(state.own_digests)}
     digest = _digest(state.version, state.id, state.adapter, total, state.dense, header["own"])
-    return tensors | dense_tensors(state.dense), header, digest
+    return snapshot_tensors(state, total), header, digest
+
+
+def snapshot_tensors(state: GlobalState, total: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    """What of a version is in a snapshot, by name.
+
+    Args:
+        state: the version.
+        total: its cumulative remainder as it is sent.
+    """
+    tensors = lowrank_tensors("total", total) | adapter_tensors(state.adapter)
+    return tensors | dense_tensors(state.dense)
 
 
 def decode_snapshot(
@@ -77,10 +87,10 @@ def decode_snapshot(
             f"the snapshot of version {version} is not the one that was announced",
             [f"digest: expected {announced}, found {found}"],
         )
-    known = lowrank_tensors("total", total) | adapter_tensors(adapter) | dense_tensors(dense)
-    refuse_others(tensors, known)
     wide = {name: matrix.to(torch.float64) for name, matrix in total.items()}
-    return GlobalState(version, id_, adapter, wide, dense), own
+    state = GlobalState(version, id_, adapter, wide, dense)
+    refuse_others(tensors, snapshot_tensors(state, total))
+    return state, own
 
 
 def _digest(

@@ -35,7 +35,8 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 """The dtypes that are read and written, by the names that the format gives them."""
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in _DTYPES.items()}
+"""The names that the format gives dtypes."""
 _PIECE = 1 << 20
 """Numbers of a tensor that are held at a time."""
 
@@ -231,7 +232,7 @@ class TensorWriter:
         if self._offset - start != size:
             raise AssertionError(f"{name}: {self._offset - start} bytes of {size} were written")
         self._header[name] = {
-            "dtype": _NAMES[spec.dtype],
+            "dtype": DTYPE_NAMES[spec.dtype],
             "shape": list(spec.shape),
             "data_offsets": [start, self._offset],
         }

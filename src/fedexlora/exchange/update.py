@@ -57,6 +57,10 @@ class ClientUpdate:
 
     def encode(self) -> bytes:
         """This update as one message."""
+        return pack(self.tensors, self.header())
+
+    def header(self) -> dict[str, Any]:
+        """Everything but the tensors, for the message."""
         header: dict[str, Any] = {
             "client": self.client,
             "round": self.round,
@@ -71,7 +75,7 @@ class ClientUpdate:
             header["holder"] = self.holder.model_dump()
         if self.memory is not None:
             header["memory"] = self.memory
-        return pack(self.tensors, header)
+        return header
 
 
 def largest_header(spec: AdapterSpec) -> int:

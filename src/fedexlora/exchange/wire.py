@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fedexlora.exchange.tensors import DTYPE_NAMES
 from fedexlora.exchange.untrusted import json_object
 
 HEADER = "fedexlora"
@@ -35,6 +36,29 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
     text = json.dumps(header, sort_keys=True)
     metadata = {HEADER: text, CHECKSUM: digest(ready, text)}
     return bytes(safetensors.torch.save(ready, metadata))
+
+
+def packed_size(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:
+    """The bytes of what :func:`pack` would make, from names, shapes and dtypes alone.
+
+    Args:
+        tensors: by name; they may be on torch's meta device.
+        header: as of :func:`pack`.
+
+    >>> tensors = {"A/q": torch.ones(2, 3), "B/q": torch.ones(5, 2, dtype=torch.bfloat16)}
+    >>> packed_size(tensors, {"round": 1}) == len(pack(tensors, {"round": 1}))
+    True
+    """
+    text = json.dumps(header, sort_keys=True)
+    layout: dict[str, object] = {"__metadata__": {HEADER: text, CHECKSUM: "0" * 64}}
+    end = 0
+    # As safetensors lays them out: wide ones first, then by name.
+    for name, tensor in sorted(tensors.items(), key=lambda x: (-x[1].element_size(), x[0])):
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = DTYPE_NAMES[tensor.dtype]
+        layout[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    first = len(json.dumps(layout, ensure_ascii=False, separators=(",", ":")).encode())
+    return 8 + -(-first // 8) * 8 + end
 
 
 def unpack(message: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:

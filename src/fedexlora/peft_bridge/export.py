@@ -21,6 +21,7 @@ from fedexlora.peft_bridge.model import DIFFERENCE, REMAINDER, AdaptedModel
 from fedexlora.peft_bridge.modules import EmbeddingModule
 from fedexlora.peft_bridge.names import PREFIX
 from fedexlora.peft_bridge.origin import Origin
+from fedexlora.peft_bridge.outline import ModelOutline
 
 
 def save_global(model: AdaptedModel, state: GlobalState, folder: Path) -> WrittenError:
@@ -68,7 +69,7 @@ def origin_of(model: AdaptedModel) -> Origin:
     return Origin(layout_of(model), base, precision, first.adapter, first.dense)
 
 
-def file_names(model: AdaptedModel) -> dict[str, str]:
+def file_names(model: ModelOutline) -> dict[str, str]:
     """The names of PEFT's adapter file for the model, and for each our own.
 
     Raises:

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import (
     MultiheadAttention,
     ParamWrapper,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from fedexlora.errors import BridgeError
 from fedexlora.peft_bridge.modules import AdaptedModule, EmbeddingModule, ProductModule
@@ -110,9 +110,14 @@ def check_new_weights(new: frozenset[str], trained: Iterable[str]) -> None:
 
 
 def shared_weights(model: nn.Module) -> frozenset[int]:
-    """Addresses of the weights that more than one parameter name refers to."""
-    uses = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
-    return frozenset(address for address, count in uses.items() if count > 1)
+    """Places of the weights that more than one parameter name refers to; see :func:`place_of`."""
+    uses = Counter(place_of(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return frozenset(place for place, count in uses.items() if count > 1)
+
+
+def place_of(weight: Tensor) -> int:
+    """Where a weight's numbers are; of one without numbers, which tensor it is."""
+    return weight.data_ptr() or id(weight)
 
 
 def is_frozen_base(path: str, adapter: str) -> bool:

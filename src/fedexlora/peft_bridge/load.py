@@ -32,7 +32,8 @@ from fedexlora.peft_bridge.source import refuse_adapter
 
 Quantization = Literal["int8", "nf4", "fp4"]
 
-_HEADS = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}
+HEADS = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}
+"""The models of PEFT's tasks."""
 _UNQUANTISED = ("classifier", "score", "lm_head")
 _ADAPTABLE = (
     torch.nn.Linear,
@@ -94,13 +95,13 @@ def load_base(
     width: torch.dtype = getattr(torch, dtype)
     options = dict(config)
     if quantization:
-        _check_bitsandbytes(quantization)
+        check_bitsandbytes(quantization)
         fields = quantization_fields(quantization, dtype, unquantised)
         options["quantization_config"] = BitsAndBytesConfig(**fields)
         options["device_map"] = {"": str(device or "cpu")}
     set_seed(seed)
     try:
-        model, report = _HEADS[task_type].from_pretrained(
+        model, report = HEADS[task_type].from_pretrained(
             source, revision=revision, dtype=width, output_loading_info=True, **options
         )
     except (OSError, ValueError) as error:
@@ -129,7 +130,8 @@ def quantization_fields(
     }
 
 
-def _check_bitsandbytes(quantization: Quantization) -> None:
+def check_bitsandbytes(quantization: Quantization) -> None:
+    """Refuse to quantise where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise BridgeError(
             f"model.quantization = {quantization!r} needs the package bitsandbytes",
@@ -213,7 +215,7 @@ def with_adapter(base: torch.nn.Module, folder: Path) -> PeftModel:
 
 def load_merged(folder: Path, task_type: str, dtype: Width) -> PreTrainedModel:
     """A merged model from its folder."""
-    model: PreTrainedModel = _HEADS[task_type].from_pretrained(
+    model: PreTrainedModel = HEADS[task_type].from_pretrained(
         str(folder), dtype=getattr(torch, dtype)
     )
     return model

@@ -8,7 +8,7 @@ from math import hypot
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import set_seed
 
 from fedexlora.algebra.factors import Factors
@@ -16,26 +16,16 @@ from fedexlora.algebra.lowrank import LowRank, stack
 from fedexlora.algebra.probes import Probes
 from fedexlora.errors import BridgeError
 from fedexlora.exchange.layout import adapter_tensors, each_once
-from fedexlora.exchange.spec import AdapterSpec, TensorSpec
+from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.exchange.version import first_id
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 from fedexlora.peft_bridge.fingerprint import base_fingerprint
-from fedexlora.peft_bridge.heads import widen_heads
-from fedexlora.peft_bridge.inspect import (
-    adapted_modules,
-    dense_parameters,
-    mutates_base,
-)
+from fedexlora.peft_bridge.inspect import mutates_base
 from fedexlora.peft_bridge.modules import AdaptedModule
-from fedexlora.peft_bridge.placement import Placement, folded_modules
-from fedexlora.peft_bridge.statistics import freeze_statistics
-from fedexlora.peft_bridge.weights import (
-    half_ulp,
-    precision,
-    read_weight,
-    write_weight,
-)
+from fedexlora.peft_bridge.outline import ModelOutline
+from fedexlora.peft_bridge.placement import Placement
+from fedexlora.peft_bridge.weights import half_ulp, read_weight, write_weight
 
 REMAINDER = "remainder"
 """The side adapter that holds the cumulative remainder."""
@@ -45,22 +35,14 @@ _ROWS = 1024
 """Rows of a weight that are held in float64 at a time."""
 
 
-class AdaptedModel:
+class AdaptedModel(ModelOutline):
     """One resident model, of which only adapters, heads and folded weights ever change.
 
     The cumulative remainder is either folded into the frozen weight, as ``W0 + scaling * total``
     recomputed from a copy of ``W0`` each time and never accumulated, or rides beside it as a
     frozen float32 adapter of PEFT's.
 
-    Args:
-        model: the PEFT model; owned and changed from now on.
-        trained: the factors that are trained, ``("A", "B")`` or ``("B",)``; others are frozen.
-        placement: ``auto`` folds into float32 weights that no other layer shares, if all
-            ``arithmetics`` multiply them in float32, and rides beside all others, which is exact;
-            ``side`` never folds; ``fold`` always does, with the error that a narrower weight or
-            product causes.
-        arithmetics: those of all forward passes, in training and in scoring.
-        adapter: the name of the adapter in ``model``.
+    Its arguments are those of :class:`~fedexlora.peft_bridge.outline.ModelOutline`.
 
     Raises:
         BridgeError: if the model cannot be aggregated exactly, with every reason.
@@ -74,23 +56,7 @@ class AdaptedModel:
         arithmetics: Sequence[Arithmetic] = (Arithmetic(),),
         adapter: str = "default",
     ) -> None:
-        self.peft_model = model
-        self.arithmetics = tuple(dict.fromkeys(arithmetics))
-        self.adapter = adapter
-        self.modules: dict[str, AdaptedModule] = adapted_modules(model, adapter)
-        widen_heads(model, adapter)
-        freeze_statistics(model)
-        self._dense: dict[str, nn.Parameter] = dense_parameters(model, adapter)
-        for module in self.modules.values():
-            for letter, parameter in module.parameters().items():
-                parameter.requires_grad_(letter in trained)
-        self.spec = AdapterSpec(
-            {name: module.spec for name, module in self.modules.items()},
-            {name: TensorSpec.of(tensor) for name, tensor in self._dense.items()},
-            trained,
-        )
-        narrow = any(arithmetic.narrows for arithmetic in self.arithmetics)
-        self._folded = folded_modules(model, self.modules, placement, narrow_products=narrow)
+        super().__init__(model, trained, placement, arithmetics, adapter)
         self.base_fingerprint = base_fingerprint(model, adapter, self._dense)
         self.untouched: dict[str, Tensor] = {}
         """By module whose remainder is folded: the frozen weight without it, as it is stored."""
@@ -100,10 +66,6 @@ class AdaptedModel:
             self.initial_state().adapter if mutates_base(model, adapter) else {}
         )
         """What an initialisation such as PiSSA moved from the original weights to the factors."""
-
-    def placement(self, name: str) -> str:
-        """Where the module's remainder lives: ``fold`` or ``side``."""
-        return "fold" if name in self._folded else "side"
 
     @property
     def lossy_fold(self) -> bool:
@@ -282,10 +244,6 @@ class AdaptedModel:
         if name not in self.untouched or weight.dtype != torch.float32:
             return 0.0
         return hypot(*(float(half_ulp(rows).norm()) for rows in torch.split(weight, _ROWS)))
-
-    def precision(self) -> str:
-        """How the adapted weights are stored: ``float32``, ``nf4`` and so on, the distinct ones."""
-        return " and ".join(sorted({precision(m.weight) for m in self.modules.values()}))
 
     def _load_dense(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._dense.items():

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from fedexlora.errors import BridgeError
-from fedexlora.peft_bridge.inspect import shared_weights
+from fedexlora.peft_bridge.inspect import place_of, shared_weights
 from fedexlora.peft_bridge.modules import AdaptedModule
 from fedexlora.peft_bridge.weights import is_quantised
 
@@ -37,7 +37,7 @@ def folded_modules(
         BridgeError: if ``fold`` is asked for and a weight is shared, with every such module.
     """
     shared = shared_weights(model)
-    tied = {name for name, m in modules.items() if m.weight.data_ptr() in shared}
+    tied = {name for name, m in modules.items() if place_of(m.weight) in shared}
     if placement == "fold" and tied:
         raise BridgeError(
             "federation.placement = 'fold': these weights are shared with other layers, which the "

@@ -63,7 +63,7 @@ def participation_map(runs: RunSet) -> list[Chart]:
         )
         axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="round")
         axes.set_yticks(range(len(names)), [label(name, 28) for name in names], fontsize=9)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # type: ignore[call-arg]
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)

@@ -113,7 +113,7 @@ def _by_round(cell: Cell, read: _Read, name: str, title: str, unit: str, divisor
             handles.append(bars[0])
             bottom += values
         axes.set(xlabel="round", ylabel=unit)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # type: ignore[call-arg]
         axes.grid(visible=False, axis="x")
         legend_below(figure, handles, [label(kind) for kind in kinds])
 

@@ -133,7 +133,7 @@ def finish_axes(axes: Axes, across: str, up: str, *, logarithmic: bool = False) 
         axes.set_ylim(0.0, 1.06 * high if high > 0.0 else 1.0)
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}")
     if "round" in across or "epoch" in across:
-        axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # type: ignore[call-arg]
 
 
 def curve_table(

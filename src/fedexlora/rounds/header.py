@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedexlora.errors import ResumeError
+from fedexlora.exchange.digest import tensors_digest
+from fedexlora.exchange.layout import dense_tensors
+from fedexlora.exchange.version import adapter_digest
 from fedexlora.rounds.environment import describe_environment
 from fedexlora.rounds.folder import RunFolder
 from fedexlora.rounds.observer import RunInfo
@@ -39,6 +42,7 @@ def run_header(
         "data": prepared.data_fingerprint,
         "base": prepared.base,
         **prepared.stated(),
+        "initial": _initial(prepared),
         "precision": prepared.precision,
         "weights": _weights(prepared),
         "arithmetic": prepared.arithmetic,
@@ -49,6 +53,15 @@ def run_header(
         "scorers": prepared.scorers(),
         "model_config": {} if prepared.task is None else dict(prepared.task.model_config),
         "initial_metrics": dict(initial_metrics),
+    }
+
+
+def _initial(prepared: Prepared) -> dict[str, str]:
+    """Digests of what the run starts from: of runs that are to be compared, they are the same."""
+    state = prepared.initial()
+    return {
+        "adapter": adapter_digest(state.adapter),
+        "heads": tensors_digest(dense_tensors(state.dense)),
     }
 
 

@@ -107,7 +107,7 @@ def run_federation(
     if keep_updates:
         check_keep(prepared)
     recipe = prepared.recipe
-    _check_enough_clients(recipe, rows)
+    check_enough_clients(recipe, rows)
     with folder.locked():
         header = folder.read_header() if continued else None
         check_header(folder, header, prepared)
@@ -244,7 +244,7 @@ def settled_heap() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _check_enough_clients(recipe: Recipe, clients: Mapping[str, int]) -> None:
+def check_enough_clients(recipe: Recipe, clients: Mapping[str, int]) -> None:
     """Refuse a rule against bad updates that rounds have too few clients for."""
     asked = recipe.participation.sample(tuple(clients), recipe.federation.seed, 1)
     if recipe.screening is not None and (short := recipe.screening.shortfall(len(asked))):

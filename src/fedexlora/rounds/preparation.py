@@ -53,12 +53,12 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
     """
     observer.preparing("reading the data")
     sets = load_sets(recipe)
-    splits = _run_splits(recipe)
+    splits = run_splits(recipe)
     task = prepare_task(recipe.task, splits)
-    every = _shares(recipe, task, splits.train)
+    every = partition_shares(recipe, task, splits.train)
     check_clients(recipe, list(every))
-    shares = _admitted(recipe, every)
-    parted = _parted(recipe, shares)
+    shares = admitted_shares(recipe, every)
+    parted = part_rows(recipe, shares)
     task, tokenizer, model, specs, note = _load_model(recipe, task, recipe.clients, observer)
     observer.preparing("tokenising the data")
     rows = task.tokenize(splits.train, tokenizer)  # once: of many clients, each has few
@@ -151,7 +151,7 @@ def prepare_client(
         separate = load_validation(recipe.data, recipe.federation.seed)
     task = prepare_task(recipe.task, _node_splits(rows, separate))
     if share is not None:
-        shares = _shares(recipe, task, rows)
+        shares = partition_shares(recipe, task, rows)
         if share not in shares:
             raise RecipeError(
                 f"the partition has no share {share!r}", [f"expected one of {', '.join(shares)}"]
@@ -163,7 +163,7 @@ def prepare_client(
     tokenized = {"training": task.tokenize(rows, tokenizer)}
     parted = Holdout({client: range(len(rows))}, {})
     if separate is None:
-        parted, scored = _parted(recipe, parted.train), tokenized["training"]
+        parted, scored = part_rows(recipe, parted.train), tokenized["training"]
     else:
         tokenized["validation"] = scored = task.tokenize(separate, tokenizer)
         parted = Holdout(parted.train, {client: range(len(separate))})
@@ -178,13 +178,13 @@ def client_rows(recipe: Recipe) -> dict[str, int]:
     Raises:
         DataError: if data, columns or partitions are wrong.
     """
-    splits = _run_splits(recipe)
+    splits = run_splits(recipe)
     task = prepare_task(recipe.task, splits)
-    shares = _admitted(recipe, _shares(recipe, task, splits.train))
-    return {name: len(share) for name, share in _parted(recipe, shares).train.items()}
+    shares = admitted_shares(recipe, partition_shares(recipe, task, splits.train))
+    return {name: len(share) for name, share in part_rows(recipe, shares).train.items()}
 
 
-def _admitted(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list[int]]:
+def admitted_shares(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str, list[int]]:
     """The shares of the clients that ``[federation]`` admits; nobody gets those of the others.
 
     Raises:
@@ -220,7 +220,7 @@ def _arithmetic(recipe: Recipe) -> dict[str, str]:
     return {"training": trained, "scoring": str(scoring_arithmetic(recipe))}
 
 
-def _run_splits(recipe: Recipe) -> Splits:
+def run_splits(recipe: Recipe) -> Splits:
     """The rows of a run in one process; no validation rows where nobody scores on them."""
     if recipe.evaluation.where == "server":
         return load_splits(recipe.data, recipe.federation.seed)
@@ -232,7 +232,7 @@ def _node_splits(rows: Dataset, separate: Dataset | None) -> Splits:
     return Splits.one("training", rows) if separate is None else Splits(rows, separate, "")
 
 
-def _parted(recipe: Recipe, shares: Mapping[str, Sequence[int]]) -> Holdout:
+def part_rows(recipe: Recipe, shares: Mapping[str, Sequence[int]]) -> Holdout:
     """What clients train on, and what they hold out where they score; all of it as one client's."""
     parted = Holdout(shares, {})
     if recipe.evaluation.where == "clients":
@@ -285,7 +285,8 @@ def _clients(
     )
 
 
-def _shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
+def partition_shares(recipe: Recipe, task: Task, rows: Dataset) -> dict[str, list[int]]:
+    """The places of every client's rows, by its name."""
     column, seed = task.partition_column, recipe.federation.seed
     return split_clients(rows, recipe.partition, default_column=column, seed=seed)
 
@@ -298,20 +299,20 @@ def _load_model(
     check_reduction_device(recipe)
     seed = recipe.federation.seed
     task, tokenizer, base, new, note = load_task_base(recipe, task, observer)
-    shapes = _client_shapes(recipe, own, base, task.peft_task_type)
+    shapes = client_shapes(recipe, own, base, task.peft_task_type)
     peft_model = attach_lora(base, recipe.lora, task.peft_task_type, seed)
     if recipe.model.quantization is None:
         peft_model.to(find_device(recipe.device))
     arithmetics = training_arithmetic(recipe.training), scoring_arithmetic(recipe)
     placement = recipe.federation.placement
     model = AdaptedModel(peft_model, recipe.rule.factors, placement, arithmetics)
-    specs = _reshaped(model.spec, shapes)
+    specs = reshaped(model.spec, shapes)
     check_new_weights(new, model.spec.dense)
     file_names(model)  # refused now, not when the adapter is written
     return task, tokenizer, model, specs, note
 
 
-def _reshaped(
+def reshaped(
     spec: AdapterSpec, shapes: Mapping[str, Mapping[str, tuple[int, float]]]
 ) -> dict[str, AdapterSpec]:
     """The adapters of clients with ranks of their own; those with equal ones share one object."""
@@ -325,7 +326,7 @@ def _reshaped(
     return found
 
 
-def _client_shapes(
+def client_shapes(
     recipe: Recipe, own: Mapping[str, ClientTable], base: PreTrainedModel, task_type: str
 ) -> dict[str, dict[str, tuple[int, float]]]:
     """Rank and scaling by client and module, for the clients that have their own."""

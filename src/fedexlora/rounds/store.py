@@ -232,7 +232,7 @@ class VersionStore:
         if due and not self.snapshot_file(version).exists():
             self.add_snapshot(state, holdings)
         snapshots = self._versions("snapshot")
-        oldest = max((s for s in snapshots[:-1] if s <= version - window), default=0)
+        oldest = oldest_kept(snapshots, version, window)
         kept = version if best is None else best
         start = max((s for s in snapshots if s <= kept), default=0)
         for found in snapshots:
@@ -320,6 +320,17 @@ class VersionStore:
         pattern = re.compile(rf"{kind}-(\d{{4}}|[1-9]\d{{4,8}})")  # others' copies are not ours
         names = (pattern.fullmatch(file.stem) for file in self.path.glob("*.safetensors"))
         return sorted(int(name[1]) for name in names if name)
+
+
+def oldest_kept(snapshots: Sequence[int], version: int, window: int) -> int:
+    """The snapshot before which nothing is kept.
+
+    Args:
+        snapshots: the versions that have one, in order.
+        version: the last one.
+        window: how many steps clients are promised.
+    """
+    return max((s for s in snapshots[:-1] if s <= version - window), default=0)
 
 
 def _reached(before: GlobalState, step: Step, version: int) -> GlobalState:
