@@ -10,6 +10,7 @@ import pytest
 import tomlkit
 
 from fedexlora.exchange.forecast_records import ForecastRecord
+from fedexlora.methods import METHODS
 from fedexlora.rounds.forecast import forecast
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.recipe import load_recipe
@@ -102,12 +103,7 @@ def test_where_remainders_live_and_why(recipe_file, change, placement, reason):
 @pytest.mark.parametrize(
     "changes",
     [
-        ["method.name=fedit"],
-        ["method.name=ffa"],
-        ["method.name=rolora"],
-        ["method.name=fedsa"],
-        ["method.name=fedavgm"],
-        ["method.name=fedrot"],
+        *([f"method.name={name}"] for name in METHODS if name != "fedex"),
         ["method.next_adapter=keep"],
         ["method.next_adapter=svd"],
         ["method.next_adapter=reinit"],
