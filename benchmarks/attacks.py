@@ -162,7 +162,7 @@ def play(prepared, rows, state, attack, rule, trained):
         seed=prepared.recipe.federation.seed,
         transport=Clients(prepared, rows, attack, trained),
         participation=prepared.recipe.participation,
-        evaluate=lambda: prepared.evaluate(Observer()) if len(records) == rounds - 1 else {},
+        evaluate=lambda _: prepared.evaluate(Observer()) if len(records) == rounds - 1 else {},
         keep=lambda *_: None,
         observer=Observer(),
         screening=RULES[rule],

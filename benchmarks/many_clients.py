@@ -199,7 +199,7 @@ def registered(task: dict) -> dict:
         seed=0,
         transport=transport,
         participation=Participation(clients_per_round=task["a_round"]),
-        evaluate=dict,
+        evaluate=lambda _: {},
         keep=lambda *_: None,
         observer=Observer(),
     )

@@ -34,7 +34,7 @@ ALLOWED = {
     "report": BELOW_EXCHANGE | {"exchange"},
 }
 HOMES = {
-    "accelerate": {"local"},
+    "accelerate": {"local", "rounds"},
     "peft": {"peft_bridge"},
     "transformers": {"peft_bridge", "data", "local", "rounds"},
     "datasets": {"data", "local", "rounds"},
@@ -46,6 +46,7 @@ HOMES = {
     "pycocoevalcap": {"data"},
     "math_verify": {"data"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
     "typer": {"cli"},
     "rich": {"cli"},
     "flwr": {"flower"},

@@ -61,5 +61,18 @@ def few(texts: Iterable[str], most: int = FEW) -> tuple[str, ...]:
     return (*found[:most], f"and {len(found) - most} more")
 
 
+def size(count: float) -> str:
+    """Bytes for people.
+
+    >>> size(12), size(1_234_567)
+    ('12 B', '1.2 MB')
+    """
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")

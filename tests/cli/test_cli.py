@@ -52,6 +52,8 @@ def test_a_run_ends_with_a_table_and_commands_that_work(recipe_file, tmp_path):
     assert "exact" in done.stdout
     assert "averaging" in done.stdout
     assert str(out / "adapter") in done.stdout.replace("\n", "")
+    assert str(out / "report.html") in done.stdout.replace("\n", "")
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     commands = re.findall(r"^    ((?:fedexlora|python) .*)$", done.stdout, re.M)
     assert len(commands) == 3
     for command in commands:

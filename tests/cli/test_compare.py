@@ -12,7 +12,7 @@ import pytest
 import tomlkit
 
 from fedexlora.exchange.comparison_records import ComparisonRecord
-from fedexlora.report.comparison import interval
+from fedexlora.report.arms import interval
 from fedexlora.rounds import comparison
 from fedexlora.rounds.comparison_plan import Arm, folder_name, parse_grid
 from tests.cli.invoke import fedexlora

@@ -260,6 +260,10 @@ def test_what_needs_a_model_at_the_server_is_refused(document):
     for key in ("init_lora_weights", "next_adapter", 'clients."site-west".lora', "task.labels"):
         assert key in said
     assert "evaluation.where = 'server'" in said
+    with pytest.raises(RecipeError, match=r"method.name: flora draws new factors"):
+        coordinator.check_coordinator(
+            parse_recipe({**document, "method": {"name": "flora"}}, "test")
+        )
 
 
 def test_most_nodes_decide_and_of_equally_many_the_first():

@@ -10,7 +10,7 @@ import pytest
 from flwr.app import Error
 from safetensors.torch import load_file
 
-from fedexlora.errors import RunError
+from fedexlora.errors import RecipeError, RunError
 from fedexlora.exchange.digest import tensors_digest
 from fedexlora.exchange.node_faults import FAULT_TEXTS, NodeFault
 from fedexlora.flower import byte_arrays
@@ -113,6 +113,9 @@ def test_every_method_ends_with_the_records_and_memory_of_one_process(document, 
     """Two of three nodes a round; all of them, and the server, start anew after the second."""
     document["method"] = {"name": method}
     document["federation"] |= {"rounds": 4, "clients_per_round": 2}
+    if METHODS[method].default.personal:
+        document["evaluation"] = {"where": "clients", "holdout": 0.3}
+        document["task"] = document["task"] | {"labels": ["x", "y"]}
     local = run(parse_recipe(document, "test"), tmp_path / "local")
     for rounds in (2, 4):
         document["federation"]["rounds"] = rounds
@@ -122,6 +125,12 @@ def test_every_method_ends_with_the_records_and_memory_of_one_process(document, 
     assert records_without_times(tmp_path / "out") == records_without_times(local.folder)
     if not METHODS[method].default.personal:
         assert files(tmp_path / "out" / "adapter") == files(local.adapter)
+    else:
+        scored = [x.client for x in local.finish.clients]
+        assert len(scored) == 2
+        for client in scored:
+            node = tmp_path / "nodes" / client / "adapter"
+            assert files(node) == files(local.adapter / client)
     for client in CLIENTS:
         here = sorted((local.folder / "memory").glob(f"{client}/*"))
         there = sorted((tmp_path / "nodes" / client / "memory").glob(f"{client}/*"))
@@ -132,7 +141,8 @@ def test_every_method_ends_with_the_records_and_memory_of_one_process(document, 
 
 @pytest.mark.exactness
 def test_a_node_that_lost_its_memory_starts_anew_and_the_record_says_so(document, tmp_path):
-    document["method"] = {"name": "fedsa"}
+    document |= {"method": {"name": "fedsa"}, "evaluation": {"where": "clients", "holdout": 0.3}}
+    document["task"] = document["task"] | {"labels": ["x", "y"]}
     for rounds in (2, 3):
         document["federation"]["rounds"] = rounds
         grid = grid_of({n: session(c, document, tmp_path / "nodes") for n, c in enumerate(CLIENTS)})
@@ -141,6 +151,13 @@ def test_a_node_that_lost_its_memory_starts_anew_and_the_record_says_so(document
         shutil.rmtree(tmp_path / "nodes" / CLIENTS[1] / "memory")
     found = [[c.memory for c in record.clients] for record in result.records]
     assert found == [[0, 0, 0], [1, 1, 1], [2, 0, 2]]
+
+
+def test_a_server_cannot_score_models_that_it_has_not(document, sessions, tmp_path):
+    document["method"] = {"name": "fedsa"}
+    with pytest.raises(RecipeError, match="the server has none of them to score"):
+        start(grid_of(sessions), document, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nodes_are_told_nothing_of_the_servers_data(document, sessions, tmp_path):

@@ -128,7 +128,7 @@ def federation(
         "seed": 0,
         "transport": transport,
         "participation": Participation(),
-        "evaluate": lambda: {"loss": 0.0},
+        "evaluate": lambda state: {"loss": 0.0},
         "spool": Path(tempfile.mkdtemp()) / "spool",
         "keep": lambda updates: None,
         "observer": Observer(),

@@ -18,8 +18,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from fedexlora.adapters.export import export_run
 from fedexlora.data.tokenizer import prepare_tokenizer
-from fedexlora.errors import BridgeError, DataError, NoUpdatesError, ResumeError
+from fedexlora.errors import BridgeError, DataError, InputError, NoUpdatesError, ResumeError
 from fedexlora.exchange.digest import tensors_digest
 from fedexlora.methods import METHODS
 from fedexlora.rounds.folder import RunFolder
@@ -301,6 +302,9 @@ SAMPLED = {"clients_per_round": 2, "rounds": 6, "history": 1}
     [{}, {"next_adapter": "keep"}, *({"name": name} for name in METHODS if name != "fedex")],
 )
 def test_a_sampled_run_resumes_to_the_same_bits_and_traffic(document, tmp_path, changes):
+    start = METHODS[changes.get("name", "fedex")].default.start
+    if start is not None:
+        document["lora"] = document["lora"] | {"init_lora_weights": start[0]}
     parsed = recipe(document, method=changes, **SAMPLED)
     run(parsed, tmp_path / "one")
     for round_, moment in [(2, "aggregate"), (3, "end"), (5, "evaluate")]:
@@ -309,7 +313,8 @@ def test_a_sampled_run_resumes_to_the_same_bits_and_traffic(document, tmp_path, 
     run(parsed, tmp_path / "other", resume=True)
     same_run(tmp_path / "one", tmp_path / "other")
     found = RunFolder(tmp_path / "one").load().records
-    assert all(len(record.clients) == 2 and record.registered == 3 for record in found)
+    drawn = (1, 1) if parsed.rule.pooled else (2, 3)
+    assert all((len(record.clients), record.registered) == drawn for record in found)
     assert all(record.certificate.held for record in found) or not parsed.rule.certified
     since = {(c.since, record.round) for record in found for c in record.clients}
     assert {held for held, _ in since} > {None}, "somebody came back after a pause"
@@ -355,3 +360,30 @@ def test_ffa_uploads_half_and_downloads_no_remainder(document, tmp_path):
     start = RunFolder(tmp_path / "ffa").load().state
     for name, factors in start.adapter.items():
         assert torch.equal(weights[f"base_model.model.{name}.lora_A.weight"], factors.A)
+
+
+def test_clients_with_models_of_their_own_are_scored_each_and_leave_an_adapter_each(
+    document, tmp_path
+):
+    """Of a method without a global model the score is the plain mean over the clients."""
+    result = run(recipe(document, method={"name": "fedsa"}, rounds=2), tmp_path / "run")
+    parsed = recipe(document, method={"name": "fedsa"}, rounds=2)
+    prepared, _ = prepare(parsed, Observer())
+    names = sorted(path.name for path in result.adapter.iterdir())
+    assert names == ["site-north", "site-south", "site-west"]
+    assert result.adapter == result.folder / "adapters"
+    assert not (result.folder / "adapter").exists()
+    found = []
+    for name in names:
+        base = AutoModelForSequenceClassification.from_pretrained(
+            parsed.model.source, **prepared.task.model_config
+        )
+        loaded = PeftModel.from_pretrained(base, result.adapter / name)
+        tokenizer = prepare_tokenizer(parsed.model.source, None)
+        found.append(prepared.task.evaluate(loaded, prepared.scoring.validation, tokenizer, 64))
+    for metric in ("loss", "accuracy"):
+        mean = sum(scores[metric] for scores in found) / 3
+        assert result.records[-1].metrics[metric] == pytest.approx(mean, rel=1e-5)
+    assert len({round(scores["loss"], 6) for scores in found}) == 3
+    with pytest.raises(InputError, match="fedsa has one model a client, and no global one"):
+        export_run(result.folder, tmp_path / "out")

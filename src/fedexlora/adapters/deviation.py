@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.moments import Moments
 from fedexlora.errors import AdapterError
 from fedexlora.exchange.adapter_records import DeviationModuleRecord, DeviationRecord
+from fedexlora.exchange.module_names import split_name
 
 
 def deviation(
@@ -80,18 +80,6 @@ def deviation(
         deviation=ratio(residual, ideal),
         modules=tuple(records),
     )
-
-
-def split_name(module: str) -> tuple[str, str]:
-    """A module's layer, up to the first number in its name, and its projection, the rest.
-
-    >>> split_name("model.layers.11.self_attn.q_proj")
-    ('model.layers.11', 'self_attn.q_proj')
-    >>> split_name("lm_head")
-    ('', 'lm_head')
-    """
-    found = re.match(r"(?:(.*?\b\d+)\.)?(.+)", module)
-    return (found[1] or "", found[2]) if found else ("", module)
 
 
 def _module(sources: Sources, name: str) -> Deviation:

@@ -8,7 +8,7 @@ randomised subspace iteration.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import sqrt
 
@@ -19,6 +19,9 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank, break_even, stack
 from fedexlora.algebra.moments import Moments
 from fedexlora.algebra.product import Truncated, balanced, compact, svd, truncate, truncate_share
+
+_SMALL = 1024
+"""The shorter side up to which a dense matrix is decomposed whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,18 @@ def best_aligned(moments: Moments, holder: Holder) -> Factors:
     u, _, vh = torch.linalg.svd(found.B.T @ previous.B + found.A @ previous.A.T)
     turn = u @ vh
     return Factors(turn.T @ found.A, found.B @ turn)
+
+
+def best_orthonormal(moments: Moments, holder: Holder) -> Factors:
+    """:func:`best` with all of the singular values in ``B``: the rows of ``A`` are orthonormal.
+
+    >>> one = Factors(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
+    >>> found = best_orthonormal(Moments.of(one, 1.0), Holder(1, one, lambda: one))
+    >>> round(float(found.A.norm()), 6), round(float(found.B.norm()), 6)
+    (1.0, 5.0)
+    """
+    u, s, vh = _directions(ideal(moments), holder.rank)
+    return _filled(Factors(vh.contiguous(), u * s), holder)
 
 
 def fresh(moments: Moments, holder: Holder) -> Factors:
@@ -161,6 +176,9 @@ def truncate_to_rank(rank: int) -> RemainderRule:
 def truncate_to_energy(energy: float) -> RemainderRule:
     """The fewest directions that hold a share ``energy`` of the remainder's squared norm.
 
+    Of a dense remainder of more than 1,024 rows and columns that needs more than half of its
+    directions, all are kept: factors of them would be no smaller.
+
     >>> whole = LowRank(Factors(torch.diag(torch.tensor([3.0, 4.0])), torch.eye(2)))
     >>> [truncate_to_energy(share)(whole)[0].value.rank for share in (0.6, 0.7)]  # 16 of 25 is 0.64
     [1, 2]
@@ -170,12 +188,15 @@ def truncate_to_energy(energy: float) -> RemainderRule:
         share = sqrt(1.0 - energy)
         if isinstance(remainder.value, Factors):
             return _bounded(truncate_share(remainder.value, share))
-        whole, rank = sqrt(remainder.squared_norm()), 16
-        while rank < min(remainder.shape) // 2:
-            kept, dropped = _approximated(remainder, _leading(remainder, rank))
-            if dropped <= share * whole:
-                return kept, dropped
-            rank *= 2
+        whole = remainder.squared_norm()
+        for u, s, vh in _ever_more(remainder):
+            left = whole - s.square().cumsum(0)
+            count = int((left > share**2 * whole).sum()) + 1
+            if count <= len(s):
+                kept = balanced(u[:, :count], s[:count], vh[:count], torch.float64)
+                low, lacks = _approximated(remainder, kept)
+                smaller = count < break_even(*remainder.shape)
+                return low if smaller else LowRank(low.dense(remainder.value.dtype)), lacks
         return remainder, 0.0
 
     return rule
@@ -200,13 +221,29 @@ def _approximated(remainder: LowRank, kept: Factors) -> tuple[LowRank, float]:
 
 def _leading(matrix: LowRank, rank: int) -> Factors:
     """The first ``rank`` singular directions, balanced, float64; fewer if the rest is rounding."""
+    return balanced(*_directions(matrix, rank), torch.float64)
+
+
+def _directions(matrix: LowRank, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same directions ``U``, ``S`` and ``Vh``."""
     if isinstance(matrix.value, Factors):
         u, s, vh = svd(matrix.value)
     else:
         u, s, vh = _randomised(matrix.value, rank)
     floor = s[:1] * torch.finfo(torch.float32).eps
     count = min(rank, int((s > floor).sum()))
-    return balanced(u[:, :count], s[:count], vh[:count], torch.float64)
+    return u[:, :count], s[:count], vh[:count]
+
+
+def _ever_more(matrix: LowRank) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Singular directions of a dense matrix: all of a small one, and up to half of a large one."""
+    if min(matrix.shape) <= _SMALL:
+        yield torch.linalg.svd(matrix.dense(), full_matrices=False)
+        return
+    rank = 16
+    while rank < min(matrix.shape) // 2:
+        yield _directions(matrix, rank)
+        rank *= 2
 
 
 def _randomised(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

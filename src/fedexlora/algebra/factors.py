@@ -86,6 +86,10 @@ class Factors:
         pad = torch.nn.functional.pad
         return Factors(pad(self.A, (0, 0, 0, more)), pad(self.B, (0, more)))
 
+    def first(self, rank: int) -> Factors:
+        """The first ``rank`` rows of ``A`` and columns of ``B``; all if there are not more."""
+        return Factors(self.A[:rank].contiguous(), self.B[:, :rank].contiguous())
+
     def product(self) -> Tensor:
         """``B @ A``, ``(d_out, d_in)``, in the dtype of the factors."""
         return self.B @ self.A

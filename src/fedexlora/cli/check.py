@@ -10,14 +10,13 @@ from rich.console import Console
 from rich.text import Text
 
 from fedexlora.cli.completion import override
-from fedexlora.cli.options import size
 from fedexlora.cli.recipes import check_is_there
 from fedexlora.cli.tables import folding_table, print_entry
 from fedexlora.cli.text import make_console, plain
 from fedexlora.exchange.forecast_records import ForecastRecord, MemoryRecord, ModuleKindRecord
 from fedexlora.local.notices import quiet_libraries
 from fedexlora.local.threads import set_threads
-from fedexlora.texts import printable
+from fedexlora.texts import printable, size
 
 
 def check(

@@ -163,7 +163,7 @@ def _write(
     """Make the record of all cells as they stand, and replace ``compare.json`` by it."""
     from fedexlora import __version__
     from fedexlora.exchange.files import replace_bytes, writing
-    from fedexlora.report.comparison import CONFIDENCE, Terms, arm_records, cheapest
+    from fedexlora.report.arms import CONFIDENCE, Terms, arm_records, cheapest
 
     recipe = comparison.cells[0].recipe
     budget = cheapest(cells) if budget is None else budget

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedexlora.cli.options import size
 from fedexlora.cli.tables import print_blocks, print_entry
 from fedexlora.cli.text import plain
 from fedexlora.exchange.comparison_records import ArmRecord, ComparisonRecord, StatisticRecord
+from fedexlora.texts import size
 
 
 def print_comparison(console: Console, record: ComparisonRecord, path: Path) -> None:

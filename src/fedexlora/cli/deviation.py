@@ -1,4 +1,4 @@
-"""``fedexlora deviation``: what averaging the factors of adapters would lose."""
+"""``fedexlora deviation``: what averaging the factors loses, of adapters or of runs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fedexlora.cli.options import numbers, progress_over
 from fedexlora.cli.results import print_remarks
+from fedexlora.cli.run_deviation import is_run, show_runs
 from fedexlora.cli.tables import folding_table, width
 from fedexlora.cli.text import make_console, plain
 from fedexlora.texts import printable
@@ -28,7 +29,7 @@ _BARS = (24, 16, 8)
 def deviation(
     adapters: Annotated[
         list[Path],
-        typer.Argument(metavar="ADAPTER_DIR..."),
+        typer.Argument(metavar="ADAPTER_DIR...|RUN_DIR..."),
     ],
     weights: Annotated[
         str | None,
@@ -42,7 +43,7 @@ def deviation(
         Path | None,
         typer.Option(
             "--plot",
-            help="Also draw a heat map, layers by projections.",
+            help="Also draw a heat map, layers by projections; of runs, the whole analysis.",
             metavar="FILE.png|svg|pdf",
         ),
     ] = None,
@@ -71,19 +72,27 @@ def deviation(
 ) -> None:
     """Show how far averaging adapters' factors is from averaging their updates.
 
-    ADAPTER_DIR is a folder as PEFT saves an adapter; all are for one base model.
+    ADAPTER_DIR is a folder as PEFT saves an adapter; all are for one base model. RUN_DIR is a run's
+    folder: what it recorded is shown round by round, and nothing is computed again.
     """
+    if any(map(is_run, adapters)):
+        others = {"--weights": weights, "--base": base, "--task": task}
+        given = [name for name, value in others.items() if value is not None]
+        given += ["--allow-missing"] if allow_missing else []
+        show_runs(adapters, plot, as_json=as_json, options=given)
+        return
     from fedexlora.adapters.deviation import deviation as find_deviation
 
     if plot:
-        from fedexlora.report.heatmap import check_format, draw_deviation
+        from fedexlora.report.chart import check_format
+        from fedexlora.report.heatmap import draw_deviation
 
         check_format(plot)
-    given = numbers("--weights", weights)
+    shares = numbers("--weights", weights)
     with progress_over("comparing") as progress:
         record = find_deviation(
             adapters,
-            given,
+            shares,
             base=base,
             task=task,
             allow_missing=allow_missing,
@@ -101,9 +110,9 @@ def deviation(
         if source.names or source.zero or source.same_as:
             console.print(f"             {plain(source.adapter)}", soft_wrap=True)
             print_remarks(console, source)
-    shares = ", ".join(f"{source.weight:.3g}" for source in record.sources)
+    weighed = ", ".join(f"{source.weight:.3g}" for source in record.sources)
     console.print(
-        f"averaging the factors of these {len(record.sources)} adapters (shares {shares}) loses "
+        f"averaging the factors of these {len(record.sources)} adapters (shares {weighed}) loses "
         f"[bold]{record.deviation:.2%}[/] of their mean update",
         soft_wrap=True,
     )

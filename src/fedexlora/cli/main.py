@@ -16,6 +16,7 @@ from fedexlora.cli.evaluate import evaluate
 from fedexlora.cli.export import export
 from fedexlora.cli.methods import methods
 from fedexlora.cli.recipes import recipes
+from fedexlora.cli.report import report
 from fedexlora.cli.run import EPILOG, run
 from fedexlora.cli.text import make_console, plain
 from fedexlora.errors import FedexLoraError, InputError, of_training
@@ -36,6 +37,7 @@ app.command()(deviation)
 app.command()(evaluate)
 app.command()(export)
 app.command()(methods)
+app.command()(report)
 
 
 @app.callback(invoke_without_command=True)

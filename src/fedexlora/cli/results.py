@@ -8,10 +8,11 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from fedexlora.cli.options import progress_over, size
+from fedexlora.cli.options import progress_over
 from fedexlora.cli.text import make_console, plain
 from fedexlora.exchange.adapter_records import AggregationRecord, SourceRecord
 from fedexlora.local.notices import quiet_libraries
+from fedexlora.texts import size
 
 
 def print_merged(

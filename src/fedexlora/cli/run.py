@@ -15,6 +15,7 @@ import typer
 
 from fedexlora.cli.completion import override
 from fedexlora.cli.recipes import check_is_there
+from fedexlora.cli.report import add_report
 from fedexlora.errors import RecipeError
 from fedexlora.local.notices import quiet_libraries
 from fedexlora.local.threads import set_threads
@@ -52,7 +53,8 @@ def run(
         Path,
         typer.Option(
             "--out",
-            help="A new folder for the run: its record, versions, and at the end adapter/.",
+            help="A new folder for the run: its record, versions, and at the end adapter/ and "
+            "report.html.",
             metavar="DIR",
         ),
     ],
@@ -135,10 +137,11 @@ def run(
     play = _player(engine, client_cpus, client_gpus)
     if as_json:
         play(loaded, out, resume=resume, keep_updates=keep_updates, observer=JsonLines())
+        add_report(out)
         return
     with Terminal() as terminal:
         result = play(loaded, out, resume=resume, keep_updates=keep_updates, observer=terminal)
-    closing(result, loaded)
+    closing(result, loaded, add_report(out))
 
 
 def _player(engine: Engine, cpus: int, gpus: float) -> Callable[..., RunResult]:

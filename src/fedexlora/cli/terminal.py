@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -130,8 +131,8 @@ def _score(record: RoundRecord, headline: str) -> str:
     return f"version {record.scores.version} {headline} {text}  " if text else ""
 
 
-def closing(result: RunResult, recipe: Recipe) -> None:
-    """The table at the end of a run, where the adapter is, and what to do next."""
+def closing(result: RunResult, recipe: Recipe, report: Path | None) -> None:
+    """The table at the end of a run, where adapter and report are, and what to do next."""
     console = make_console()
     _print_table(console, result, METHODS[recipe.method.name].title)
     for label, text in _verdict(result, recipe):
@@ -141,6 +142,8 @@ def closing(result: RunResult, recipe: Recipe) -> None:
         best, folder = result.best, result.folder / "adapter-best"
         said = f"version {best.version}, {best.metric} {best.score:.4f}: {folder}"
         print_entry(console, "best", plain(said))
+    if report is not None:
+        console.print(f"report       [bold]{plain(report)}[/]", soft_wrap=True)
     console.print("next", style="bold")
     for what, command in _next_commands(result, recipe):
         console.print(f"  {what}\n    {plain(command)}", soft_wrap=True)
@@ -217,7 +220,7 @@ def _certificate(result: RunResult, recipe: Recipe) -> str:
     if (added := max(module.added for module in modules)) > 0.0:
         return (
             f"[green]as stated[/]: in every round the model applied the clients' mean update and "
-            f"the momentum that {name} adds, up to {added:.1%} of a module's update; worst module "
+            f"what {name} adds to it, up to {added:.1%} of a module's update; worst module "
             f"off by {worst.error:.1e}, allowed {worst.allowed:.1e}"
         )
     if not rule.exact and rule.certified:

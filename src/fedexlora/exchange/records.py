@@ -198,6 +198,14 @@ class ModuleRecord(Record):
     ``clients`` where the server has no model."""
     remainder: str
     """How the cumulative remainder is held: ``none``, ``rank N`` or ``dense``."""
+    mean_product: float | None = None
+    """|M|: Frobenius norm of this round's mean product, scaled; ``deviation`` is a share of it.
+    None in records of before, as the two that follow."""
+    remainder_norm: float | None = None
+    """Frobenius norm of the cumulative remainder, scaled; of a large module, by random probes."""
+    bf16_loss: float | None = None
+    """The share of the cumulative remainder that a fold into a bfloat16 weight would lose, over up
+    to 32 rows of the module; None too where there is no remainder."""
 
 
 class OwnRecord(Record):

@@ -33,7 +33,8 @@ class GlobalState:
     """Version ``t`` of the global model: ``base + scaling * (total + B A)`` in every module.
 
     A client with an adapter of its own, ``(A_c, B_c)`` with scaling ``s_c``, holds the same model:
-    it adds ``scaling * (total + B A) - s_c B_c A_c`` to the base and its adapter to that.
+    it adds ``scaling * (total + B A) - s_c B_c A_c`` to the base and its adapter to that. Where the
+    method does not make up for such adapters, it holds ``base + scaling * total`` and its adapter.
     """
 
     version: int

@@ -23,6 +23,8 @@ def check_coordinator(recipe: Recipe) -> None:
         faults.append(f"lora.init_lora_weights: {initial!r} makes version 0 of the base's weights")
     if recipe.method.options.get("next_adapter") == "reinit":
         faults.append("method.next_adapter: 'reinit' draws new factors for the model's layers")
+    if recipe.rule.fresh_start:
+        faults.append(f"method.name: {recipe.method.name} draws new factors for the model's layers")
     faults += [
         f'clients."{name}".lora: a rank of its own is that of the model\'s layers'
         for name in recipe.clients

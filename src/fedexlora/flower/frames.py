@@ -20,7 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
 from fedexlora.exchange.untrusted import json_object, number, short
 from fedexlora.flower.byte_arrays import joined, pieces, to_arrays
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Of these headers; both sides must speak the same."""
 _HEADER, _PARTS = "fedexlora.header", "fedexlora.parts"
 _KEY, _SIZES = "json", "parts"

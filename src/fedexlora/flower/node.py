@@ -178,7 +178,9 @@ def recipe_for_nodes(recipe: Recipe, task: Mapping[str, Any]) -> dict[str, Any]:
         recipe: the server's.
         task: the task's table.
     """
-    document = recipe.model_dump(mode="json", exclude_none=True, exclude={"data", "evaluation"})
+    document = recipe.model_dump(
+        mode="json", exclude_none=True, exclude={"data", "evaluation", "tracking"}
+    )
     federation = {key: document["federation"][key] for key in _FEDERATION}
     # Where a node trains is for the node to say.
     document["training"].pop("device", None)

@@ -21,8 +21,9 @@ from fedexlora.flower.transport import FlowerTransport
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.loop import RunResult, run_federation
 from fedexlora.rounds.observer import Observer, RunInfo
-from fedexlora.rounds.prepared import Prepared, check_clients
+from fedexlora.rounds.prepared import Prepared, check_clients, refuse_one_place
 from fedexlora.rounds.recipe import Recipe
+from fedexlora.rounds.tracking import check_trackers, tracked
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +117,14 @@ def serve(
         InputError: before any node is asked, if the recipe names something that is not there.
         RunError: if too few nodes are ready, or the run stops; its last version is intact.
     """
+    if recipe.rule.personal and recipe.evaluation.where == "server":
+        raise RecipeError(
+            f"{recipe.method.name} has one model a client; the server has none of them to score",
+            ["set evaluation.where = 'clients' or 'none'"],
+        )
+    if not simulated:
+        refuse_one_place(recipe)
+    check_trackers(recipe)
     folder = RunFolder(settings.out)
     continued = folder.check_same(recipe) if settings.resume else folder.check_new()
     owners = Names(folder.path / names.FILE if settings.authenticated and not simulated else None)
@@ -129,15 +138,16 @@ def serve(
         transport.run = run_id(folder.path)
         return transport
 
-    return run_federation(
-        prepared,
-        folder,
-        transport.rows,
-        connect,
-        continued=continued,
-        keep_updates=settings.keep_updates,
-        observer=observer,
-    )
+    with tracked(recipe, folder.path, observer) as watching:
+        return run_federation(
+            prepared,
+            folder,
+            transport.rows,
+            connect,
+            continued=continued,
+            keep_updates=settings.keep_updates,
+            observer=watching,
+        )
 
 
 def _with_model(

@@ -15,7 +15,7 @@ from fedexlora import __version__
 from fedexlora.errors import BridgeError, DataError, NodeError, RecipeError, RunError
 from fedexlora.exchange.delivery import open_message, with_own
 from fedexlora.exchange.digest import known_digest
-from fedexlora.exchange.files import replace_bytes
+from fedexlora.exchange.files import new_folder, replace_bytes
 from fedexlora.exchange.layout import unpack_finite
 from fedexlora.exchange.node_faults import NodeFault
 from fedexlora.exchange.state import GlobalState, state_from, state_tensors
@@ -29,7 +29,7 @@ from fedexlora.flower.node import Node
 from fedexlora.flower.permission import local_recipe
 from fedexlora.local.clients import LocalClients
 from fedexlora.local.memory import ClientMemory
-from fedexlora.peft_bridge.export import origin_of
+from fedexlora.peft_bridge.export import origin_of, save_factors
 from fedexlora.peft_bridge.origin import Statement
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.preparation import prepare_client
@@ -116,8 +116,17 @@ class Session:
         with _told_as(Exception, NodeFault.TRAINING_FAILED):
             memory = ClientMemory(self.node.home / "memory", _run_of(frame))
             report = trainer.report(client, held, memory)
+            if trainer.rule.personal:
+                self._save_own(trainer, held, memory)
         _log.info("scored version %d", held.version)
         return Frame({"seconds": time.perf_counter() - started}, {"report": report})
+
+    def _save_own(self, trainer: LocalClients, held: GlobalState, memory: ClientMemory) -> None:
+        """Write the model of this node, which nobody else has, as a PEFT adapter."""
+        own, folder = trainer.trainables(self.node.client, held, memory), self.node.home / "adapter"
+        with new_folder(folder) as path:
+            save_factors(trainer.model, own.factors, own.heads, path)
+        _log.info("this node's own adapter: %s", folder)
 
     def _trained(self, frame: Frame) -> Frame:
         trainer, client = self._ready(frame.header), self.node.client

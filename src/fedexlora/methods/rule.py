@@ -33,6 +33,8 @@ MemoryRule = Literal["none", "optional", "required"]
 Memory = Mapping[str, Tensor]
 """What is remembered from one round to a later one, by name; empty for nothing."""
 _NOTHING: Memory = MappingProxyType({})
+Slots = Mapping[str, Tensor]
+"""By module, which of its ranks are meant: bool ``(R,)``, of rows of ``A`` and columns of ``B``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,9 @@ class ClientRule:
     """What it sends of what it has trained, and what it remembers; by default as it is, nothing."""
     memory: MemoryRule = "none"
     """Whether it remembers anything, and whether one that lost it starts anew or is left out."""
+    slots: Callable[[ClientRound, Trainables], Slots] | None = None
+    """Which ranks it trains, by what a first epoch made of all of them, which is undone then; the
+    others are put back after every step. All, without such an epoch, if not given."""
 
 
 @dataclass(frozen=True)  # no slots: the moments are kept
@@ -102,6 +107,9 @@ class ModuleRound:
     weight whatever the method does."""
     memory: Memory = field(default_factory=dict)
     """What the server remembers of the module from the round before."""
+    ranks: tuple[int, ...] = ()
+    """The rank at which every update was trained, in the order of :attr:`clients`: rows of A and
+    columns of B beyond it are padding. Empty if all have the common rank."""
     norms: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By module, ``|B A|`` of every update in the order of :attr:`clients`; of all modules, and
     only for a rule that surveys them."""
@@ -172,8 +180,23 @@ class Rule:
     """Whether every client has a model of its own: there is no global one to score or export."""
     mixed_ranks: bool = False
     """Whether clients may have adapters of other ranks."""
+    makes_up: bool = True
+    """Whether such a client holds beside the weight what its adapter lacks of the common one, and
+    so starts from the global model; if not, from the weight and its own adapter alone."""
+    truncates: bool = False
+    """Whether such a client's adapter is the first rows of the common A and the first columns of
+    the common B, so that no rank may be larger than the common one."""
+    fresh_start: bool = False
+    """Whether clients start every round from factors of their own whose product is zero, so that
+    the adapter of version 0 must be zero too."""
+    weighs_clients: bool = False
+    """Whether the method weighs clients by what they send, and not by their rows."""
     late_updates: bool = False
     """Whether an update that was trained from an earlier version may count."""
+    pooled: bool = False
+    """Whether one client has the rows of all: nothing is federated then, and nobody is drawn."""
+    start: tuple[str, ...] | None = None
+    """The values of PEFT's ``init_lora_weights`` that it can start from; any if not given."""
 
     @property
     def remembers_at_clients(self) -> bool:

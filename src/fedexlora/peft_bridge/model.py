@@ -73,7 +73,11 @@ class AdaptedModel(ModelOutline):
         return any(self.modules[name].weight.dtype != torch.float32 for name in self._folded)
 
     def initial_state(
-        self, specs: Mapping[str, AdapterSpec] | None = None, seed: int = 0
+        self,
+        specs: Mapping[str, AdapterSpec] | None = None,
+        seed: int = 0,
+        *,
+        truncated: bool = False,
     ) -> GlobalState:
         """Version 0: the adapter and heads as they are now, and no remainder.
 
@@ -81,15 +85,20 @@ class AdaptedModel(ModelOutline):
             specs: the clients with adapters of other ranks; they get new factors of their own.
                 Those whose spec is one object share them.
             seed: of those.
+            truncated: whether they get the first rows of A and columns of B of the common adapter
+                instead, as of the same product in their scaling.
         """
         total = {
             name: LowRank.zeros(m.d_out, m.d_in, torch.float64)
             for name, m in self.spec.modules.items()
         }
         kept, shared = each_once(specs or {})
-        own = {client: self.fresh(spec, seed) for client, spec in kept.items()}
-        own |= {client: own[name] for client, name in shared.items()}
         adapter, dense = self._live_factors(), self.dense()
+        own = {
+            client: self._first_rows(adapter, spec) if truncated else self.fresh(spec, seed)
+            for client, spec in kept.items()
+        }
+        own |= {client: own[name] for client, name in shared.items()}
         known = {"": self.spec, **(specs or {})}
         first = first_id(known, self.base_fingerprint, adapter, dense, own)
         return GlobalState(0, first, adapter, total, dense, own)
@@ -159,7 +168,12 @@ class AdaptedModel(ModelOutline):
 
     @torch.no_grad()
     def enter(
-        self, state: GlobalState, client: str | None = None, spec: AdapterSpec | None = None
+        self,
+        state: GlobalState,
+        client: str | None = None,
+        spec: AdapterSpec | None = None,
+        *,
+        makes_up: bool = True,
     ) -> None:
         """Set only adapter and heads: what a client starts a round from.
 
@@ -167,6 +181,8 @@ class AdaptedModel(ModelOutline):
             state: the version that was applied last.
             client: the client; None for the server's copy.
             spec: ranks and scalings of the client's adapter; by default the model's own.
+            makes_up: whether what the client's own adapter lacks of the common one rides beside
+                the weight.
         """
         own = state.own.get(client) if client is not None else None
         for name, module in self.modules.items():
@@ -177,6 +193,9 @@ class AdaptedModel(ModelOutline):
                 continue
             scaling = (spec or self.spec).modules[name].scaling
             module.load(own[name], scaling)
+            if not makes_up:
+                module.set_side(DIFFERENCE, None, common)
+                continue
             minus = own[name].to(torch.float64).scaled(-scaling / common)
             both = stack([state.adapter[name].to(torch.float64), minus])
             # Factors whatever their rank: they are the client's for a round, and never multiplied.
@@ -244,6 +263,15 @@ class AdaptedModel(ModelOutline):
         if name not in self.untouched or weight.dtype != torch.float32:
             return 0.0
         return hypot(*(float(half_ulp(rows).norm()) for rows in torch.split(weight, _ROWS)))
+
+    def _first_rows(self, adapter: Mapping[str, Factors], spec: AdapterSpec) -> dict[str, Factors]:
+        """The first directions of an adapter of the model's own spec, in another's scaling."""
+        found = {}
+        for name, pair in adapter.items():
+            wanted, common = spec.modules[name], self.spec.modules[name]
+            scale = common.scaling / wanted.scaling
+            found[name] = pair.first(wanted.rank).scaled(scale).to(wanted.dtype)
+        return found
 
     def _load_dense(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._dense.items():

@@ -1,196 +1,182 @@
-"""What the runs of a comparison say together: statistics over seeds, paired differences, costs."""
+"""The table of a comparison: means and spreads over seeds, and differences paired by seed.
+
+What ``compare`` computed is taken from its record; of runs that were named one by one it is
+computed here, and without intervals.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean, stdev
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
 
-import numpy as np
-from scipy.stats import bootstrap
+from fedexlora.exchange.comparison_records import DifferenceRecord, StatisticRecord
+from fedexlora.report.run_set import Cell, RunSet
+from fedexlora.report.score_charts import metrics
+from fedexlora.report.tables import Column, Form, Table, Value, show
 
-from fedexlora.exchange.comparison_records import (
-    ArmRecord,
-    CellRecord,
-    DifferenceRecord,
-    PointRecord,
-    StatisticRecord,
-    TargetRecord,
-    less_is_better,
-)
-
-CONFIDENCE = 0.95
-_RESAMPLES = 9999
+_MOST = 6
+"""Metrics beside the headline."""
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What arms are compared by."""
+def comparison_table(runs: RunSet) -> Table:
+    """A row for every arm: scores after the last round, what they cost, what averaging loses."""
+    baseline = baseline_of(runs)
+    names = metrics(runs)[: _MOST + 1]
+    columns = [Column("arm"), Column("runs", "count")]
+    columns += [Column(name, "spread") for name in names]
+    if baseline is not None:
+        columns.append(Column(f"{runs.headline} against the baseline", "spread"))
+    columns += [Column("bytes", "spread"), Column("time", "spread")]
+    columns += [Column("worst error", "error"), Column("averaging loses, at most", "share")]
+    return Table.of(columns, [_row(runs, arm, names, baseline) for arm in runs.arms])
 
-    headline: str
-    baseline: str | None = None
-    """The arm that differences are taken from."""
-    target: float | None = None
-    """Of the headline."""
-    budget: int | None = None
-    """Bytes, up and down together."""
+
+def last_scores_table(runs: RunSet) -> Table:
+    """A row for every run: all scores after its last scored round."""
+    names = dict.fromkeys(name for cell in runs.cells for name in _last(cell)[1])
+    rows = []
+    for cell in runs.cells:
+        round_, found = _last(cell)
+        rows.append((cell.label, round_, *(found.get(name) for name in names)))
+    columns = [Column(name, "count" if "/" in name else "score") for name in names]
+    return Table.of([Column("run"), Column("round", "count"), *columns], rows)
 
 
-def arm_records(
-    cells: Sequence[CellRecord], titles: Mapping[str, str], terms: Terms
-) -> list[ArmRecord]:
-    """Every arm over its seeds, in the order of the cells.
-
-    Args:
-        cells: of all arms; holes do not count.
-        titles: of the methods, by name.
-        terms: what arms are compared by.
-    """
-    arms: dict[str, list[CellRecord]] = {}
-    for cell in cells:
-        arms.setdefault(cell.arm, []).append(cell)
-    finished = {name: [c for c in group if c.hole is None] for name, group in arms.items()}
-    base = finished.get(terms.baseline or "", [])
-    found = []
-    for name, group in arms.items():
-        first, done = group[0], finished[name]
-        own = [] if name == terms.baseline else base
-        found.append(
-            ArmRecord(
-                arm=name,
-                method=first.method,
-                title=titles.get(first.method, first.method),
-                settings=first.settings,
-                seeds=tuple(cell.seed for cell in done),
-                scores=_scores(done),
-                differences=_differences(done, own),
-                bytes_up=_last(done, lambda point: point.bytes.up),
-                bytes_down=_last(done, lambda point: point.bytes.down),
-                seconds=_last(done, lambda point: point.seconds),
-                target=_target(done, terms),
-                within_budget=_within(done, terms),
+def target_table(runs: RunSet) -> Table | None:
+    """What it took to reach the comparison's target, and the score within its budget."""
+    record = runs.comparison
+    if record is None or (record.target is None and record.budget is None):
+        return None
+    rows = []
+    for arm in record.arms:
+        found = arm.target
+        rows.append(
+            (
+                arm.arm,
+                f"{found.reached} of {len(arm.seeds)}" if found else None,
+                *(spread(getattr(found, part) if found else None, form) for part, form in _COSTS),
+                spread(arm.within_budget, "score"),
             )
         )
+    names = ("reached by", "rounds", "bytes", "time", "score within the budget")
+    return Table.of([Column("arm"), *(Column(name, "spread") for name in names)], rows)
+
+
+_COSTS: Sequence[tuple[str, Form]] = (
+    ("rounds", "number"),
+    ("bytes", "size"),
+    ("seconds", "seconds"),
+)
+
+
+def baseline_of(runs: RunSet) -> str | None:
+    """The arm that differences are taken from; of runs that were named, that of the first."""
+    if runs.comparison is not None:
+        return runs.comparison.baseline
+    return next(iter(runs.arms)) if len(runs.arms) > 1 and runs.headline else None
+
+
+def spread(value: StatisticRecord | None, form: Form) -> str | None:
+    """A mean, and its standard deviation where there is one.
+
+    >>> spread(StatisticRecord(mean=0.5, deviation=0.01, count=3), "score")
+    '0.5000 ± 0.0100'
+    """
+    if value is None:
+        return None
+    said = show(value.mean, form)
+    return said if value.deviation is None else f"{said} ± {show(value.deviation, form)}"
+
+
+def difference_text(value: DifferenceRecord | None) -> str | None:
+    """A mean difference with its spread, its interval, and how many seeds it is of.
+
+    >>> one = {"deviation": None, "low": None, "high": None, "seeds": (0,)}
+    >>> difference_text(DifferenceRecord(mean=0.05, **one))
+    '+0.0500 (1 seed)'
+    """
+    if value is None:
+        return None
+    said = f"{value.mean:+.4f}"
+    if value.deviation is not None:
+        said += f" ± {value.deviation:.4f}"
+    if value.low is not None and value.high is not None:
+        said += f" [{value.low:+.4f}, {value.high:+.4f}]"
+    return f"{said} ({len(value.seeds)} seed{'' if len(value.seeds) == 1 else 's'})"
+
+
+def statistic(values: Sequence[float]) -> StatisticRecord | None:
+    """Mean and standard deviation of a sample; None of nothing."""
+    if not values:
+        return None
+    deviation = stdev(values) if len(values) > 1 else None
+    return StatisticRecord(mean=mean(values), deviation=deviation, count=len(values))
+
+
+def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> DifferenceRecord | None:
+    """An arm less the baseline, of the seeds that both have; None without one."""
+    seeds = sorted(arm.keys() & baseline.keys())
+    found = statistic([arm[seed] - baseline[seed] for seed in seeds])
+    if found is None:
+        return None
+    return DifferenceRecord(
+        mean=found.mean, deviation=found.deviation, low=None, high=None, seeds=tuple(seeds)
+    )
+
+
+def _row(runs: RunSet, arm: str, names: Sequence[str], baseline: str | None) -> tuple[Value, ...]:
+    cells = runs.arms[arm]
+    records = [record for cell in cells for record in cell.run.rounds]
+    against: tuple[Value, ...] = ()
+    if baseline is not None:
+        against = ("the baseline" if arm == baseline else _difference(runs, arm, baseline),)
+    moved = [float(sum(r.bytes.up + r.bytes.down for r in c.run.rounds)) for c in cells]
+    took = [sum(sum(r.seconds.values()) for r in c.run.rounds) for c in cells]
+    return (
+        arm,
+        len(cells),
+        *(spread(_score(runs, arm, name), "score") for name in names),
+        *against,
+        spread(statistic(moved), "size"),
+        spread(statistic(took), "seconds"),
+        max((r.certificate.worst_error for r in records), default=None),
+        max((r.deviation for r in records), default=None),
+    )
+
+
+def _score(runs: RunSet, arm: str, name: str) -> StatisticRecord | None:
+    if runs.comparison is not None:
+        by = {found.arm: found for found in runs.comparison.arms}
+        return by[arm].scores.get(name) if arm in by else None
+    return statistic(
+        [value for values in _by_seed(runs.arms[arm], name).values() for value in values]
+    )
+
+
+def _difference(runs: RunSet, arm: str, baseline: str) -> str | None:
+    if runs.comparison is not None:
+        by = {found.arm: found for found in runs.comparison.arms}
+        return difference_text(by[arm].differences.get(runs.headline)) if arm in by else None
+    one, other = (_paired(runs.arms[x], runs.headline) for x in (arm, baseline))
+    return difference_text(difference(one, other))
+
+
+def _paired(cells: Sequence[Cell], name: str) -> dict[int, float]:
+    """The score by seed; a seed that has several runs has no pair."""
+    return {seed: x[0] for seed, x in _by_seed(cells, name).items() if len(x) == 1}
+
+
+def _by_seed(cells: Sequence[Cell], name: str) -> dict[int, list[float]]:
+    """The last scores of whole runs by seed."""
+    found: dict[int, list[float]] = {}
+    for cell in cells:
+        last = _last(cell)[1]
+        if cell.run.whole and name in last and cell.run.seed is not None:
+            found.setdefault(cell.run.seed, []).append(last[name])
     return found
 
 
-def cheapest(cells: Sequence[CellRecord]) -> int | None:
-    """The bytes of the finished cell that moves the fewest; None without one."""
-    done = (cell.curve[-1] for cell in cells if cell.hole is None)
-    return min((_moved(point) for point in done), default=None)
-
-
-def _scores(cells: Sequence[CellRecord]) -> dict[str, StatisticRecord]:
-    names = dict.fromkeys(name for cell in cells for name in cell.curve[-1].metrics)
-    every = {
-        name: [c.curve[-1].metrics[name] for c in cells if name in c.curve[-1].metrics]
-        for name in names
-    }
-    return {name: _of(values) for name, values in every.items()}
-
-
-def _differences(
-    cells: Sequence[CellRecord], base: Sequence[CellRecord]
-) -> dict[str, DifferenceRecord]:
-    """By metric, the scores less those of the baseline with the same seed."""
-    theirs = {cell.seed: cell.curve[-1].metrics for cell in base}
-    pairs: dict[str, dict[int, float]] = {}
-    for cell in cells:
-        for name, score in cell.curve[-1].metrics.items():
-            if name in theirs.get(cell.seed, {}):
-                pairs.setdefault(name, {})[cell.seed] = score - theirs[cell.seed][name]
-    return {name: _difference(values) for name, values in pairs.items()}
-
-
-def _difference(by_seed: Mapping[int, float]) -> DifferenceRecord:
-    values = list(by_seed.values())
-    low, high = interval(values)
-    statistic = _of(values)
-    return DifferenceRecord(
-        mean=statistic.mean,
-        deviation=statistic.deviation,
-        low=low,
-        high=high,
-        seeds=tuple(by_seed),
-    )
-
-
-def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """The percentile bootstrap interval of a mean; of fewer than two values there is none.
-
-    It is drawn with a fixed seed: the same values have the same interval. Of a few seeds it is
-    narrower than it should be, as it knows no values but these.
-
-    >>> interval([0.25])
-    (None, None)
-    >>> interval([0.5, 0.5, 0.5])
-    (0.5, 0.5)
-    """
-    if len(values) < 2:
-        return None, None
-    found = bootstrap(
-        (np.asarray(values),),
-        np.mean,
-        n_resamples=_RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        random_state=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
-def _target(cells: Sequence[CellRecord], terms: Terms) -> TargetRecord | None:
-    """What it took to be as good as the target."""
-    if terms.target is None:
-        return None
-    sign = -1.0 if less_is_better(terms.headline) else 1.0
-    reached = [
-        point
-        for cell in cells
-        if (point := _first(cell.curve, terms.headline, sign, terms.target)) is not None
-    ]
-    if not reached:
-        return TargetRecord(reached=0, rounds=None, bytes=None, seconds=None)
-    return TargetRecord(
-        reached=len(reached),
-        rounds=_of([float(point.round) for point in reached]),
-        bytes=_of([float(_moved(point)) for point in reached]),
-        seconds=_of([point.seconds for point in reached]),
-    )
-
-
-def _first(
-    curve: Sequence[PointRecord], name: str, sign: float, target: float
-) -> PointRecord | None:
-    good = (p for p in curve if name in p.metrics and sign * p.metrics[name] >= sign * target)
-    return next(good, None)
-
-
-def _within(cells: Sequence[CellRecord], terms: Terms) -> StatisticRecord | None:
-    """The headline after the last scored round that is within the budget."""
-    if terms.budget is None:
-        return None
-    scores = []
-    for cell in cells:
-        paid = [
-            point.metrics[terms.headline]
-            for point in cell.curve
-            if terms.headline in point.metrics and _moved(point) <= terms.budget
-        ]
-        scores += paid[-1:]
-    return _of(scores) if scores else None
-
-
-def _last(
-    cells: Sequence[CellRecord], value: Callable[[PointRecord], float]
-) -> StatisticRecord | None:
-    return _of([float(value(cell.curve[-1])) for cell in cells]) if cells else None
-
-
-def _moved(point: PointRecord) -> int:
-    return point.bytes.up + point.bytes.down
-
-
-def _of(values: Sequence[float]) -> StatisticRecord:
-    deviation = stdev(values) if len(values) > 1 else None
-    return StatisticRecord(mean=fmean(values), deviation=deviation, count=len(values))
+def _last(cell: Cell) -> tuple[int | None, dict[str, float]]:
+    """The last round with scores, and those."""
+    found = [(version, dict(x)) for version, x in cell.run.scored.items() if version]
+    return found[-1] if found else (None, {})

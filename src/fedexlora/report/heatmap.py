@@ -1,27 +1,15 @@
-"""A heat map of what averaging loses: layers by projections."""
+"""A heat map of what averaging the factors of adapters loses: layers by projections."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fedexlora.errors import InputError
-from fedexlora.exchange.adapter_records import DeviationModuleRecord, DeviationRecord
-
-FORMATS = (".png", ".svg", ".pdf")
-
-
-def check_format(path: Path) -> None:
-    """Refuse a picture of a kind that cannot be drawn.
-
-    Raises:
-        InputError: naming the kinds that can.
-    """
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"--plot {path}: expected a name that ends with {', '.join(FORMATS)}")
+from fedexlora.exchange.adapter_records import DeviationRecord
+from fedexlora.report.chart import check_format, save_picture
+from fedexlora.report.heat import Grid, paint_grids
 
 
 def draw_deviation(record: DeviationRecord, path: Path) -> None:
@@ -35,50 +23,21 @@ def draw_deviation(record: DeviationRecord, path: Path) -> None:
         InputError: if the picture cannot be written.
     """
     check_format(path)
-    layers = list(dict.fromkeys(m.layer for m in record.modules))
-    projections = list(dict.fromkeys(m.projection for m in record.modules))
-    figure = Figure(
-        figsize=(2.2 + 0.95 * len(projections), 1.9 + 0.3 * len(layers)), layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    values = _grid(record.modules, layers, projections)
-    top = max(float(np.nanmax(values)), 1e-12)
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=top)
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            ink = "black" if value > 0.6 * top else "white"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=ink, fontsize=7)
-    axes.set_xticks(range(len(projections)), [_wrapped(x) for x in projections], fontsize=7)
-    axes.set_yticks(range(len(layers)), [x or "(no layer)" for x in layers], fontsize=7)
-    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        label.set_parse_math(False)  # a name is somebody else's, and a $ in it begins no formula
-    axes.tick_params(length=0)
-    axes.set_title(
-        f"What averaging the factors loses: {record.deviation:.1%} of the mean update\n"
-        f"{len(record.sources)} adapters",
-        fontsize=9,
-        loc="left",
-    )
-    bar = figure.colorbar(image, ax=axes, shrink=0.9)
-    bar.set_label("% of the module's mean update", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    try:
-        figure.savefig(path, dpi=160)
-    except OSError as error:
-        raise InputError(f"--plot {path} cannot be written: {error.strerror}") from error
-
-
-def _grid(
-    modules: tuple[DeviationModuleRecord, ...], layers: list[str], projections: list[str]
-) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Per cent by layer and projection; not a number where there is no such module."""
+    layers = tuple(dict.fromkeys(m.layer for m in record.modules))
+    projections = tuple(dict.fromkeys(m.projection for m in record.modules))
     values = np.full((len(layers), len(projections)), np.nan)
-    for module in modules:
+    for module in record.modules:
         place = layers.index(module.layer), projections.index(module.projection)
-        values[place] = 100.0 * module.deviation
-    return values
+        values[place] = module.deviation
+    grid = Grid("", tuple(name or "(no layer)" for name in layers), projections, values)
 
+    def paint(figure: Figure) -> None:
+        paint_grids(figure, [grid], 1, "% of the module's mean update")
+        figure.suptitle(
+            f"What averaging the factors loses: {record.deviation:.1%} of the mean update, "
+            f"{len(record.sources)} adapters",
+            fontsize=9,
+        )
 
-def _wrapped(projection: str) -> str:
-    return projection.replace(".", ".\n")
+    height = 2.1 + 0.3 * len(layers)
+    save_picture(path, 2.6 + 0.95 * len(projections), height, paint)

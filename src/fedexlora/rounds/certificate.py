@@ -26,6 +26,7 @@ from fedexlora.exchange.records import CertificateRecord, ModuleRecord, OwnRecor
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.exchange.state import GlobalState
 from fedexlora.peft_bridge.arithmetic import Arithmetic
+from fedexlora.peft_bridge.base_norms import bf16_loss
 from fedexlora.peft_bridge.export_check import TOLERANCE
 from fedexlora.peft_bridge.forward import Kept, measure_kept, multiplied_image
 from fedexlora.peft_bridge.model import AdaptedModel
@@ -48,6 +49,8 @@ class _Measured:
     """Of the update since version 0."""
     narrowed: float
     """Of what the layer multiplies by, less that update."""
+    remainder: float
+    """Of the cumulative remainder."""
     kept: Kept | None
 
 
@@ -57,6 +60,8 @@ def certify(
     reduction: Reduction,
     specs: Mapping[str, AdapterSpec],
     forwards: Mapping[Arithmetic, Forward] | None = None,
+    *,
+    makes_up: bool = True,
 ) -> Certificate:
     """Measure a model that has just become the next version; it is left as it was.
 
@@ -67,6 +72,8 @@ def certify(
         specs: the adapters of the clients that have another one than the model, by client.
         forwards: by arithmetic in which the model is used: runs it so on some real inputs. Without
             any, what comes out of the layers is not measured.
+        makes_up: whether clients with an adapter of their own hold the global model with it, and
+            are measured too.
     """
     kept = _kept(model, state, forwards or {})
     # In the model's order: a state read from disk has another, and sums would differ in last bits.
@@ -90,11 +97,14 @@ def certify(
             memory_error=ratio(m.scaling * reduction.modules[m.name].memory_error, m.ideal),
             placement=model.placement(m.name),
             remainder=form_of(state.total[m.name]),
+            mean_product=m.scaling * reduction.modules[m.name].deviation.ideal,
+            remainder_norm=m.remainder,
+            bf16_loss=bf16_loss(model, m.name, state.total[m.name]),
         )
         for m in measured
     )
     overall = _overall(model, measured, modules, head_error(model, state, reduction))
-    own = _own_records(model, state, specs, reduction, modules)
+    own = _own_records(model, state, specs, reduction, modules) if makes_up else ()
     held = overall.held and all(record.held for record in own)
     overall = overall.model_copy(update={"own": own, "held": held})
     return Certificate(overall, modules, deviation_of(reduction, model.spec))
@@ -116,6 +126,7 @@ def _measure(
     probes, start = probes_of(name, state), model.start.get(name)
     wanted = wanted_image(model, name, state, probes)
     held = held_against(model, name, state, probes, wanted)
+    beside = probes.add(wanted.clone(), state.adapter[name], -scaling)
     ideal = update = scaling * figures.ideal
     if start is not None:
         update = probes.norm(probes.add(wanted, start, -scaling)).value
@@ -132,6 +143,7 @@ def _measure(
         truncated=scaling * figures.truncated,
         update=update,
         narrowed=hypot(scaling * figures.error.value, narrowed),
+        remainder=0.0 if state.total[name].is_zero else probes.norm(beside).value,
         kept=kept,
     )
 

@@ -9,6 +9,7 @@ run-id          over Flower, what tells the run from others of the same recipe
 adapter.json    which version it is, and its worst module, read back from its files
 adapter-best/   the version with the best headline score, if there are scores
 finish.json     where clients score: what they say of the final version
+report.html     the run as one page        tracking.json with trackers, what they have been told
 memory/         of simulated clients, what they remember of the method
 adapters/       of a method without a global model, every client's own PEFT adapter
 """
@@ -42,6 +43,7 @@ _CHANGEABLE = (
     "federation.allow:",
     "federation.exclude:",
     "training.device:",
+    "tracking.",
 )
 """Keys in which a resumed run may differ from the one that is in the folder."""
 _ROUNDS = "federation.rounds:"

@@ -146,7 +146,7 @@ def _exact(recipe: Recipe) -> bool:
 
 
 def _truncation(recipe: Recipe) -> str:
-    if not any(key.startswith("remainder_") for key in recipe.method.options):
+    if not any(x.startswith("remainder_") and v for x, v in recipe.method.options.items()):
         return ""
     return (
         "every round's remainder is cut, which the round's record states as a share of its update; "

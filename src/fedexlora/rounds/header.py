@@ -44,6 +44,7 @@ def run_header(
         **prepared.stated(),
         "initial": _initial(prepared),
         "precision": prepared.precision,
+        "weights": _weights(prepared),
         "arithmetic": prepared.arithmetic,
         "clients": dict(rows),
         **prepared.summed_up(),
@@ -79,3 +80,12 @@ def run_info(prepared: Prepared, header: Mapping[str, Any], finished: int) -> Ru
         finished=finished,
         device=prepared.device,
     )
+
+
+def _weights(prepared: Prepared) -> dict[str, float]:
+    """By module, the norm of its frozen weight; nothing where the server has no model."""
+    if prepared.model is None:
+        return {}
+    from fedexlora.peft_bridge.base_norms import base_norms
+
+    return base_norms(prepared.model)

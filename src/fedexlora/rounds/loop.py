@@ -41,6 +41,8 @@ from fedexlora.rounds.written import (
 
 Connect = Callable[[Progress], Transport]
 """Makes the transport of a run that stands where it does."""
+Scores = Callable[[GlobalState], Mapping[str, float]]
+"""Scores of a version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def run_federation(
     continued: bool,
     keep_updates: bool,
     observer: Observer,
+    scores: Scores | None = None,
 ) -> RunResult:
     """Run what is left of a run's rounds, and write its adapter.
 
@@ -94,6 +97,7 @@ def run_federation(
         continued: whether there is a run in the folder.
         keep_updates: also store what every client sent, as PEFT adapters.
         observer: told of progress.
+        scores: of a version that the server's model is at; by default those of that model.
 
     Raises:
         InputError: before anything is written, if the folder holds another run, or updates cannot
@@ -125,7 +129,14 @@ def run_federation(
             folder.write_header(header)
         with settled_heap():
             records, best = _rounds(
-                prepared, folder, progress, header, connect, keep_updates, observer
+                prepared,
+                folder,
+                progress,
+                header,
+                connect,
+                scores or (lambda _: prepared.evaluate(observer)),
+                keep_updates,
+                observer,
             )
     metrics, precision = header["initial_metrics"], header["precision"]
     finish = folder.read_finish() if recipe.client_metrics else None
@@ -139,6 +150,7 @@ def _rounds(
     progress: Progress | None,
     header: Mapping[str, Any],
     connect: Connect,
+    scores: Scores,
     keep_updates: bool,
     observer: Observer,
 ) -> tuple[Sequence[RoundRecord], BestVersion | None]:
@@ -166,7 +178,7 @@ def _rounds(
         seed=recipe.federation.seed,
         transport=connect(progress),
         participation=recipe.participation,
-        evaluate=partial(prepared.evaluate, observer),
+        evaluate=scores,
         spool=folder.spool,
         keep=keep,
         observer=observer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fedexlora.exchange.records import FinishRecord, RoundRecord
@@ -65,3 +65,22 @@ class Observer:
 
     def finished_run(self, record: FinishRecord) -> None:
         """Clients have come to the final version, where they score."""
+
+
+class Observers(Observer):
+    """Several observers as one, each told in turn of everything that an observer is told of."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = observers
+
+
+def _told_to_all(name: str) -> Callable[..., None]:
+    def tell(self: Observers, *values: object) -> None:
+        for observer in self.observers:
+            getattr(observer, name)(*values)
+
+    return tell
+
+
+for _name in [name for name in vars(Observer) if not name.startswith("_")]:
+    setattr(Observers, _name, _told_to_all(_name))

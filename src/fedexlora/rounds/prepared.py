@@ -102,7 +102,8 @@ class Prepared:
     def initial(self) -> GlobalState:
         """Version 0."""
         if self.model is not None:
-            return self.model.initial_state(self.specs, self.recipe.federation.seed)
+            seed, truncated = self.recipe.federation.seed, self.recipe.rule.truncates
+            return self.model.initial_state(self.specs, seed, truncated=truncated)
         return self._origin.state() if self.first is None else self.first
 
     def evaluate(self, observer: Observer) -> dict[str, float]:
@@ -150,6 +151,19 @@ def check_reduction_device(recipe: Recipe) -> None:
         raise RecipeError(
             "this machine cannot reduce updates there",
             [f"federation.reduce_on: {wanted} is asked for, there are {found} CUDA device(s)"],
+        )
+
+
+def refuse_one_place(recipe: Recipe) -> None:
+    """Refuse a method that trains on all rows in one place, where clients keep theirs.
+
+    Raises:
+        RecipeError: if it is one.
+    """
+    if recipe.rule.pooled:
+        raise RecipeError(
+            f"method.name: {recipe.method.name} trains on the rows of all clients in one place",
+            ["nodes keep theirs: run it with fedexlora run, where the data are"],
         )
 
 

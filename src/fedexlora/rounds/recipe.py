@@ -28,6 +28,7 @@ from fedexlora.rounds.recipe_tables import (
     MethodTable,
     ModelTable,
     Table,
+    TrackingTable,
 )
 from fedexlora.rounds.screening import Screening
 from fedexlora.rounds.set_mean import MEAN, mean_faults
@@ -48,6 +49,7 @@ class Recipe(Table):
     method: MethodTable = MethodTable()
     federation: FederationTable = FederationTable()
     evaluation: EvaluationTable = EvaluationTable()
+    tracking: TrackingTable = TrackingTable()
     clients: dict[str, ClientTable] = Field(default_factory=dict)
     """By client: what it has otherwise than the others."""
 
@@ -135,6 +137,8 @@ class Recipe(Table):
     def participation(self) -> Participation:
         """Who takes part in a round, and how much each one counts."""
         table = self.federation
+        if self.rule.pooled:
+            return Participation()
         return Participation(
             table.clients_per_round,
             table.fraction,
@@ -147,7 +151,9 @@ class Recipe(Table):
 
     @property
     def access(self) -> AccessList:
-        """Which clients may take part at all."""
+        """Which clients may take part at all; of one client that has the rows of those, all."""
+        if self.rule.pooled:
+            return AccessList()
         return AccessList(self.federation.allow, self.federation.exclude)
 
     @property

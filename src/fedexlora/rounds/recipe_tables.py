@@ -124,6 +124,15 @@ class EvaluationTable(Table):
     given."""
 
 
+class TrackingTable(Table):
+    """Where rounds are written to beside the run's own record."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Which trackers are told of every round; none if not given. A resumed run may change it."""
+    project: str = Field(default="fedexlora", min_length=1)
+    """Under which name, for ``wandb`` and ``mlflow``."""
+
+
 class ClientTable(Table):
     """What one client has otherwise than the others."""
 

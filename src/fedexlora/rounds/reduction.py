@@ -6,7 +6,8 @@ scaling, the ideal of a round is
     total + sum_i p_i (B A - B_i0 A_i0)  +  sum_i p_i B_i A_i  [+  p_0 B A]
 
 where ``(A_i0, B_i0)`` is what client ``i`` started from. The middle term, what clients hold beside
-the weight for adapters of their own, is zero for all that start from the common adapter ``(A, B)``.
+the weight for adapters of their own, is zero for all that start from the common adapter ``(A, B)``,
+and for all where a method gives clients nothing to make up for theirs.
 ``p_0`` is the share that stays with the version of the round when changes count in part.
 
 The method makes of one module's updates the next adapter and the piece of remainder that leads
@@ -182,6 +183,8 @@ class Reducer:
     ) -> ModuleRound:
         """One module as the method sees it, on the device."""
         remembered = self.memory.get(name, {})
+        stays = [self.form.ranks[name]] if self.stay > 0.0 else []
+        ranks = [self.form.spec_of(x.update.client).modules[name].rank for x in updates]
         return ModuleRound(
             name=name,
             round=self.form.before.version + 1,
@@ -191,6 +194,7 @@ class Reducer:
             owners={client: self._holder(client, spec, name) for client, spec in self._owners()},
             offset=offset,
             memory={letter: tensor.to(self.device) for letter, tensor in remembered.items()},
+            ranks=(*stays, *ranks),
             norms=norms,
         )
 
@@ -223,11 +227,15 @@ class Reducer:
     ) -> Iterator[tuple[Factors, float]]:
         return ((pair.on(self.device), weight) for pair, weight in self._clients(name, updates))
 
+    def _start(self, counted: WeightedUpdate, name: str) -> Factors | None:
+        """What an update was trained from, where the weight makes up for it."""
+        return counted.update.start(name) if self.rule.makes_up else None
+
     def _offset(self, name: str, updates: Sequence[WeightedUpdate], weight: float) -> LowRank:
         """What clients hold beside the weight for their own adapters, on average, float64."""
         offset = LowRank.zeros(*self.form.before.adapter[name].shape, torch.float64)
         for counted in updates:
-            start = counted.update.start(name)
+            start = self._start(counted, name)
             if start is not None:
                 share = counted.weight / weight
                 common = self.form.before.adapter[name].to(torch.float64).scaled(share)
@@ -262,7 +270,7 @@ class Reducer:
         for factors, counts in self._clients(name, updates):
             probes.add(mean, factors, counts / weight)
         for counted in updates:
-            start = counted.update.start(name)
+            start = self._start(counted, name)
             if start is not None:
                 probes.add(mean, before.adapter[name], counted.weight / weight)
                 probes.add(mean, start, -counted.weight / weight)

@@ -57,8 +57,8 @@ class Federation:
     """The federation's."""
     transport: Transport
     participation: Participation
-    evaluate: Callable[[], Mapping[str, float]]
-    """Scores of the server's copy."""
+    evaluate: Callable[[GlobalState], Mapping[str, float]]
+    """Scores of a version that the server's copy is at."""
     spool: Path
     """The folder of the updates of the round that is open."""
     keep: Callable[[Sequence[SpooledUpdate]], None]
@@ -179,7 +179,7 @@ def run_round(
     with clock.phase("evaluate"):
         if federation.scored is None or federation.scored(round_):
             observer.phase(round_, "evaluate")
-            metrics = federation.evaluate()
+            metrics = federation.evaluate(state)
     after = holdings.after(reduction.step, held)
     record = _record(federation, round_, intake, certificate, metrics, clock.seconds)
     return state, after, record  # step 8, making both durable, is the run's
@@ -191,7 +191,14 @@ def _certified(federation: Federation, state: GlobalState, reduction: Reduction)
         return certify_step(federation.spec, state, reduction)
     from fedexlora.rounds.certificate import certify
 
-    return certify(federation.model, state, reduction, federation.specs, federation.forwards)
+    return certify(
+        federation.model,
+        state,
+        reduction,
+        federation.specs,
+        federation.forwards,
+        makes_up=federation.rule.makes_up,
+    )
 
 
 def _sink(

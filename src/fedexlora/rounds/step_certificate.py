@@ -141,4 +141,5 @@ def _module(name: str, spec: AdapterSpec, state: GlobalState, reduction: Reducti
         memory_error=ratio(figures.memory_error, figures.ideal),
         placement=AT_CLIENTS,
         remainder=form_of(state.total[name]),
+        mean_product=scaling * figures.deviation.ideal,
     )
