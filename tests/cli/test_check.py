@@ -108,6 +108,12 @@ def test_where_remainders_live_and_why(recipe_file, change, placement, reason):
         ["method.name=fedsa"],
         ["method.name=fedavgm"],
         ["method.name=fedrot"],
+        ["method.name=fedadam_factored"],
+        ["method.name=lorafair_ridge"],
+        ["method.name=frlora", "lora.init_lora_weights=pissa"],
+        ["method.name=lora_a2"],
+        ["method.name=centralised"],
+        ["method.name=local_only"],
         ["method.next_adapter=keep"],
         ["method.next_adapter=svd"],
         ["method.next_adapter=reinit"],
@@ -123,7 +129,8 @@ def test_the_bytes_of_every_method_and_draw(document, tmp_path, changes):  # noq
     recipe = load_recipe(path, changes)
     found = forecast(recipe, "", Observer())
     records = run(recipe, tmp_path / "run").records
-    assert found.round_up == pytest.approx([r.bytes.up for r in records], rel=0.02)
+    # Numbers in headers have more or fewer digits.
+    assert found.round_up == pytest.approx([r.bytes.up for r in records], rel=0.02, abs=64)
     for most, record in zip(found.round_down, records, strict=True):
         assert 0.98 * record.bytes.down <= most
         if found.exact:
