@@ -100,10 +100,15 @@ def test_where_remainders_live_and_why(recipe_file, change, placement, reason):
     assert all(reason in kind.reason for kind in found.modules)
 
 
+def of_method(name: str) -> list[str]:
+    start = METHODS[name].default.start
+    return [f"method.name={name}", *([f"lora.init_lora_weights={start[0]}"] if start else [])]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        *([f"method.name={name}"] for name in METHODS if name != "fedex"),
+        *(of_method(name) for name in METHODS if name != "fedex"),
         ["method.next_adapter=keep"],
         ["method.next_adapter=svd"],
         ["method.next_adapter=reinit"],
@@ -119,7 +124,8 @@ def test_the_bytes_of_every_method_and_draw(document, tmp_path, changes):  # noq
     recipe = load_recipe(path, changes)
     found = forecast(recipe, "", Observer())
     records = run(recipe, tmp_path / "run").records
-    assert found.round_up == pytest.approx([r.bytes.up for r in records], rel=0.02)
+    # Numbers in headers have more or fewer digits.
+    assert found.round_up == pytest.approx([r.bytes.up for r in records], rel=0.02, abs=64)
     for most, record in zip(found.round_down, records, strict=True):
         assert 0.98 * record.bytes.down <= most
         if found.exact:
