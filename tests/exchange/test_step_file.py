@@ -95,7 +95,7 @@ def test_what_the_server_remembers_is_in_the_file_and_no_part_of_the_step(tmp_pa
     made, path = drawn(1), tmp_path / "step"
     ids = []
     for remembers in (False, True):
-        sink = StepWriter(path, 3, PREVIOUS, ("A", "B"), made)
+        sink = StepWriter(path, 3, PREVIOUS, ("A", "B"), made, remembers=remembers)
         for name, (pair, piece) in made.items():
             sink.add(name, pair, piece, {"A": pair.A, "B": pair.B} if remembers else {})
         ids.append(sink.finish({}, {}, {}, {}).id)

@@ -27,6 +27,8 @@ class Steps(Protocol):
         letters: Sequence[str],
         owners: Mapping[str, str] | None = None,
         clients: Collection[str] = (),
+        *,
+        remembers: bool = False,
     ) -> StepSink:
         """What takes in the step that leads on from a version.
 
@@ -35,6 +37,7 @@ class Steps(Protocol):
             letters: the factors that the step changes, of ``("A", "B")``.
             owners: by client whose own adapter may change, the first one that has the same.
             clients: those of which the round may change what they hold.
+            remembers: whether the server remembers anything of the modules.
 
         Raises:
             RunError: if it cannot be written.
@@ -76,9 +79,11 @@ class StepMemory:
         letters: Sequence[str],
         owners: Mapping[str, str] | None = None,
         clients: Collection[str] = (),
+        *,
+        remembers: bool = False,
     ) -> StepSink:
         """See :class:`Steps`."""
-        del owners, clients
+        del owners, clients, remembers
         self._starts[before.version] = before.start()
         return _Remembered(self._steps, self._memory, before, letters)
 

@@ -158,6 +158,7 @@ class StepWriter:
         dense: names of the heads and biases.
         owners: by client whose own adapter may change, the first one that has the same.
         clients: those of which the round may change what they hold.
+        remembers: whether the server remembers anything of the modules.
 
     Raises:
         RunError: if the file cannot be written.
@@ -173,6 +174,8 @@ class StepWriter:
         dense: Iterable[str] = (),
         owners: Mapping[str, str] | None = None,
         clients: Iterable[str] = (),
+        *,
+        remembers: bool = False,
     ) -> None:
         self._path, self._version = path, version
         self._previous, self._letters = previous, letters
@@ -182,7 +185,8 @@ class StepWriter:
         known, first = list(modules), dict(owners or {})
         names = [f"{letter}/{name}" for name in known for letter in letters]
         names += [f"{PREFIX}.{letter}/{name}" for name in known for letter in "AB"]
-        names += [f"{MEMORY}.{part}/{name}" for name in known for part in MEMORY_PARTS]
+        if remembers:
+            names += [f"{MEMORY}.{part}/{name}" for name in known for part in MEMORY_PARTS]
         names += [f"dense/{name}" for name in dense]
         owning = set(first.values())
         names += [f"own.{x}/{name}/{client}" for name in known for client in owning for x in "AB"]

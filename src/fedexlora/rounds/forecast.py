@@ -21,7 +21,7 @@ from fedexlora.exchange.sizes import held_bytes, rank_of
 from fedexlora.exchange.spec import ModuleSpec
 from fedexlora.local.arguments import training_arithmetic
 from fedexlora.local.footprint import scoring_footprint, training_footprint, writing_footprint
-from fedexlora.methods import METHODS
+from fedexlora.methods import METHODS, Rule
 from fedexlora.peft_bridge.device import find_device
 from fedexlora.peft_bridge.source import resolve_source
 from fedexlora.peft_bridge.weightless import stored_bytes, weight_files
@@ -63,7 +63,7 @@ def forecast(recipe: Recipe, name: str, observer: Observer) -> ForecastRecord:
     observer.preparing("reckoning bytes")
     clients = tuple(drawn.num_examples)
     taking_part = recipe.participation.sample(clients, recipe.federation.seed, 1)
-    remainders = find_remainders(recipe.rule, drawn.model.spec, drawn.specs, taking_part)
+    remainders = find_remainders(_largest(recipe), drawn.model.spec, drawn.specs, taking_part)
     traffic = Traffic(recipe, drawn.model.spec, drawn.specs, drawn.num_examples, remainders)
     memory = _memory(drawn, traffic, libraries, work, len(taking_part))
     why_not = _why_not(recipe, memory)
@@ -145,8 +145,19 @@ def _exact(recipe: Recipe) -> bool:
     return table.robust is None and table.deadline is None and not _truncation(recipe)
 
 
+def _largest(recipe: Recipe) -> Rule:
+    """The rule with all of the energy: how many directions a share takes depends on training."""
+    options = recipe.method.options
+    whole = {"energy": 1.0, "remainder_energy": None}
+    given = {**options, **{key: whole[key] for key in options.keys() & whole.keys()}}
+    return METHODS[recipe.method.name].rule_of(given)
+
+
 def _truncation(recipe: Recipe) -> str:
-    if not any(x.startswith("remainder_") and v for x, v in recipe.method.options.items()):
+    options = recipe.method.options
+    if not any(map(options.get, ("remainder_rank", "remainder_energy"))) and (
+        options.get("energy", 1.0) == 1.0
+    ):
         return ""
     return (
         "every round's remainder is cut, which the round's record states as a share of its update; "

@@ -213,8 +213,9 @@ def _sink(
     owners = {client: client for client in kept} | shared
     if federation.rule.own_adapters:
         owners = {update.client: update.client for update in intake.updates}
-    letters = federation.rule.steps(before.version + 1)
-    return holdings.history.store.sink(before, letters, owners, held)
+    rule = federation.rule
+    letters = rule.steps(before.version + 1)
+    return holdings.history.store.sink(before, letters, owners, held, remembers=rule.remembers)
 
 
 def _upload_specs(

@@ -80,6 +80,8 @@ class VersionStore:
         letters: Sequence[str],
         owners: Mapping[str, str] | None = None,
         clients: Collection[str] = (),
+        *,
+        remembers: bool = False,
     ) -> StepSink:
         """Begin the step that leads on from a version; see ``Steps.sink``."""
         version = before.version + 1
@@ -92,6 +94,7 @@ class VersionStore:
             dense=before.dense,
             owners=owners,
             clients=clients,
+            remembers=remembers,
         )
 
     def commit(self, version: int) -> None:

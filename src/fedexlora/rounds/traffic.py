@@ -109,7 +109,7 @@ class Traffic:
         return up, down
 
     def folder(self) -> int:
-        """The most that the versions, the open round and the final adapter take on the disk."""
+        """The most that the versions, the open round and the adapters take on the disk."""
         rounds, window = self.recipe.federation.rounds, self.recipe.federation.history
         drawn = self.recipe.participation.sample(tuple(self.rows), 0, 1)
         spool = sum(self.up(client) for client in drawn)
@@ -123,6 +123,8 @@ class Traffic:
             most = max(most, sum(snapshots.values()) + sum(steps.values()) + spool)
             oldest = oldest_kept(sorted(snapshots), version, window)
             snapshots = {v: size for v, size in snapshots.items() if v >= oldest}
-            steps = {v: size for v, size in steps.items() if v > oldest}
+            steps = {v: size for v, size in steps.items() if v >= oldest}
         kept = sum(snapshots.values()) + sum(steps.values())
-        return max(most, kept + snapshot_size(self.state(rounds)))
+        # The final adapter, and where there are scores that of the best version.
+        adapters = 1 if self.recipe.evaluation.where == "none" else 2
+        return max(most, kept + adapters * snapshot_size(self.state(rounds)))
