@@ -21,7 +21,7 @@ from fedexlora.exchange.sizes import held_bytes, rank_of
 from fedexlora.exchange.spec import ModuleSpec
 from fedexlora.local.arguments import training_arithmetic
 from fedexlora.local.footprint import HEAP, scoring_bytes, training_bytes, writing_bytes
-from fedexlora.methods import METHODS
+from fedexlora.methods import METHODS, Rule
 from fedexlora.peft_bridge.device import find_device
 from fedexlora.peft_bridge.source import resolve_source
 from fedexlora.peft_bridge.weightless import stored_bytes, weight_files
@@ -63,7 +63,7 @@ def forecast(recipe: Recipe, name: str, observer: Observer) -> ForecastRecord:
     observer.preparing("reckoning bytes")
     clients = tuple(drawn.num_examples)
     taking_part = recipe.participation.sample(clients, recipe.federation.seed, 1)
-    remainders = find_remainders(recipe.rule, drawn.model.spec, drawn.specs, taking_part)
+    remainders = find_remainders(_uncut(recipe), drawn.model.spec, drawn.specs, taking_part)
     traffic = Traffic(recipe, drawn.model.spec, drawn.specs, drawn.num_examples, remainders)
     memory = _memory(drawn, traffic, libraries, work, len(taking_part))
     why_not = _why_not(recipe, memory)
@@ -146,12 +146,21 @@ def _exact(recipe: Recipe) -> bool:
 
 
 def _truncation(recipe: Recipe) -> str:
-    if not any(key.startswith("remainder_") for key in recipe.method.options):
+    options = recipe.method.options
+    cut = options.get("remainder_rank") is not None or options.get("remainder_energy") is not None
+    if not cut and options.get("energy", 1.0) == 1.0:
         return ""
     return (
         "every round's remainder is cut, which the round's record states as a share of its update; "
         "without that a run would be exact, and send and keep more"
     )
+
+
+def _uncut(recipe: Recipe) -> Rule:
+    """The rule without a cut whose rank is that of the numbers: what it sends at most."""
+    most = {"energy": 1.0, "remainder_energy": None}
+    options = {key: most.get(key, value) for key, value in recipe.method.options.items()}
+    return METHODS[recipe.method.name].rule_of(options)
 
 
 def _some(rounds: int) -> list[int]:
