@@ -136,3 +136,14 @@ def test_the_benchmark_of_bfloat16_says_what_the_page_says(capsys, monkeypatch):
     assert min(middle) > 95
     assert max(small[:2]) < 50
     assert min(x[2] for x in (large, middle, small)) > 99.9
+
+
+def test_the_start_of_a_run_whose_base_was_split_is_the_base_itself(tmp_path):
+    """The factors of version 0 are what was taken out of the base: nothing is left of the two."""
+    model = AdaptedModel(adapted("pissa"))
+    written = save_global(model, model.initial_state(), tmp_path)
+    assert written.error == 0.0
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name in model.modules:
+        update = [tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "BA"]
+        assert not (update[0] @ update[1]).any()

@@ -180,3 +180,13 @@ def test_a_recipe_takes_what_it_does_not_say_from_the_one_it_extends(tmp_path):
 def test_what_cannot_be_extended_is_named(tmp_path, text, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(write_recipe(tmp_path, "recipe.toml", text))
+
+
+def test_a_start_that_a_method_has_not_is_refused_with_the_way_out(document):
+    changed = document | {"method": {"name": "frlora"}}
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(changed, "test")
+    said = "lora.init_lora_weights: frlora starts from 'pissa', found True"
+    assert caught.value.faults == (said,)
+    changed["lora"] = document["lora"] | {"init_lora_weights": "pissa"}
+    assert parse_recipe(changed, "test").rule.start == ("pissa",)

@@ -21,6 +21,12 @@ METHODS = (
     "hetlora",
     "fedmomentum",
     "fedsvd",
+    "fedadam_factored",
+    "lorafair_ridge",
+    "frlora",
+    "lora_a2",
+    "centralised",
+    "local_only",
 )
 _TABLES = {
     "model": "source revision dtype quantization",
@@ -29,7 +35,7 @@ _TABLES = {
     "data": "source config revision train validation max_train_rows max_validation_rows",
     "partition": "kind clients alpha column min_rows",
     "method": "name next_adapter remainder_rank remainder_energy heads strength momentum rate "
-    "momentum_rank energy period",
+    "momentum_rank energy period beta1 beta2 tau ridge local_rank",
     "federation": "placement reduce_on clients_per_round fraction min_updates deadline stale "
     "weighting weight_cap robust clip_norm bad_share history allow exclude rounds patience seed",
     "evaluation": "where holdout every batch_size dtype sets mean",

@@ -61,6 +61,8 @@ def _described(method: Method) -> dict[str, object]:
         "mixed_ranks": rule.mixed_ranks,
         "late_updates": rule.late_updates,
         "one_global_model": not rule.personal,
+        "one_place_for_all_rows": rule.pooled,
+        "init_lora_weights": rule.start,
         "client_memory": rule.client.memory if rule.client else "none",
         "server_memory": rule.remembers,
         "options": {

@@ -220,7 +220,7 @@ def _certificate(result: RunResult, recipe: Recipe) -> str:
     if (added := max(module.added for module in modules)) > 0.0:
         return (
             f"[green]as stated[/]: in every round the model applied the clients' mean update and "
-            f"the momentum that {name} adds, up to {added:.1%} of a module's update; worst module "
+            f"what {name} adds to it, up to {added:.1%} of a module's update; worst module "
             f"off by {worst.error:.1e}, allowed {worst.allowed:.1e}"
         )
     if not rule.exact and rule.certified:

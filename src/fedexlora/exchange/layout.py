@@ -6,7 +6,7 @@ dense/NAME                                a head or bias
 total/MODULE, or total.A/ and total.B/    the cumulative remainder, dense or in factors
 piece3/MODULE, or piece3.A/ and piece3.B/ what step 3 adds to it; piece/ and so on in its file
 step3/A/MODULE, step3/dense/NAME          of step 3, in a message that leads further
-memory.A/MODULE, memory.B/MODULE          what the server remembers of a module, in a step's file
+memory.A/MODULE, memory.rows/MODULE       what the server remembers of a module, in a step's file
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from fedexlora.texts import few
 
 MEMORY = "memory"
 """How the names begin of what the server remembers of a module."""
+MEMORY_PARTS = ("A", "B", "rows", "columns")
+"""What that may be: factors of a matrix ``(M, N)``, and a number for each row and column of one."""
 NO_MEMORY: Mapping[str, Tensor] = MappingProxyType({})
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What factors, remainders, heads and biases are held in."""
@@ -72,11 +74,12 @@ def memory_tensors(module: str, memory: Mapping[str, Tensor]) -> dict[str, Tenso
     """What the server remembers of a module, by the names of a step's file.
 
     Raises:
-        ValueError: if it is anything but ``A`` and ``B``.
+        ValueError: if it is anything but :data:`MEMORY_PARTS`.
     """
-    if odd := memory.keys() - {"A", "B"}:
-        raise ValueError(f"memory of {module}: expected A and B, found {sorted(odd)}")
-    return {f"{MEMORY}.{letter}/{module}": tensor for letter, tensor in memory.items()}
+    if odd := memory.keys() - set(MEMORY_PARTS):
+        wanted = ", ".join(MEMORY_PARTS)
+        raise ValueError(f"memory of {module}: expected some of {wanted}, found {sorted(odd)}")
+    return {f"{MEMORY}.{part}/{module}": tensor for part, tensor in memory.items()}
 
 
 def own_tensors(own: Mapping[str, Mapping[str, Factors]]) -> dict[str, Tensor]:

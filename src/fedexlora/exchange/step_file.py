@@ -15,7 +15,7 @@ from fedexlora.algebra.lowrank import LowRank
 from fedexlora.errors import DigestError
 from fedexlora.exchange.digest import group, known_digest
 from fedexlora.exchange.digest_file import DigestFile
-from fedexlora.exchange.layout import MEMORY, lowrank_from
+from fedexlora.exchange.layout import MEMORY, MEMORY_PARTS, lowrank_from
 from fedexlora.exchange.step import PIECE, Step, StepDigests, check_parts
 from fedexlora.exchange.tensors import LazyMapping, TensorFile
 from fedexlora.exchange.untrusted import number, short
@@ -23,7 +23,7 @@ from fedexlora.exchange.version import Adapter
 
 PREFIX = "piece"
 """How the names of a step's own pieces begin in its file."""
-
+_REMEMBERED = {f"{MEMORY}.{part}": part for part in MEMORY_PARTS}
 
 Names = dict[str, None]
 """Names in the order of the file."""
@@ -130,8 +130,8 @@ def _contents(
         elif kind in ("own.A", "own.B"):
             module, _, client = name.partition("/")
             own.setdefault(client, {})[module] = None
-        elif kind in (f"{MEMORY}.A", f"{MEMORY}.B"):
-            memory.setdefault(name, {})[kind[-1]] = None
+        elif kind in _REMEMBERED:
+            memory.setdefault(name, {})[_REMEMBERED[kind]] = None
         else:
             odd.append(key)
     if odd:
@@ -145,7 +145,7 @@ def _piece(file: TensorFile, pieces: Mapping[str, list[str]], module: str) -> Lo
 
 
 def _remembered(file: TensorFile, memory: Mapping[str, Names], module: str) -> Mapping[str, Tensor]:
-    return {letter: file.read(f"{MEMORY}.{letter}/{module}") for letter in memory[module]}
+    return {part: file.read(f"{MEMORY}.{part}/{module}") for part in memory[module]}
 
 
 def _own(file: TensorFile, own: Mapping[str, Names], client: str) -> Adapter:

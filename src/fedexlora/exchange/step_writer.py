@@ -25,6 +25,7 @@ from fedexlora.exchange.digest_file import DigestWriter, header_room
 from fedexlora.exchange.files import writing
 from fedexlora.exchange.layout import (
     MEMORY,
+    MEMORY_PARTS,
     NO_MEMORY,
     adapter_tensors,
     dense_tensors,
@@ -55,7 +56,7 @@ class StepSink(Protocol):
             adapter: its factors in the version that is reached.
             piece: its remainder of the round, unscaled, ``(d_out, d_in)``; rounded to float32. Of
                 a zero matrix nothing is kept.
-            memory: what the server remembers of the module, by names of letters alone.
+            memory: what the server remembers of the module, by part of ``MEMORY_PARTS``.
 
         Raises:
             RunError: if it cannot be written.
@@ -181,7 +182,7 @@ class StepWriter:
         known, first = list(modules), dict(owners or {})
         names = [f"{letter}/{name}" for name in known for letter in letters]
         names += [f"{PREFIX}.{letter}/{name}" for name in known for letter in "AB"]
-        names += [f"{MEMORY}.{letter}/{name}" for name in known for letter in "AB"]
+        names += [f"{MEMORY}.{part}/{name}" for name in known for part in MEMORY_PARTS]
         names += [f"dense/{name}" for name in dense]
         owning = set(first.values())
         names += [f"own.{x}/{name}/{client}" for name in known for client in owning for x in "AB"]

@@ -21,7 +21,7 @@ from fedexlora.flower.transport import FlowerTransport
 from fedexlora.rounds.folder import Progress, RunFolder
 from fedexlora.rounds.loop import RunResult, run_federation
 from fedexlora.rounds.observer import Observer, RunInfo
-from fedexlora.rounds.prepared import Prepared, check_clients
+from fedexlora.rounds.prepared import Prepared, check_clients, refuse_one_place
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.tracking import check_trackers, tracked
 
@@ -122,6 +122,8 @@ def serve(
             f"{recipe.method.name} has one model a client; the server has none of them to score",
             ["set evaluation.where = 'clients' or 'none'"],
         )
+    if not simulated:
+        refuse_one_place(recipe)
     check_trackers(recipe)
     folder = RunFolder(settings.out)
     continued = folder.check_same(recipe) if settings.resume else folder.check_new()

@@ -23,6 +23,7 @@ from fedexlora.exchange.update import ClientUpdate
 from fedexlora.local.job import LocalJob
 from fedexlora.local.memory import ClientMemory, Remembered
 from fedexlora.local.scoring import HeldOut
+from fedexlora.local.slots import after_each, putting_back
 from fedexlora.methods.rule import ClientRound, Rule, Trainables
 from fedexlora.peft_bridge.model import AdaptedModel
 
@@ -47,6 +48,7 @@ class LocalClients:
         rule: what clients do by the method.
         held_out: rows that are scored and not trained on, where clients score.
         measure: what the holder of a model says of it, where the server has none.
+        probe: trains the one epoch by which clients of some methods choose what they train.
     """
 
     def __init__(
@@ -60,12 +62,13 @@ class LocalClients:
         rule: Rule,
         held_out: HeldOut | None = None,
         measure: Measure | None = None,
+        probe: LocalJob | None = None,
     ) -> None:
         self.model = model
         self._rows = rows
         self._shares = shares
         self.num_examples = {client: len(share) for client, share in shares.items()}
-        self._job = job
+        self._job, self._probe = job, probe
         self._seed = seed
         self._specs = specs
         self.rule = rule
@@ -122,12 +125,13 @@ class LocalClients:
         if self._held_out is not None and held.version % self._held_out.every == 0:
             scores = self._held_out.scores(client, live)
         with self.model.training_only(self.rule.trains(round_)):
+            put_back = self._choose(held, at, rows)
             done = self._job.train(
                 live,
                 rows,
                 seed=derive_seed(self._seed, round_, client),
                 round_=round_,
-                on_step=lambda done, steps: progress(client, done, steps),
+                on_step=after_each(put_back, partial(progress, client)),
             )
         return ClientUpdate(
             client=client,
@@ -141,6 +145,21 @@ class LocalClients:
             scores=scores,
             holder=holder,
         ).encode()
+
+    def _choose(self, held: GlobalState, at: ClientRound, rows: Dataset) -> Callable[[], None]:
+        """What puts back, after every step, what the method has the client not train."""
+        choose = self.rule.client.slots if self.rule.client is not None else None
+        if choose is None:
+            return lambda: None
+        if self._probe is None:
+            raise AssertionError("a method whose clients choose what they train needs a probe")
+        seed = derive_seed(self._seed, at.round, f"{at.client}\0probe")
+        self._probe.train(
+            self.model.peft_model, rows, seed=seed, round_=at.round, on_step=lambda *_: None
+        )
+        slots = choose(at, Trainables(self.model.factors(), self.model.dense()))
+        self._enter(held, at)
+        return putting_back(self.model, slots)
 
     def as_client(
         self,

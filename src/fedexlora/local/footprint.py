@@ -3,7 +3,7 @@
 The step is taken on a model without numbers, in torch's fake tensors, which have shapes, dtypes and
 lifetimes alone. What is counted is what torch allocates for tensors: activations, gradients, the
 optimizer's state. It is exact where every tensor is given back at once; the heap of a C library
-keeps gaps, see :data:`HEAP`.
+keeps gaps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,16 +28,31 @@ from fedexlora.local.arguments import arguments, training_arithmetic
 from fedexlora.local.trainer import Collator
 from fedexlora.peft_bridge.arithmetic import Arithmetic
 
-HEAP = 0.25
-"""What a process has of its memory beside that, on a processor: gaps between tensors. Measured with
-glibc on steps of GPT-2 and RoBERTa: 0.23 and 0.27; with ``MALLOC_MMAP_THRESHOLD_=65536``, 0.02."""
+_HEAP_TENSOR = 32 << 20
+"""Bytes below which glibc may put a tensor on its heap; larger ones are given back at once."""
+_GAPS = 0.6
+"""What the heap has beside the tensors on it, as a share of these. Measured with steps of rows of
+several lengths: 0.3 to 0.9, the more the smaller the tensors are."""
 _CPU = torch.device("cpu")
 """What fake tensors say that they are on; what is allocated is about the same everywhere."""
 
 
-def training_bytes(
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """The most bytes that are held at once."""
+
+    tensors: int
+    on_heap: int
+    """Of these, in tensors that a processor's heap has."""
+
+    def on(self, device: torch.device) -> int:
+        """With the gaps of the heap, if that is where tensors are."""
+        return self.tensors + (round(_GAPS * self.on_heap) if device.type == "cpu" else 0)
+
+
+def training_footprint(
     model: nn.Module, rows: Dataset, collator: Collator, options: Mapping[str, Any]
-) -> int:
+) -> Footprint:
     """What the first step on the longest rows holds at once, with gradients and optimizer.
 
     Args:
@@ -62,9 +78,9 @@ def training_bytes(
     return _peak(model, collator(_longest(rows, made.train_batch_size)), step)
 
 
-def scoring_bytes(
+def scoring_footprint(
     model: nn.Module, rows: Dataset, collator: Collator, batch_size: int, arithmetic: Arithmetic
-) -> int:
+) -> Footprint:
     """What scoring the longest rows holds at once, up to the outputs.
 
     Args:
@@ -85,7 +101,9 @@ def scoring_bytes(
     return _peak(model, collator(_longest(rows, batch_size)), score)
 
 
-def writing_bytes(model: nn.Module, sequences: int, length: int, arithmetic: Arithmetic) -> int:
+def writing_footprint(
+    model: nn.Module, sequences: int, length: int, arithmetic: Arithmetic
+) -> Footprint:
     """What writing texts holds at once: keys and values of every token, and a pass over them.
 
     Args:
@@ -113,14 +131,14 @@ def _peak(
     model: nn.Module,
     batch: Mapping[str, Tensor],
     work: Callable[[nn.Module, Mapping[str, Tensor]], None],
-) -> int:
+) -> Footprint:
     """The most bytes that ``work`` has allocated at once."""
     with FakeTensorMode(allow_non_fake_inputs=True), _without_numbers(model):
         fake = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in batch.items()}
         counted = _Allocations([*model.parameters(), *model.buffers(), *fake.values()])
         with counted:
             work(model, fake)
-        return counted.peak
+        return counted.most
 
 
 @contextmanager
@@ -162,8 +180,8 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch'
 
     def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's
-        self.peak = 0
-        self._now = 0
+        self.most = Footprint(0, 0)
+        self._now = self._on_heap = 0
         self._there = [tensor.untyped_storage() for tensor in there]
         self._alive = {storage._cdata for storage in self._there}
 
@@ -185,10 +203,16 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch'
         if key in self._alive:
             return
         self._alive.add(key)
-        self._now += size
-        self.peak = max(self.peak, self._now)
+        self._add(size)
+        if self._now > self.most.tensors:
+            self.most = Footprint(self._now, self._on_heap)
         weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self._alive.discard(key)
-        self._now -= size
+        self._add(-size)
+
+    def _add(self, size: int) -> None:
+        self._now += size
+        if abs(size) < _HEAP_TENSOR:
+            self._on_heap += size

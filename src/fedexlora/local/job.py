@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 
 OnStep = Callable[[int, int], None]
-"""Told of every step: steps done, and steps in all."""
+"""Told of every step before the next one begins: steps done, and steps in all. It may put back what
+a step should not have changed."""
 
 
 @dataclass(frozen=True, slots=True)

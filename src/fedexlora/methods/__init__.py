@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from fedexlora.methods.centralised import CENTRALISED
+from fedexlora.methods.fedadam_factored import FEDADAM_FACTORED
 from fedexlora.methods.fedavgm import FEDAVGM
 from fedexlora.methods.fedex import FEDEX
 from fedexlora.methods.fedit import FEDIT
@@ -16,7 +18,11 @@ from fedexlora.methods.ffa import FFA
 from fedexlora.methods.flexlora import FLEXLORA
 from fedexlora.methods.flora import FLORA
 from fedexlora.methods.florist import FLORIST
+from fedexlora.methods.frlora import FRLORA
 from fedexlora.methods.hetlora import HETLORA
+from fedexlora.methods.local_only import LOCAL_ONLY
+from fedexlora.methods.lora_a2 import LORA_A2
+from fedexlora.methods.lorafair_ridge import LORAFAIR_RIDGE
 from fedexlora.methods.method import Method
 from fedexlora.methods.rbla import RBLA
 from fedexlora.methods.rolora import ROLORA
@@ -39,6 +45,12 @@ _TABLE = {
         HETLORA,
         FEDMOMENTUM,
         FEDSVD,
+        FEDADAM_FACTORED,
+        LORAFAIR_RIDGE,
+        FRLORA,
+        LORA_A2,
+        CENTRALISED,
+        LOCAL_ONLY,
     )
 }
 METHODS: Mapping[str, Method] = MappingProxyType(_TABLE)

@@ -16,17 +16,13 @@ that leaves out is stated in the record. With momentum 0 and rate 1 it is FedEx-
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 
 from fedexlora.algebra import assignment
-from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.methods.method import Method, Options
+from fedexlora.methods.momentum import kept, mean_change, plus, remembered
 from fedexlora.methods.rule import Memory, ModuleRound, ModuleStep, Rule
-
-_RANKS = 4
-"""How many times the adapter's rank the momentum has, if nothing else is said."""
 
 
 class FedAvgMOptions(Options):
@@ -48,14 +44,13 @@ def _server(options: FedAvgMOptions, module: ModuleRound) -> ModuleStep:
     own = {client: assignment.mean(moments, x) for client, x in module.owners.items()}
     if options.momentum == 0.0 and options.rate == 1.0:
         return ModuleStep(adapter, remainder, own)
-    change = _plus(assignment.ideal(moments), LowRank(module.holder.previous).scaled(-1.0))
-    change = _plus(change, module.offset)
-    momentum = _plus(_read(module.memory, change).scaled(options.momentum), change)
-    added = _plus(momentum.scaled(options.rate), change.scaled(-1.0))
+    change = mean_change(module)
+    momentum = plus(remembered(module.memory, change).scaled(options.momentum), change)
+    added = plus(momentum.scaled(options.rate), change.scaled(-1.0))
     memory, lacks = _kept(options, momentum, module.holder.rank)
     return ModuleStep(
         adapter,
-        _plus(remainder, added),
+        plus(remainder, added),
         own,
         added=added,
         memory=memory,
@@ -63,26 +58,11 @@ def _server(options: FedAvgMOptions, module: ModuleRound) -> ModuleStep:
     )
 
 
-def _plus(one: LowRank, other: LowRank) -> LowRank:
-    return one.to(torch.float64).plus([] if other.is_zero else [other.value])
-
-
-def _read(memory: Memory, like: LowRank) -> LowRank:
-    """The momentum of the round before; zero in the first."""
-    if not memory:
-        return LowRank.zeros(*like.shape, torch.float64)
-    return LowRank(Factors(memory["A"], memory["B"]))
-
-
 def _kept(options: FedAvgMOptions, momentum: LowRank, rank: int) -> tuple[Memory, float]:
-    """The momentum at its rank, and the norm of what that leaves out."""
+    """What of the momentum is remembered, and the norm of the rest; nothing if it never counts."""
     if options.momentum == 0.0:
         return {}, 0.0
-    rule = assignment.truncate_to_rank(options.momentum_rank or _RANKS * rank)
-    kept, lacks = rule(momentum)
-    if not isinstance(kept.value, Factors):
-        raise AssertionError("a matrix of a given rank is dense")
-    return {"A": kept.value.A, "B": kept.value.B}, lacks
+    return kept(momentum, rank, options.momentum_rank)
 
 
 def _rule(options: FedAvgMOptions) -> Rule:

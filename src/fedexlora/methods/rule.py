@@ -33,6 +33,8 @@ MemoryRule = Literal["none", "optional", "required"]
 Memory = Mapping[str, Tensor]
 """What is remembered from one round to a later one, by name; empty for nothing."""
 _NOTHING: Memory = MappingProxyType({})
+Slots = Mapping[str, Tensor]
+"""By module, which of its ranks are meant: bool ``(R,)``, of rows of ``A`` and columns of ``B``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,9 @@ class ClientRule:
     """What it sends of what it has trained, and what it remembers; by default as it is, nothing."""
     memory: MemoryRule = "none"
     """Whether it remembers anything, and whether one that lost it starts anew or is left out."""
+    slots: Callable[[ClientRound, Trainables], Slots] | None = None
+    """Which ranks it trains, by what a first epoch made of all of them, which is undone then; the
+    others are put back after every step. All, without such an epoch, if not given."""
 
 
 @dataclass(frozen=True)  # no slots: the moments are kept
@@ -188,6 +193,10 @@ class Rule:
     """Whether the method weighs clients by what they send, and not by their rows."""
     late_updates: bool = False
     """Whether an update that was trained from an earlier version may count."""
+    pooled: bool = False
+    """Whether one client has the rows of all: nothing is federated then, and nobody is drawn."""
+    start: tuple[str, ...] | None = None
+    """The values of PEFT's ``init_lora_weights`` that it can start from; any if not given."""
 
     @property
     def remembers_at_clients(self) -> bool:

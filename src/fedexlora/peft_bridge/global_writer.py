@@ -29,7 +29,7 @@ def write_global(layout: AdapterLayout, state: GlobalState, folder: Path) -> Wri
 
     On the untouched base its update is ``scaling * (total + B A)``, at the lowest rank that loses
     nothing, with PEFT's scaling set to 1. What an initialisation such as PiSSA took out of the
-    base is part of it: ``[B | -B0] [A ; A0]`` on the original weights.
+    base is part of it: ``(B - B0) A + B0 (A - A0)`` on the original weights.
 
     Args:
         layout: of the model that the state belongs to.
@@ -106,7 +106,8 @@ def _since_original(layout: AdapterLayout, name: str, adapter: Factors) -> Facto
     if name not in layout.taken_out:
         return wide
     start = layout.taken_out[name].to(torch.float64)
-    return stack([wide, start.scaled(-1.0)])
+    # B A - B0 A0 by differences of factors: where those are 0, nothing is left, and no rounding.
+    return stack([Factors(wide.A, wide.B - start.B), Factors(wide.A - start.A, start.B)])
 
 
 def _whole(total: LowRank, adapter: Factors, scaling: float) -> Factors:

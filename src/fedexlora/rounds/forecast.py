@@ -20,7 +20,7 @@ from fedexlora.exchange.forecast_records import (
 from fedexlora.exchange.sizes import held_bytes, rank_of
 from fedexlora.exchange.spec import ModuleSpec
 from fedexlora.local.arguments import training_arithmetic
-from fedexlora.local.footprint import HEAP, scoring_bytes, training_bytes, writing_bytes
+from fedexlora.local.footprint import scoring_footprint, training_footprint, writing_footprint
 from fedexlora.methods import METHODS, Rule
 from fedexlora.peft_bridge.device import find_device
 from fedexlora.peft_bridge.source import resolve_source
@@ -147,7 +147,7 @@ def _exact(recipe: Recipe) -> bool:
 
 def _truncation(recipe: Recipe) -> str:
     options = recipe.method.options
-    cut = options.get("remainder_rank") is not None or options.get("remainder_energy") is not None
+    cut = any(x.startswith("remainder_") and v for x, v in options.items())
     if not cut and options.get("energy", 1.0) == 1.0:
         return ""
     return (
@@ -231,9 +231,7 @@ def _memory(
     """
     recipe, model = drawn.recipe, drawn.model
     weights = sum(map(stored_bytes, model.peft_model.parameters()))
-    device = find_device(recipe.device)
-    gaps = 1.0 + (HEAP if device.type == "cpu" else 0.0)
-    step, score = (round(gaps * x) for x in work)
+    step, score = work
     last = traffic.totals[-1]
     beside = _beside(drawn, last)
     total = held_bytes(last, torch.float64)
@@ -269,25 +267,28 @@ def _work(drawn: Sketch) -> tuple[int, int]:
         table = recipe.model.model_copy(update={"quantization": None})
         plain = sketch(recipe.model_copy(update={"model": table}), Observer())
     model = plain.model.peft_model
-    trained = training_bytes(model, drawn.rows, drawn.collator, recipe.training)
+    device = find_device(recipe.device)
+    trained = training_footprint(model, drawn.rows, drawn.collator, recipe.training).on(device)
     if plain.scoring is None:  # clients score, if anybody does, on rows of their own
         batch, arithmetic = recipe.evaluation.batch_size, scoring_arithmetic(recipe)
-        return trained, scoring_bytes(model, drawn.rows, drawn.collator, batch, arithmetic)
-    scored = [_scored(plain, own) for own in (plain.scoring, *plain.scoring.sets.values())]
-    return trained, max(scored)
+        own = scoring_footprint(model, drawn.rows, drawn.collator, batch, arithmetic)
+        return trained, own.on(device)
+    every = (plain.scoring, *plain.scoring.sets.values())
+    return trained, max(_scored(plain, own, device) for own in every)
 
 
-def _scored(drawn: Sketch, scoring: Scoring) -> int:
+def _scored(drawn: Sketch, scoring: Scoring, device: torch.device) -> int:
     """Bytes of scoring one set of rows."""
     model, arithmetic = drawn.model.peft_model, scoring_arithmetic(drawn.recipe)
     batch, generation = drawn.recipe.evaluation.batch_size, scoring.generation
-    most = scoring_bytes(model, scoring.validation, drawn.collator, batch, arithmetic)
+    rows = scoring.validation
+    most = scoring_footprint(model, rows, drawn.collator, batch, arithmetic).on(device)
     if generation is None:
         return most
     config = generation.config
     sequences = config.num_beams * min(config.batch_size, len(generation.prompts))
     length = max(map(len, generation.prompts)) + config.max_new_tokens
-    return max(most, writing_bytes(model, sequences, length, arithmetic))
+    return max(most, writing_footprint(model, sequences, length, arithmetic).on(device))
 
 
 def _beside(drawn: Sketch, total: Mapping[str, LowRank]) -> int:

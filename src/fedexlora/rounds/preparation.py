@@ -19,7 +19,6 @@ from fedexlora.errors import RecipeError
 from fedexlora.exchange.spec import AdapterSpec
 from fedexlora.local.arguments import check_training_device, training_arithmetic
 from fedexlora.local.clients import LocalClients
-from fedexlora.local.job import LocalJob
 from fedexlora.local.jobs import local_job
 from fedexlora.local.scoring import HeldOut, RowScorer
 from fedexlora.peft_bridge.device import find_device
@@ -29,7 +28,13 @@ from fedexlora.peft_bridge.load import attach_lora, probe_shapes
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.holder import HolderMeasure
 from fedexlora.rounds.observer import Observer
-from fedexlora.rounds.prepared import Prepared, check_clients, check_reduction_device
+from fedexlora.rounds.participation import AccessList
+from fedexlora.rounds.prepared import (
+    Prepared,
+    check_clients,
+    check_reduction_device,
+    refuse_one_place,
+)
 from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.recipe_tables import ClientTable
 from fedexlora.rounds.rows import check_rows
@@ -64,7 +69,9 @@ def prepare(recipe: Recipe, observer: Observer) -> tuple[Prepared, LocalClients]
         tokenized |= {"validation": scoring.validation}
         notes += scoring.notes
     summary = check_rows(recipe, task, model.peft_model, tokenizer, tokenized, notes, observer)
-    summary = replace(summary, client_values=client_values(splits.train, recipe.partition, shares))
+    if not recipe.rule.pooled:
+        values = client_values(splits.train, recipe.partition, shares)
+        summary = replace(summary, client_values=values)
     # Every row that a number of the run comes from is part of its data.
     others = [own.rows for own in sets.values()]
     data = fingerprint(splits.train, splits.validation, *others) if others else splits.fingerprint
@@ -134,9 +141,10 @@ def prepare_client(
 
     Raises:
         DataError: if rows are missing, do not fit the task, or are too few to hold some out.
-        RecipeError: if the partition has no such share.
+        RecipeError: if the partition has no such share, or the method needs all rows in one place.
         BridgeError: if the model cannot be loaded or not be aggregated exactly.
     """
+    refuse_one_place(recipe)
     observer.preparing("reading the data")
     rows, separate = load_train(recipe.data, recipe.federation.seed), None
     if own_validation and recipe.evaluation.where == "clients":
@@ -162,10 +170,6 @@ def prepare_client(
     check_rows(recipe, task, model.peft_model, tokenizer, tokenized, [note], observer)
     held_out = _held_out(recipe, task, tokenizer, scored, parted)
     return _clients(recipe, task, tokenizer, model, tokenized["training"], parted, specs, held_out)
-
-
-def _job(recipe: Recipe, task: Task, tokenizer: Tokenizer) -> LocalJob:
-    return local_job(recipe.training, task.collator(tokenizer), recipe.federation.rounds)
 
 
 def client_rows(recipe: Recipe) -> dict[str, int]:
@@ -194,7 +198,8 @@ def admitted_shares(recipe: Recipe, shares: Mapping[str, list[int]]) -> dict[str
         for name in names
         if name not in shares
     ]
-    admitted = {name: rows for name, rows in shares.items() if not recipe.access.fault(name)}
+    access = AccessList(table.allow, table.exclude)
+    admitted = {name: rows for name, rows in shares.items() if not access.fault(name)}
     if not admitted and not faults:
         faults.append(f"federation.exclude: it names all of {', '.join(shares)}")
     if faults:
@@ -228,10 +233,17 @@ def _node_splits(rows: Dataset, separate: Dataset | None) -> Splits:
 
 
 def part_rows(recipe: Recipe, shares: Mapping[str, Sequence[int]]) -> Holdout:
-    """What clients train on, and what they hold out where they score."""
-    if recipe.evaluation.where != "clients":
-        return Holdout(shares, {})
-    return hold_out(shares, recipe.evaluation.holdout, recipe.federation.seed)
+    """What clients train on, and what they hold out where they score; all of it as one client's."""
+    parted = Holdout(shares, {})
+    if recipe.evaluation.where == "clients":
+        parted = hold_out(shares, recipe.evaluation.holdout, recipe.federation.seed)
+    if not recipe.rule.pooled:
+        return parted
+    return Holdout(*(_pooled(recipe, part) for part in (parted.train, parted.held_out)))
+
+
+def _pooled(recipe: Recipe, rows: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    return {recipe.method.name: sorted(row for share in rows.values() for row in share)}
 
 
 def _held_out(
@@ -255,19 +267,21 @@ def _clients(
     specs: Mapping[str, AdapterSpec],
     held_out: HeldOut | None,
 ) -> LocalClients:
-    measure = None
+    measure, collator = None, task.collator(tokenizer)
+    once = {**recipe.training, "num_train_epochs": 1, "max_steps": -1}
     if recipe.evaluation.where != "server":
         measure = HolderMeasure(task, tokenizer, recipe.evaluation.batch_size)
     return LocalClients(
         model,
         rows,
         parted.train,
-        _job(recipe, task, tokenizer),
+        local_job(recipe.training, collator, recipe.federation.rounds),
         recipe.federation.seed,
         specs,
         recipe.rule,
         held_out,
         measure,
+        probe=local_job(once, collator, recipe.federation.rounds),
     )
 
 

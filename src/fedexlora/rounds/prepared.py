@@ -154,6 +154,19 @@ def check_reduction_device(recipe: Recipe) -> None:
         )
 
 
+def refuse_one_place(recipe: Recipe) -> None:
+    """Refuse a method that trains on all rows in one place, where clients keep theirs.
+
+    Raises:
+        RecipeError: if it is one.
+    """
+    if recipe.rule.pooled:
+        raise RecipeError(
+            f"method.name: {recipe.method.name} trains on the rows of all clients in one place",
+            ["nodes keep theirs: run it with fedexlora run, where the data are"],
+        )
+
+
 def check_clients(recipe: Recipe, clients: Sequence[str]) -> None:
     """Refuse a recipe that says something of a client that there is not.
 

@@ -137,6 +137,8 @@ class Recipe(Table):
     def participation(self) -> Participation:
         """Who takes part in a round, and how much each one counts."""
         table = self.federation
+        if self.rule.pooled:
+            return Participation()
         return Participation(
             table.clients_per_round,
             table.fraction,
@@ -149,7 +151,9 @@ class Recipe(Table):
 
     @property
     def access(self) -> AccessList:
-        """Which clients may take part at all."""
+        """Which clients may take part at all; of one client that has the rows of those, all."""
+        if self.rule.pooled:
+            return AccessList()
         return AccessList(self.federation.allow, self.federation.exclude)
 
     @property

@@ -22,6 +22,7 @@ def table_faults(recipe: Recipe) -> list[str]:
     """Every fault between keys."""
     faults = _participation_faults(recipe) + _screening_faults(recipe) + _weight_faults(recipe)
     faults += _scoring_faults(recipe) + _loss_faults(recipe) + _place_faults(recipe)
+    faults += _start_faults(recipe)
     for client, own in recipe.clients.items():
         faults += _client_faults(f'clients."{client}"', own, recipe)
     return faults
@@ -102,6 +103,15 @@ def _weight_faults(recipe: Recipe) -> list[str]:
     return faults
 
 
+def _start_faults(recipe: Recipe) -> list[str]:
+    """An initialisation that the method cannot start from."""
+    known, found = recipe.rule.start, recipe.lora.get("init_lora_weights", True)
+    if known is None or found in known:
+        return []
+    wanted, name = " or ".join(map(repr, known)), recipe.method.name
+    return [f"lora.init_lora_weights: {name} starts from {wanted}, found {found!r}"]
+
+
 def _scoring_faults(recipe: Recipe) -> list[str]:
     weights, scoring = recipe.model.dtype, recipe.scoring_dtype
     if weights in ("float32", scoring):
@@ -141,6 +151,9 @@ def _loss_faults(recipe: Recipe) -> list[str]:
 
 def _screening_faults(recipe: Recipe) -> list[str]:
     table, faults = recipe.federation, []
+    if table.robust is not None and (recipe.rule.pooled or not recipe.rule.uploads(1)):
+        name = recipe.method.name
+        faults.append(f"federation.robust: {name} has no updates to compare; leave it out")
     rejects = table.robust in ("multi_krum", "trimmed_mean")
     if table.clip_norm is not None and table.robust != "clip":
         faults.append("federation.clip_norm: only with robust = 'clip'")

@@ -65,6 +65,11 @@ def check_keep(prepared: Prepared) -> None:
             "--keep-updates: factors on a base that their initialisation changed are no adapters",
             ["leave it out, or set lora.init_lora_weights = true"],
         )
+    if not prepared.recipe.rule.uploads(1):
+        raise RecipeError(
+            f"--keep-updates: clients of {prepared.recipe.method.name} send no adapters",
+            ["leave it out; each one's is in the run's folder adapters at the end"],
+        )
     if prepared.recipe.federation.stale == "accept":
         raise RecipeError(
             "--keep-updates: a late update is a change of an earlier version, not an adapter",
