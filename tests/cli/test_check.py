@@ -109,10 +109,13 @@ def of_method(name: str) -> list[str]:
     "changes",
     [
         *(of_method(name) for name in METHODS if name != "fedex"),
+        ["method.name=hetlora", "clients.site-north.lora.r=1"],
+        ["method.name=fedmomentum", "method.energy=1.0"],
         ["method.next_adapter=keep"],
         ["method.next_adapter=svd"],
         ["method.next_adapter=reinit"],
         ["method.remainder_rank=1"],
+        ["method.remainder_energy=0.5"],
         ["federation.clients_per_round=2", "federation.history=1", "federation.rounds=5"],
         ["clients.site-north.lora.r=1", "clients.site-west.lora.r=3"],
     ],

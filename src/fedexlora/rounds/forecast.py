@@ -63,7 +63,7 @@ def forecast(recipe: Recipe, name: str, observer: Observer) -> ForecastRecord:
     observer.preparing("reckoning bytes")
     clients = tuple(drawn.num_examples)
     taking_part = recipe.participation.sample(clients, recipe.federation.seed, 1)
-    remainders = find_remainders(_largest(recipe), drawn.model.spec, drawn.specs, taking_part)
+    remainders = find_remainders(_uncut(recipe), drawn.model.spec, drawn.specs, taking_part)
     traffic = Traffic(recipe, drawn.model.spec, drawn.specs, drawn.num_examples, remainders)
     memory = _memory(drawn, traffic, libraries, work, len(taking_part))
     why_not = _why_not(recipe, memory)
@@ -145,24 +145,22 @@ def _exact(recipe: Recipe) -> bool:
     return table.robust is None and table.deadline is None and not _truncation(recipe)
 
 
-def _largest(recipe: Recipe) -> Rule:
-    """The rule with all of the energy: how many directions a share takes depends on training."""
-    options = recipe.method.options
-    whole = {"energy": 1.0, "remainder_energy": None}
-    given = {**options, **{key: whole[key] for key in options.keys() & whole.keys()}}
-    return METHODS[recipe.method.name].rule_of(given)
-
-
 def _truncation(recipe: Recipe) -> str:
     options = recipe.method.options
-    if not any(map(options.get, ("remainder_rank", "remainder_energy"))) and (
-        options.get("energy", 1.0) == 1.0
-    ):
+    cut = any(x.startswith("remainder_") and v for x, v in options.items())
+    if not cut and options.get("energy", 1.0) == 1.0:
         return ""
     return (
         "every round's remainder is cut, which the round's record states as a share of its update; "
         "without that a run would be exact, and send and keep more"
     )
+
+
+def _uncut(recipe: Recipe) -> Rule:
+    """The rule without a cut whose rank is that of the numbers: what it sends at most."""
+    most = {"energy": 1.0, "remainder_energy": None}
+    options = {key: most.get(key, value) for key, value in recipe.method.options.items()}
+    return METHODS[recipe.method.name].rule_of(options)
 
 
 def _some(rounds: int) -> list[int]:

@@ -120,7 +120,7 @@ def _tried(
             form = CommonForm(state, sent[id(common)], {c: sent[id(x)] for c, x in others.items()})
             updates = [WeightedUpdate(_update(client, form), 1.0) for client in clients]
             sink = step_in_memory(state, rule)
-            reduced = Reducer(form, rule, _random, memory=memory).reduce(updates, sink)
+            reduced = Reducer(form, rule, _fresh, memory=memory).reduce(updates, sink)
             found.append(reduced.step.pieces.get(name))
             memory = sink.memory
             # The next round needs what it starts from, and not the sum of what was before.
@@ -142,6 +142,11 @@ def _random(spec: AdapterSpec) -> dict[str, Factors]:
         )
         for name, m in spec.modules.items()
     }
+
+
+def _fresh(spec: AdapterSpec) -> dict[str, Factors]:
+    """New factors, whose product is zero as that of PEFT's."""
+    return {n: Factors(pair.A, torch.zeros_like(pair.B)) for n, pair in _random(spec).items()}
 
 
 def _shape(spec: AdapterSpec, name: str) -> tuple[int, int]:
