@@ -10,12 +10,16 @@ import pytest
 import tomlkit
 
 from fedexlora.exchange.forecast_records import ForecastRecord
+from fedexlora.methods import METHODS
 from fedexlora.rounds.forecast import forecast
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.recipe import load_recipe
 from fedexlora.rounds.run import run
 from tests.cli.invoke import fedexlora
 from tests.rounds.conftest import data_folder, document  # noqa: F401 - fixtures
+
+FEW = ("ffa", "rolora", "fedsa", "fedavgm")
+"""Of which messages have another content, or grow over rounds."""
 
 
 @pytest.fixture
@@ -102,12 +106,10 @@ def test_where_remainders_live_and_why(recipe_file, change, placement, reason):
 @pytest.mark.parametrize(
     "changes",
     [
-        ["method.name=fedit"],
-        ["method.name=ffa"],
-        ["method.name=rolora"],
-        ["method.name=fedsa"],
-        ["method.name=fedavgm"],
-        ["method.name=fedrot"],
+        *(
+            pytest.param([f"method.name={name}"], marks=() if name in FEW else pytest.mark.slow)
+            for name in METHODS
+        ),
         ["method.next_adapter=keep"],
         ["method.next_adapter=svd"],
         ["method.next_adapter=reinit"],
