@@ -6,11 +6,16 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test slow exactness results results-smoke bench-server check lint types format clean
+.PHONY: quickstart quickstart-compare test slow exactness results results-smoke bench-server check lint types format clean
 
 quickstart: $(VENV)/.quickstart  ## Federated fine-tuning of a real model on real text, in minutes
 	$(BIN)/python examples/stdlib_docstrings.py data/docstrings
 	$(BIN)/fedexlora run recipes/quickstart.toml --out runs/quickstart --keep-updates --resume
+
+quickstart-compare: $(VENV)/.quickstart  ## FedEx-LoRA, plain averaging and centralised training, three seeds
+	$(BIN)/python examples/stdlib_docstrings.py data/docstrings
+	$(BIN)/fedexlora compare recipes/quickstart.toml --methods fedit,fedex,centralised --seeds 0,1,2 --jobs 2 --out runs/quickstart-compare --resume
+	$(BIN)/fedexlora report runs/quickstart-compare --out runs/quickstart-compare/report.html
 
 test: $(VENV)/.dev  ## All tests that need no network, no GPU and little time; exactness included
 	$(PYTEST) --numprocesses 0 -rs -m deployment tests/flower/test_deploy.py

@@ -155,3 +155,23 @@ def test_the_interval_is_the_same_every_time_and_widens_with_the_spread():
     near, far = interval([0.01, 0.02, 0.03]), interval([-0.1, 0.02, 0.2])
     assert near == interval([0.01, 0.02, 0.03])
     assert far[1] - far[0] > near[1] - near[0] > 0
+
+
+def test_references_stand_beside_methods(recipe_file, in_process, tmp_path):
+    out = tmp_path / "comparison"
+    words = ["compare", recipe_file, "--methods", "fedex,centralised,local_only", "--seeds", "0"]
+    done = fedexlora(*words, "--out", out, "--set", "federation.rounds=1")
+    assert done.returncode == 0, done.stdout
+    found = read(out)
+    assert [cell.method for cell in found.cells] == ["fedex", "centralised", "local_only"]
+    (start,) = found.same_start
+    assert start.adapter
+    assert start.differences == (
+        "centralised: the division among clients differs from that of fedex",
+    )
+    records = [json.loads((out / cell.run / "rounds.jsonl").read_text()) for cell in found.cells]
+    rows = [sum(client["num_examples"] for client in record["clients"]) for record in records]
+    assert rows[0] == rows[1] == rows[2]
+    assert [len(record["clients"]) for record in records] == [3, 1, 3]
+    losses = [record["metrics"]["loss"] for record in records]
+    assert len(set(losses)) == 3, "none is scored as another"

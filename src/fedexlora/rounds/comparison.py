@@ -129,7 +129,8 @@ class Comparison:
 
     def _finished(self, cell: Cell) -> bool:
         folder, rounds = self._folder(cell), cell.recipe.federation.rounds
-        if folder.read_header() is None or not folder.adapter.is_dir():
+        written = folder.adapters if cell.recipe.rule.personal else folder.adapter
+        if folder.read_header() is None or not written.is_dir():
             return False
         return len(folder.read_records(rounds)) == rounds
 
