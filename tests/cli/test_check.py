@@ -39,7 +39,7 @@ def test_it_says_what_a_run_then_is_and_writes_nothing(recipe_file, tmp_path, mo
     assert found.round_up == pytest.approx([r["bytes"]["up"] for r in records], rel=0.01)
     assert found.round_down == pytest.approx([r["bytes"]["down"] for r in records], rel=0.05)
     files = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
-    assert found.disk == pytest.approx(files, rel=0.5)  # of tensors of a few numbers, most is names
+    assert files / 3 < found.disk < 3 * files  # of tensors of a few numbers, most is their names
 
 
 @pytest.mark.parametrize(
@@ -130,6 +130,7 @@ def test_the_bytes_of_every_method_and_draw(document, tmp_path, changes):  # noq
     # Numbers in headers have more or fewer digits.
     assert found.round_up == pytest.approx([r.bytes.up for r in records], rel=0.02, abs=64)
     for most, record in zip(found.round_down, records, strict=True):
-        assert 0.98 * record.bytes.down <= most
         if found.exact:
-            assert most <= 1.05 * record.bytes.down
+            assert 0.98 * record.bytes.down <= most <= 1.05 * record.bytes.down
+        else:  # a share of energy decides on ranks
+            assert most == pytest.approx(record.bytes.down, rel=0.3)

@@ -55,7 +55,7 @@ def check(
 
 
 def _print(console: Console, found: ForecastRecord) -> None:
-    most = "" if found.exact else "at most "
+    most = "" if found.exact else "about "
     rows = found.clients.values()
     share = found.trained_parameters / found.all_parameters
     console.print(f"[bold]{plain(found.title)}[/], {found.rounds} rounds: {plain(found.recipe)}")
@@ -94,7 +94,7 @@ def _print(console: Console, found: ForecastRecord) -> None:
         ("newcomers", f"{most}{_newcomers(found)}"),
         ("whole run", f"{size(sum(found.round_up))} up, {most}{size(sum(found.round_down))} down"),
         *((f"{memory.where}", _memory(memory)) for memory in found.memory),
-        ("disk", f"about {most}{size(found.disk)} in the run's folder"),
+        ("disk", f"about {size(found.disk)} in the run's folder"),
     ]
     if found.truncation:
         entries.append(("truncated", found.truncation))

@@ -1,8 +1,8 @@
 """What can be known of a run before it: the output of ``fedexlora check --json``.
 
-Bytes are those of messages and tensors. ``exact`` says of bytes whether a run without faults moves
-just these, but for a few digits; where numbers decide, as of a remainder that is cut by its energy,
-they are the most that it moves.
+Bytes are those of messages and tensors. ``exact`` says whether a run without faults moves just
+these, but for a few digits and for sums that compaction makes smaller; where numbers decide on
+ranks, as by a share of energy, or who takes part is decided on the way, bytes are about these.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ zeros.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -86,7 +87,9 @@ def shape_step(
     return Step(version, _DIGEST, factors, dense, pieces, _DIGESTS, kept, shared)
 
 
-def update_size(spec: AdapterSpec, client: str, round_: int, rows: int, base: str) -> int:
+def update_size(
+    spec: AdapterSpec, client: str, round_: int, rows: int, base: str, *, remembers: bool = False
+) -> int:
     """The bytes of a client's update.
 
     Args:
@@ -95,9 +98,12 @@ def update_size(spec: AdapterSpec, client: str, round_: int, rows: int, base: st
         round_: the round.
         rows: its training rows.
         base: the fingerprint of the base.
+        remembers: whether the client says of which round its memory is.
     """
     tensors = {name: shape_tensor(found) for name, found in spec.tensors().items()}
     update = ClientUpdate(client, round_, _DIGEST, rows, _LOSS, base, tensors)
+    if remembers:
+        update = replace(update, memory=round_ - 1)
     return packed_size(tensors, update.header())
 
 

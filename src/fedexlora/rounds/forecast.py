@@ -142,7 +142,9 @@ def _record(
 def _exact(recipe: Recipe) -> bool:
     """Whether ranks do not depend on the numbers that come out of training."""
     table = recipe.federation
-    return table.robust is None and table.deadline is None and not _truncation(recipe)
+    options = METHODS[recipe.method.name].options.model_validate(recipe.method.options)
+    by_energy = [key for key, value in options if "energy" in key and value is not None]
+    return table.robust is None and table.deadline is None and not by_energy
 
 
 def _truncation(recipe: Recipe) -> str:

@@ -73,8 +73,10 @@ class Traffic:
 
     def up(self, client: str, round_: int = 1) -> int:
         """A client's update."""
-        spec = self.recipe.rule.upload_spec(self.specs.get(client, self.spec), round_)
-        return update_size(spec, client, round_, self.rows[client], _BASE)
+        rule, rows = self.recipe.rule, self.rows[client]
+        spec = rule.upload_spec(self.specs.get(client, self.spec), round_)
+        said = rule.remembers_at_clients
+        return update_size(spec, client, round_, rows, _BASE, remembers=said)
 
     def down(self, client: str, held: int | None, round_: int) -> int:
         """What brings a client to the version that a round starts from.
