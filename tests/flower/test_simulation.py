@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedexlora.methods import METHODS
 from fedexlora.rounds.recipe import load_recipe, parse_recipe
 from fedexlora.rounds.run import run
 from tests.flower.deployment import make_app, make_data
@@ -45,6 +46,42 @@ def test_the_simulation_ends_with_the_model_of_one_process_to_the_bit(
     scores = [
         [(r["metrics"], r["modules"], r["certificate"]) for r in records_without_times(folder)]
         for folder in (out, whole)
+    ]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rolora", "fedsa", "fedavgm", "flora", "lora_a2"])
+def test_methods_end_in_the_simulation_as_in_one_process(bert, data_folder, tmp_path, method):
+    """Alternating halves, memory of clients and of the server; two of three clients, resumed."""
+    document = recipe_document(bert, data_folder)
+    document["method"] = {"name": method}
+    document["federation"] |= {"clients_per_round": 2, "rounds": 4}
+    if METHODS[method].default.personal:
+        document["evaluation"] = {"where": "clients", "holdout": 0.3}
+        document["task"]["labels"] = ["x", "y"]
+    local = run(parse_recipe(document, "test"), tmp_path / "local")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(parse_recipe(document, "test").to_toml())
+    command = [Path(sys.executable).with_name("fedexlora"), "run", recipe, "--engine", "flower"]
+    command += ["--out", tmp_path / "out", "--client-cpus", "1", "--resume"]
+    own = {"FLWR_HOME": str(tmp_path / "flower"), "FLWR_TELEMETRY_ENABLED": "0"}
+    own |= {"RAY_USAGE_STATS_ENABLED": "0"}
+    for rounds in (2, 4):
+        done = subprocess.run(
+            [*command, "--set", f"federation.rounds={rounds}"],
+            env=os.environ | own,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    folder = "adapters" if METHODS[method].default.personal else "adapter"
+    assert files(tmp_path / "out" / folder) == files(local.folder / folder)
+    scores = [
+        [(r["metrics"], r["modules"], r["certificate"]) for r in records_without_times(x)]
+        for x in (tmp_path / "out", local.folder)
     ]
     assert scores[0] == scores[1]
 
