@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedexlora import __version__
 from fedexlora.errors import InputError, RecipeError, RunError
 from fedexlora.exchange.wire import pack, unpack
 from fedexlora.flower import coordinator, server
 from fedexlora.flower.agreement import Agreement
-from fedexlora.flower.frames import Frame
+from fedexlora.flower.frames import PROTOCOL, Frame
+from fedexlora.flower.node import recipe_for_nodes
 from fedexlora.flower.session import Session
 from fedexlora.peft_bridge.export import origin_of
 from fedexlora.peft_bridge.model import AdaptedModel
@@ -142,7 +144,7 @@ def odd(one: Session, **changes: object) -> object:
 @pytest.mark.parametrize("part", ["base", "spec", "heads"])
 def test_a_node_that_begins_otherwise_is_named_by_digest(document, loaded, tmp_path, part):
     grid = grid_of(loaded)
-    other = "1 entries in float32, 0" if part == "base" else "0" * 64
+    other = "1 entries in float32, 0123456789abcdef" if part == "base" else "0" * 64
     grid.nodes[8] = odd(loaded[8], **{part: other})
     with pytest.raises(RunError) as caught:
         start(grid, document, tmp_path / "run")
@@ -178,7 +180,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_statement_is_none(kind):
-    found = Statement("b", "0" * 64, "1" * 64, "2" * 64, 5).header()
+    found = Statement(
+        "7 entries in float32, 0123456789abcdef", "0" * 64, "1" * 64, "2" * 64, 5
+    ).header()
     assert Statement.read(found).size == 5
     with pytest.raises(ValueError, match="expected") as caught:
         Statement.read(found | HOSTILE[kind] if isinstance(HOSTILE[kind], dict) else HOSTILE[kind])
@@ -246,6 +250,22 @@ def test_a_beginning_that_is_not_what_was_stated_is_refused(kind):
         decode_origin(message[:-3], stated, ("A", "B"), "base")
 
 
+def test_a_node_that_comes_once_all_is_agreed_states_its_model_too(document, loaded):
+    sent = recipe_for_nodes(parse_recipe(document, "test"), document["task"])
+    said = {"kind": "hello", "protocol": PROTOCOL, "fedexlora": __version__, "recipe": sent}
+    first = loaded[7].answer(Frame({**said, "base": None})).header
+    late = loaded[8].answer(Frame({**said, "base": first["origin"]["base"]})).header
+    assert "failure" not in late
+    assert late["origin"] == first["origin"]
+
+
+@pytest.mark.parametrize("name", ["fedmomentum", "flexlora", "florist"])
+def test_methods_that_may_draw_factors_need_a_model_at_the_server(document, name):
+    changed = {**document, "method": {"name": name}}
+    with pytest.raises(RecipeError, match="may draw new factors for the model's layers"):
+        coordinator.check_coordinator(parse_recipe(changed, "test"))
+
+
 def test_what_needs_a_model_at_the_server_is_refused(document):
     changed = {
         **document,
@@ -260,7 +280,7 @@ def test_what_needs_a_model_at_the_server_is_refused(document):
     for key in ("init_lora_weights", "next_adapter", 'clients."site-west".lora', "task.labels"):
         assert key in said
     assert "evaluation.where = 'server'" in said
-    with pytest.raises(RecipeError, match=r"method.name: flora draws new factors"):
+    with pytest.raises(RecipeError, match=r"method.name: 'flora' may draw new factors"):
         coordinator.check_coordinator(
             parse_recipe({**document, "method": {"name": "flora"}}, "test")
         )

@@ -104,7 +104,7 @@ def test_the_result_is_that_of_one_process_to_the_bit(
     assert sum(moved[:2]) == sum(parts)
 
 
-OTHERS = [name for name in METHODS if name != "fedex"]
+OTHERS = [name for name, x in METHODS.items() if name != "fedex" and not x.default.pooled]
 
 
 @pytest.mark.exactness
@@ -112,6 +112,8 @@ OTHERS = [name for name in METHODS if name != "fedex"]
 def test_every_method_ends_with_the_records_and_memory_of_one_process(document, tmp_path, method):
     """Two of three nodes a round; all of them, and the server, start anew after the second."""
     document["method"] = {"name": method}
+    if METHODS[method].default.start:
+        document["lora"]["init_lora_weights"] = METHODS[method].default.start[0]
     document["federation"] |= {"rounds": 4, "clients_per_round": 2}
     if METHODS[method].default.personal:
         document["evaluation"] = {"where": "clients", "holdout": 0.3}
@@ -153,8 +155,16 @@ def test_a_node_that_lost_its_memory_starts_anew_and_the_record_says_so(document
     assert found == [[0, 0, 0], [1, 1, 1], [2, 0, 2]]
 
 
-def test_a_server_cannot_score_models_that_it_has_not(document, sessions, tmp_path):
-    document["method"] = {"name": "fedsa"}
+def test_a_method_that_needs_all_rows_in_one_place_is_not_for_nodes(document, sessions, tmp_path):
+    document["method"] = {"name": "centralised"}
+    with pytest.raises(RecipeError, match="nodes keep theirs"):
+        start(grid_of(sessions), document, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["server", "none"])
+def test_a_server_cannot_score_models_that_it_has_not(document, sessions, tmp_path, where):
+    document |= {"method": {"name": "fedsa"}, "evaluation": {"where": where}}
     with pytest.raises(RecipeError, match="the server has none of them to score"):
         start(grid_of(sessions), document, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -153,7 +153,7 @@ def test_quantised_weights_are_where_the_recipe_trains(monkeypatch):
             raise StopError
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(load._HEADS, "CAUSAL_LM", Loader)
+    monkeypatch.setitem(load.HEADS, "CAUSAL_LM", Loader)
     for name in ("cpu", "cuda:1"):
         device = torch.device(name)
         with pytest.raises(StopError):

@@ -14,10 +14,16 @@ from fedexlora.algebra.factors import Factors
 from fedexlora.algebra.lowrank import LowRank
 from fedexlora.algebra.moments import Moments
 from fedexlora.exchange.layout import MEMORY_PARTS
+from fedexlora.exchange.spec import AdapterSpec, ModuleSpec
+from fedexlora.exchange.state import GlobalState
+from fedexlora.exchange.update import ClientUpdate
 from fedexlora.methods import METHODS, Rule
 from fedexlora.methods.fedex import NEXT_ADAPTERS
-from fedexlora.methods.rule import ModuleRound, ModuleStep
+from fedexlora.methods.rule import ModuleRound, ModuleStep, Truncation
+from fedexlora.rounds.common_update import CommonForm, HeldUpdate
 from fedexlora.rounds.recipe_faults import method_faults
+from fedexlora.rounds.reduction import Reducer, WeightedUpdate, step_in_memory
+from fedexlora.rounds.step_certificate import certify_step
 
 D_OUT, D_IN, RANK = 19, 31, 3
 WEIGHTS = (1.0, 2.0, 5.0)
@@ -253,6 +259,33 @@ def test_the_energy_of_a_dense_remainder_is_held_by_the_fewest_directions(monkey
         kept, lacks = assignment.truncate_to_energy(energy)(whole)
         assert kept.value.rank == int((energies < energy).sum()) + 1
         assert lacks == pytest.approx(float((whole.dense() - kept.dense()).norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("stated", "held"), [(0.0, False), (0.5, False), (1.0, True)])
+def test_a_truncation_that_lacks_more_than_it_states_is_not_held(stated, held):
+    """A rule that applies nothing, and states a share of what that leaves out."""
+
+    def server(module: ModuleRound) -> ModuleStep:
+        adapter = module.holder.previous.to(torch.float64).scaled(0.0)
+        whole = assignment.remainder(module.moments, adapter)
+        none = LowRank.zeros(D_OUT, D_IN, torch.float64)
+        lacks = stated * whole.squared_norm() ** 0.5
+        return ModuleStep(adapter, none, truncation=Truncation(whole, none, lacks))
+
+    rule = Rule(server, exact=False, certified=True)
+    spec = AdapterSpec({"q": ModuleSpec(D_OUT, D_IN, RANK, torch.float32, 2.0)}, {}, ("A", "B"))
+    start = Factors(draw(RANK, D_IN, seed=1), torch.zeros(D_OUT, RANK))
+    total = {"q": LowRank.zeros(D_OUT, D_IN, torch.float64)}
+    before = GlobalState(0, "0" * 64, {"q": start}, total, {})
+    form = CommonForm(before, spec, {})
+    updates = [
+        ClientUpdate(str(i), 1, before.id, 1, 0.0, "", {"A/q": pair.A, "B/q": pair.B})
+        for i, pair in enumerate(clients(CHOICES["fedex"]))
+    ]
+    counted = [WeightedUpdate(HeldUpdate.of(update, form), 1.0) for update in updates]
+    made = Reducer(form, rule, lambda _: {}).reduce(counted, step_in_memory(before, rule))
+    found = certify_step(spec, before.advance([made.step]), made)
+    assert found.overall.held == held
 
 
 @pytest.mark.parametrize("name", METHODS)

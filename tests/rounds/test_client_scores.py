@@ -209,6 +209,8 @@ HOSTILE = {
     "a flag": {"rows": True, "targets": 3, "metrics": SCORES.metrics},
     "too many": {"rows": 2**60, "targets": 3, "metrics": SCORES.metrics},
     "nan": {"rows": 3, "targets": 3, "metrics": SCORES.metrics | {"loss": nan}},
+    "a share above 1": {"rows": 3, "targets": 3, "metrics": SCORES.metrics | {"f1": 57.0}},
+    "overflowing": {"rows": 3, "targets": 3, "metrics": SCORES.metrics | {"loss": 1e308}},
     "infinite": {"rows": 3, "targets": 3, "metrics": SCORES.metrics | {"f1": inf}},
     "a text": {"rows": 3, "targets": 3, "metrics": SCORES.metrics | {"f1": "\x1b[31m"}},
     "another name": {"rows": 3, "targets": 3, "metrics": SCORES.metrics | {"bleu": 1.0}},
@@ -256,7 +258,7 @@ def test_scores_that_nobody_asked_for_are_refused():
         ({"client": "b"}, "client: expected 'a', found 'b'"),
         ({"version": "9"}, "version: expected '1', found '9'"),
         ({"base": "other"}, "base: expected 'base', found 'other'"),
-        ({"scores": _Raw(HOSTILE["nan"])}, "loss: expected a finite number, found nan"),
+        ({"scores": _Raw(HOSTILE["nan"])}, "loss: expected a number of at most 1e+15, found nan"),
     ],
 )
 def test_a_report_is_held_against_what_was_agreed(changes, fault):

@@ -20,7 +20,14 @@ from transformers import AutoModelForSequenceClassification
 
 from fedexlora.adapters.export import export_run
 from fedexlora.data.tokenizer import prepare_tokenizer
-from fedexlora.errors import BridgeError, DataError, InputError, NoUpdatesError, ResumeError
+from fedexlora.errors import (
+    BridgeError,
+    DataError,
+    InputError,
+    NoUpdatesError,
+    RecipeError,
+    ResumeError,
+)
 from fedexlora.exchange.digest import tensors_digest
 from fedexlora.methods import METHODS
 from fedexlora.rounds.folder import RunFolder
@@ -318,6 +325,25 @@ def test_a_sampled_run_resumes_to_the_same_bits_and_traffic(document, tmp_path, 
     assert all(record.certificate.held for record in found) or not parsed.rule.certified
     since = {(c.since, record.round) for record in found for c in record.clients}
     assert {held for held, _ in since} > {None}, "somebody came back after a pause"
+
+
+@pytest.mark.parametrize("name", ["flora", "florist"])
+def test_factors_are_drawn_also_where_the_server_does_not_score(document, tmp_path, name):
+    document["evaluation"] = {"where": "none"}
+    alone = run(recipe(document, method={"name": name}, rounds=2), tmp_path / "none")
+    del document["evaluation"]
+    scored = run(recipe(document, method={"name": name}, rounds=2), tmp_path / "server")
+    assert files(alone.adapter) == files(scored.adapter)
+
+
+def test_what_clients_send_is_not_kept_where_it_is_no_adapter(document, tmp_path):
+    with pytest.raises(RecipeError, match="clients of fedsa send no adapters"):
+        run(recipe(document, method={"name": "fedsa"}), tmp_path / "run", keep_updates=True)
+    with pytest.raises(RecipeError, match="hetlora weighs clients itself"):
+        run(recipe(document, method={"name": "hetlora"}), tmp_path / "run", keep_updates=True)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RecipeError, match=r"federation\.robust: with fedsa clients send no"):
+        recipe(document, method={"name": "fedsa"}, robust="clip")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fedexlora.errors import InputError, VersionError
 from fedexlora.exchange.records import RoundRecord
-from fedexlora.exchange.untrusted import json_object
 from fedexlora.peft_bridge.adapter_file import AdapterFile, open_adapter
 from fedexlora.peft_bridge.export_check import Terms
 from fedexlora.peft_bridge.names import (
@@ -25,6 +24,7 @@ from fedexlora.peft_bridge.names import (
 )
 from fedexlora.rounds.folder import RunFolder
 from fedexlora.rounds.recipe import Recipe
+from fedexlora.rounds.written import has_ended
 
 _DEFAULTS = {"r": 8, "lora_alpha": 8}
 """PEFT's own, for a recipe that leaves them out."""
@@ -62,22 +62,12 @@ def read_finished(path: Path) -> FinishedRun:
         )
     records = folder.read_records(recipe.federation.rounds)
     header = folder.read_header()
-    ended = len(records) >= recipe.federation.rounds or _stopped(folder, len(records))
-    if header is None or not ended or not folder.adapter.is_dir():
+    if header is None or not has_ended(folder, recipe):
         raise InputError(
             f"{path}: the run has not ended, round {len(records)} of {recipe.federation.rounds}",
             [f"finish it: fedexlora run {source} --out {path} --resume"],
         )
     return FinishedRun(folder, recipe, header, records)
-
-
-def _stopped(folder: RunFolder, version: int) -> bool:
-    """Whether a run has ended before its last round, as its patience says."""
-    try:
-        said = json_object(folder.adapter_record.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return said.get("stopped") is True and said.get("version") == version
 
 
 @dataclass(frozen=True, slots=True)

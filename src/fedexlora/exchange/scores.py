@@ -7,17 +7,21 @@ as F1 or a perplexity, there is the plain mean of the clients', and it is called
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite
 from typing import Any
 
 from fedexlora.errors import UpdateError
-from fedexlora.exchange.records import ClientScores, ScoresRecord
+from fedexlora.exchange.records import ClientScores, FinishRecord, RoundRecord, ScoresRecord
 from fedexlora.exchange.untrusted import LARGEST, short
 from fedexlora.exchange.wire import pack, unpack
 
 _OVER_ROWS, _OVER_TARGETS = ("accuracy",), ("loss", "mse")
+_SHARES = ("accuracy", "f1", "matthews", "pearson", "spearman")
+"""Metrics of an absolute value of at most 1."""
+_LARGEST_SCORE = 1e15
+"""Of any other: sums of all clients' rows times it are still numbers."""
 LARGEST_REPORT = 4096
 """Bytes of a report: a few names, digests and numbers."""
 
@@ -51,11 +55,15 @@ def scores_from(found: object, metrics: Collection[str]) -> tuple[ClientScores |
         faults.append(f"scores: expected {sorted(metrics)}, found {short(named)}")
     else:
         faults += [
-            f"scores: {name}: expected a finite number, found {short(value)}"
+            f"scores: {name}: expected a number of at most {_most(name):g}, found {short(value)}"
             for name, value in values.items()
-            if type(value) is not float or not isfinite(value)
+            if type(value) is not float or not isfinite(value) or abs(value) > _most(name)
         ]
     return (None, faults) if faults else (ClientScores(**found), [])
+
+
+def _most(name: str) -> float:
+    return 1.0 if name in _SHARES else _LARGEST_SCORE
 
 
 def taken_together(version: int, scores: Sequence[ClientScores]) -> ScoresRecord:
@@ -83,6 +91,28 @@ def taken_together(version: int, scores: Sequence[ClientScores]) -> ScoresRecord
         pooled=pooled,
         mean_of_clients=means,
     )
+
+
+def scores_by_version(
+    initial: Mapping[str, float], records: Iterable[RoundRecord], finish: FinishRecord | None
+) -> dict[int, dict[str, float]]:
+    """Scores by version, 0 before round 1: the server's, or else those of the clients.
+
+    Args:
+        initial: of version 0; empty if nobody has scored it.
+        records: of the rounds.
+        finish: what followed the last one, where clients score.
+    """
+    found: dict[int, dict[str, float]] = {}
+    served = {0: dict(initial)} if initial else {}
+    for record in records:
+        if record.scores is not None:
+            found[record.scores.version] = dict(record.scores.metrics)
+        if record.metrics:
+            served[record.round] = dict(record.metrics)
+    if finish is not None and finish.scores is not None:
+        found[finish.version] = dict(finish.scores.metrics)
+    return dict(sorted((found | served).items()))
 
 
 @dataclass(frozen=True, slots=True)

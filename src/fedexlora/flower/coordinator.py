@@ -21,10 +21,10 @@ def check_coordinator(recipe: Recipe) -> None:
     initial = recipe.lora.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith((*MUTATING, *INITIALISED_FROM_DATA)):
         faults.append(f"lora.init_lora_weights: {initial!r} makes version 0 of the base's weights")
-    if recipe.method.options.get("next_adapter") == "reinit":
-        faults.append("method.next_adapter: 'reinit' draws new factors for the model's layers")
-    if recipe.rule.fresh_start:
-        faults.append(f"method.name: {recipe.method.name} draws new factors for the model's layers")
+    if recipe.rule.draws:
+        key = "next_adapter" if "next_adapter" in recipe.method.options else "name"
+        chosen = recipe.method.options.get(key, recipe.method.name)
+        faults.append(f"method.{key}: {chosen!r} may draw new factors for the model's layers")
     faults += [
         f'clients."{name}".lora: a rank of its own is that of the model\'s layers'
         for name in recipe.clients

@@ -117,11 +117,13 @@ def serve(
         InputError: before any node is asked, if the recipe names something that is not there.
         RunError: if too few nodes are ready, or the run stops; its last version is intact.
     """
-    if recipe.rule.personal and recipe.evaluation.where == "server":
+    if recipe.rule.personal and recipe.evaluation.where != "clients":
         raise RecipeError(
             f"{recipe.method.name} has one model a client; the server has none of them to score",
-            ["set evaluation.where = 'clients' or 'none'"],
+            ["set evaluation.where = 'clients': each scores its own, and has it at the end"],
         )
+    if recipe.rule.draws and recipe.evaluation.where != "server":
+        check_coordinator(recipe)
     if not simulated:
         refuse_one_place(recipe)
     check_trackers(recipe)

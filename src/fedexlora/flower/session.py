@@ -74,8 +74,8 @@ class Session:
         rows = trainer.num_examples[client]
         _log.info("ready as %r: %d rows, base %s", client, rows, trainer.model.base_fingerprint)
         said: dict[str, Any] = {"client": client, "rows": rows}
-        if frame.header.get("base") is None:
-            said["origin"] = self._begun()[0].header()
+        if self._origin is not None:  # also to a server that knows the base: others may come late
+            said["origin"] = self._origin[0].header()
         return Frame(said)
 
     def _send_origin(self, frame: Frame) -> Frame:

@@ -69,6 +69,7 @@ def _rule(options: FedExOptions) -> Rule:
         exact=whole,
         certified=True,
         own_adapters=options.next_adapter == "keep",
+        draws=options.next_adapter in ("svd", "svd_aligned", "reinit"),
         mixed_ranks=True,
         late_updates=True,
     )

@@ -65,6 +65,7 @@ def _rule(options: FedMomentumOptions) -> Rule:
         exact=options.energy == 1.0,
         certified=True,
         mixed_ranks=True,
+        draws=True,
     )
 
 

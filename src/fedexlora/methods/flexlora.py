@@ -31,6 +31,7 @@ def _rule(options: Options) -> Rule:
         certified=True,
         mixed_ranks=True,
         makes_up=False,
+        draws=True,
     )
 
 

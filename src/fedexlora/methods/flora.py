@@ -37,6 +37,7 @@ def _rule(options: Options) -> Rule:
         mixed_ranks=True,
         makes_up=False,
         fresh_start=True,
+        draws=True,
     )
 
 

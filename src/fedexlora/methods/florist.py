@@ -46,6 +46,7 @@ def _rule(options: FLoRISTOptions) -> Rule:
         mixed_ranks=True,
         makes_up=False,
         fresh_start=True,
+        draws=True,
     )
 
 

@@ -186,6 +186,8 @@ class Rule:
     truncates: bool = False
     """Whether such a client's adapter is the first rows of the common A and the first columns of
     the common B, so that no rank may be larger than the common one."""
+    draws: bool = False
+    """Whether the server draws new factors, always or where an update has too few directions."""
     fresh_start: bool = False
     """Whether clients start every round from factors of their own whose product is zero, so that
     the adapter of version 0 must be zero too."""

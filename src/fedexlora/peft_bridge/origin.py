@@ -8,6 +8,7 @@ here needs PEFT or a model.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
@@ -38,7 +39,9 @@ LARGEST_ORIGIN = 2**32
 """Bytes of an origin that one node sends."""
 _OF_A_NODE = ("base_model_name_or_path", "peft_version")
 """Of an adapter's settings: where the node's base is, and whose release wrote them."""
-_LONGEST_SETTING, _LONGEST_BASE = 10_000, 200
+_LONGEST_SETTING = 10_000
+_BASE = re.compile(r"[0-9]{1,20} entries in [a-z0-9_, ]{1,100}, [0-9a-f]{16}")
+"""The fingerprint of a base."""
 _DTYPES = {str(x): x for x in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -80,13 +83,12 @@ class Statement:
         if not isinstance(found, dict):
             raise ValueError(f"expected a statement of its model, found {short(found)}")
         base, size = found.get("base"), number(found, "size")
-        plain = isinstance(base, str) and base.isascii() and base.isprintable()
-        if not plain or not 0 < len(str(base)) <= _LONGEST_BASE:
+        if not isinstance(base, str) or not _BASE.fullmatch(base):
             raise ValueError(f"expected the fingerprint of a base, found {short(base)}")
         if size > LARGEST_ORIGIN:
             raise ValueError(f"version 0 has {size} bytes, expected at most {LARGEST_ORIGIN}")
         spec, heads, adapter = (known_digest(found.get(x)) for x in ("spec", "heads", "adapter"))
-        return Statement(str(base), spec, heads, adapter, size)
+        return Statement(base, spec, heads, adapter, size)
 
 
 @dataclass(frozen=True, slots=True)

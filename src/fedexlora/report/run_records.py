@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from fedexlora.errors import InputError
 from fedexlora.exchange.module_names import split_name
 from fedexlora.exchange.records import FinishRecord, ModuleRecord, RoundRecord
+from fedexlora.exchange.scores import scores_by_version
 from fedexlora.exchange.untrusted import json_object, short
 from fedexlora.report.header import Header
 
@@ -130,15 +131,8 @@ class RunRecords:
     @cached_property
     def scored(self) -> Mapping[int, Mapping[str, float]]:
         """Scores by version, 0 before round 1: the server's, or else those of the clients."""
-        found: dict[int, Mapping[str, float]] = {
-            record.scores.version: record.scores.metrics
-            for record in (*self.rounds, self.finish)
-            if record is not None and record.scores is not None
-        }
-        found |= {record.round: record.metrics for record in self.rounds if record.metrics}
-        if self.header is not None and self.header.initial_metrics:
-            found[0] = self.header.initial_metrics
-        return dict(sorted(found.items()))
+        initial = {} if self.header is None else self.header.initial_metrics
+        return scores_by_version(initial, self.rounds, self.finish)
 
 
 def table(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:

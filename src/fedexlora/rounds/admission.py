@@ -95,6 +95,7 @@ class Admission:
             is left out.
         metrics: by version, what clients that train from it score it by; nothing by default.
         holders: whether clients send their half of the certificate.
+        exact_holders: whether one whose live model is not the version's is left out.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Admission:
         metrics: Callable[[int], Collection[str]] | None = None,
         *,
         holders: bool = False,
+        exact_holders: bool = False,
     ) -> None:
         self._transport = transport
         self._rule = rule
@@ -123,6 +125,7 @@ class Admission:
         self._memory = memory
         self._metrics = metrics or _no_metrics
         self._holders = holders
+        self._exact_holders = exact_holders
         self._delivered: set[str] = set()
         self._waiting = dict(transport.waiting)
         self._deliveries: dict[tuple[int | None, bool], Delivery] = {}
@@ -308,7 +311,19 @@ class Admission:
             rows=reply.rows,
         )
         self._check_memory(update)
+        self._check_holder(update)
         return update, start
+
+    def _check_holder(self, update: ClientUpdate) -> None:
+        """Refuse what was trained in a model that is not the version's.
+
+        Raises:
+            UpdateError: if the client says so itself.
+        """
+        found = update.holder
+        if self._exact_holders and found is not None and found.bound > found.allowed:
+            said = f"error {found.bound:.1e} of the update, allowed {found.allowed:.1e}"
+            self._refuse(update.client, f"its live model is not the version's: {said}")
 
     def _check_memory(self, update: ClientUpdate) -> None:
         """Refuse an update that began with a memory that cannot be right.

@@ -16,8 +16,10 @@ import torch
 from fedexlora.errors import FedexLoraError, InputError, ResumeError
 from fedexlora.exchange.comparison_records import CellRecord, PointRecord, SeedRecord
 from fedexlora.exchange.records import BytesRecord
+from fedexlora.exchange.scores import scores_by_version
 from fedexlora.rounds.comparison_plan import Cell
 from fedexlora.rounds.folder import RunFolder
+from fedexlora.rounds.written import has_ended
 from fedexlora.texts import printable
 
 Ended = Callable[[Sequence[CellRecord]], None]
@@ -128,11 +130,8 @@ class Comparison:
         return RunFolder(self.path / cell.run)
 
     def _finished(self, cell: Cell) -> bool:
-        folder, rounds = self._folder(cell), cell.recipe.federation.rounds
-        written = folder.adapters if cell.recipe.rule.personal else folder.adapter
-        if folder.read_header() is None or not written.is_dir():
-            return False
-        return len(folder.read_records(rounds)) == rounds
+        folder = self._folder(cell)
+        return folder.read_header() is not None and has_ended(folder, cell.recipe)
 
     def _one(self, cell: Cell, places: SimpleQueue[str | None], jobs: int) -> str:
         """Run one cell; returns why it failed, or nothing."""
@@ -187,12 +186,19 @@ def _curve(folder: RunFolder, rounds: int) -> tuple[PointRecord, ...]:
     seconds = 0.0
     initial = header["initial_metrics"]
     points = [PointRecord(round=0, metrics=initial, bytes=BytesRecord(up=0, down=0), seconds=0.0)]
-    for record in folder.read_records(rounds):
+    records = folder.read_records(rounds)
+    scored = scores_by_version(initial, records, folder.read_finish())
+    for record in records:
         up, down = up + record.bytes.up, down + record.bytes.down
         seconds += sum(record.seconds.values())
         moved = BytesRecord(up=up, down=down)
         points.append(
-            PointRecord(round=record.round, metrics=record.metrics, bytes=moved, seconds=seconds)
+            PointRecord(
+                round=record.round,
+                metrics=scored.get(record.round, {}),
+                bytes=moved,
+                seconds=seconds,
+            )
         )
     return tuple(points)
 

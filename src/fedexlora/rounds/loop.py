@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedexlora.errors import RecipeError, ResumeError
 from fedexlora.exchange.history import History, Holdings
 from fedexlora.exchange.records import FinishRecord, RoundRecord
+from fedexlora.exchange.scores import scores_by_version
 from fedexlora.exchange.state import GlobalState
 from fedexlora.rounds.best import BestVersion, Selection
 from fedexlora.rounds.divergence import check_finite, check_score
@@ -38,6 +39,9 @@ from fedexlora.rounds.written import (
     write_adapters,
     write_personal,
 )
+
+if TYPE_CHECKING:  # it needs PEFT, which a server without a model has not
+    from fedexlora.peft_bridge.model import AdaptedModel
 
 Connect = Callable[[Progress], Transport]
 """Makes the transport of a run that stands where it does."""
@@ -65,15 +69,7 @@ class RunResult:
 
     def scores(self) -> dict[int, dict[str, float]]:
         """By version that was scored, by the server or by the clients: its scores."""
-        found = {0: dict(self.initial_metrics)} if self.initial_metrics else {}
-        for record in self.records:
-            if record.scores is not None:
-                found[record.scores.version] = record.scores.metrics
-            if record.metrics:
-                found[record.round] = record.metrics
-        if self.finish is not None and self.finish.scores is not None:
-            found[self.finish.version] = self.finish.scores.metrics
-        return found
+        return scores_by_version(self.initial_metrics, self.records, self.finish)
 
 
 def run_federation(
@@ -86,6 +82,7 @@ def run_federation(
     keep_updates: bool,
     observer: Observer,
     scores: Scores | None = None,
+    resident: AdaptedModel | None = None,
 ) -> RunResult:
     """Run what is left of a run's rounds, and write its adapter.
 
@@ -98,6 +95,7 @@ def run_federation(
         keep_updates: also store what every client sent, as PEFT adapters.
         observer: told of progress.
         scores: of a version that the server's model is at; by default those of that model.
+        resident: the model of clients in this process.
 
     Raises:
         InputError: before anything is written, if the folder holds another run, or updates cannot
@@ -137,6 +135,7 @@ def run_federation(
                 scores or (lambda _: prepared.evaluate(observer)),
                 keep_updates,
                 observer,
+                resident,
             )
     metrics, precision = header["initial_metrics"], header["precision"]
     finish = folder.read_finish() if recipe.client_metrics else None
@@ -153,6 +152,7 @@ def _rounds(
     scores: Scores,
     keep_updates: bool,
     observer: Observer,
+    resident: AdaptedModel | None,
 ) -> tuple[Sequence[RoundRecord], BestVersion | None]:
     """Run what is left of the rounds and write the adapters; the records, and the best version."""
     recipe, model = prepared.recipe, prepared.model
@@ -189,6 +189,8 @@ def _rounds(
         scored=recipe.scored,
         metrics=recipe.metrics_of,
         origin=prepared.origin,
+        exact_holders=recipe.rule.certified and recipe.federation.placement != "fold",
+        resident=resident,
     )
     while state.version < recipe.federation.rounds and not selection.exhausted:
         shutil.rmtree(folder.round_updates(state.version + 1), ignore_errors=True)
@@ -198,13 +200,15 @@ def _rounds(
         folder.save(state, holdings, record, selection.kept)
         observer.finished_round(record)
     folder.clear_spool()
+    # Before the final version is scored: a run that its patience has ended goes on with no round.
+    stopped = state.version < recipe.federation.rounds
     if recipe.client_metrics:
         finish = _finish(federation, folder, state, holdings, recipe.client_metrics)
         selection.see_finish(finish)
     if recipe.rule.personal:
         write_personal(prepared, folder, state)
         return folder.read_records(state.version), None
-    write_adapters(prepared.layout, folder, state, selection, observer)
+    write_adapters(prepared.layout, folder, state, selection, observer, stopped=stopped)
     return folder.read_records(state.version), selection.best
 
 
@@ -221,6 +225,8 @@ def _finish(
         return done
     last = folder.read_records(state.version)[-1]
     asked = sorted({x.client for x in last.clients} | {x.client for x in last.left_out})
+    if federation.rule.personal:  # each has a model that nobody else has
+        asked = sorted(holdings.versions.keys() | set(asked))
     federation.observer.phase(state.version, "finish")
     deadline = federation.participation.deadline
     finish = Finish(federation.transport, state, holdings, federation.base, metrics, deadline)

@@ -267,8 +267,10 @@ def _clients(
     specs: Mapping[str, AdapterSpec],
     held_out: HeldOut | None,
 ) -> LocalClients:
-    measure, collator = None, task.collator(tokenizer)
-    once = {**recipe.training, "num_train_epochs": 1, "max_steps": -1}
+    measure, probe, collator = None, None, task.collator(tokenizer)
+    if recipe.rule.client is not None and recipe.rule.client.slots is not None:
+        once = {**recipe.training, "num_train_epochs": 1, "max_steps": -1}
+        probe = local_job(once, collator, recipe.federation.rounds)
     if recipe.evaluation.where != "server":
         measure = HolderMeasure(task, tokenizer, recipe.evaluation.batch_size)
     return LocalClients(
@@ -281,7 +283,7 @@ def _clients(
         recipe.rule,
         held_out,
         measure,
-        probe=local_job(once, collator, recipe.federation.rounds),
+        probe=probe,
     )
 
 

@@ -151,6 +151,11 @@ def _loss_faults(recipe: Recipe) -> list[str]:
 
 def _screening_faults(recipe: Recipe) -> list[str]:
     table, faults = recipe.federation, []
+    if table.robust is not None and recipe.rule.local:
+        faults.append(
+            f"federation.robust: with {recipe.method.name} clients send no changes of a model that "
+            f"could be compared; leave it out"
+        )
     if table.robust is not None and (recipe.rule.pooled or not recipe.rule.uploads(1)):
         name = recipe.method.name
         faults.append(f"federation.robust: {name} has no updates to compare; leave it out")

@@ -43,6 +43,8 @@ from fedexlora.methods.rule import ModuleRound, ModuleStep, Rule
 from fedexlora.rounds.common_update import CommonForm, CommonUpdate
 
 _PROCESSOR = torch.device("cpu")
+_ROOM = 1e-3
+"""By how much more of its own norm a truncation may lack than it states: rounding of small sums."""
 FreshFactors = Callable[[AdapterSpec], Adapter]
 """Newly initialised factors of given ranks, by module."""
 
@@ -279,9 +281,12 @@ class Reducer:
         error = probes.add(probes.zeros(shape), adapter)
         found = probes.norm(probes.add(error, piece.value).sub_(mean))
         if made.truncation is not None:
-            probes.add(error, made.truncation.whole.on(_PROCESSOR).value)
-            probes.add(error, made.truncation.kept.on(_PROCESSOR).value, -1.0)
-            found = Norm(found.value, probes.norm(error).bound)
+            cut = probes.add(probes.zeros(shape), made.truncation.whole.on(_PROCESSOR).value)
+            probes.add(cut, made.truncation.kept.on(_PROCESSOR).value, -1.0)
+            # More than is stated is an error like any other; what estimates miss is not.
+            room = 1.0 + _ROOM if probes.exact else 2.0
+            more = max(0.0, probes.norm(cut).value - room * made.truncation.lacks)
+            found = Norm(found.value, probes.norm(error.add_(cut)).bound + more)
         if name in before.total:
             probes.add(mean, before.total[name].value)
         return found, probes.norm(mean).value

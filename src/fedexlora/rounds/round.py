@@ -78,6 +78,10 @@ class Federation:
     """By version, what clients that train from it score it by; nothing if not given."""
     origin: Origin | None = None
     """Where the run begins, if the server has no model."""
+    exact_holders: bool = False
+    """Whether a client is left out whose live model is not the version's, as it says itself."""
+    resident: AdaptedModel | None = None
+    """That of clients in this process, which draws factors where the server has no model."""
 
     @property
     def spec(self) -> AdapterSpec:
@@ -101,9 +105,10 @@ class Federation:
         Raises:
             RunError: if the server has no model to draw them for.
         """
-        if self.model is None:
+        model = self.model or self.resident
+        if model is None:
             raise RunError("a server without a model draws no factors")
-        return self.model.fresh(spec, seed)
+        return model.fresh(spec, seed)
 
 
 def run_round(
@@ -138,6 +143,7 @@ def run_round(
         federation.rule.client.memory if federation.rule.client else "none",
         federation.metrics,
         holders=model is None,
+        exact_holders=federation.exact_holders,
     )
     with clock.phase("ship"), writing(spool.path):  # step 1: who takes part is asked
         for fault in admission.draw(federation.seed):

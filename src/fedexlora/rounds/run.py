@@ -68,6 +68,7 @@ def run(
             keep_updates=keep_updates,
             observer=watching,
             scores=_personal_scores(prepared, trainer, folder, watching),
+            resident=trainer.model,
         )
 
 
