@@ -339,8 +339,6 @@ def test_factors_are_drawn_also_where_the_server_does_not_score(document, tmp_pa
 def test_what_clients_send_is_not_kept_where_it_is_no_adapter(document, tmp_path):
     with pytest.raises(RecipeError, match="clients of fedsa send no adapters"):
         run(recipe(document, method={"name": "fedsa"}), tmp_path / "run", keep_updates=True)
-    with pytest.raises(RecipeError, match="hetlora weighs clients itself"):
-        run(recipe(document, method={"name": "hetlora"}), tmp_path / "run", keep_updates=True)
     assert not (tmp_path / "run").exists()
     with pytest.raises(RecipeError, match=r"federation\.robust: with fedsa clients send no"):
         recipe(document, method={"name": "fedsa"}, robust="clip")

@@ -24,7 +24,6 @@ from fedexlora.peft_bridge.names import (
 )
 from fedexlora.rounds.folder import RunFolder
 from fedexlora.rounds.recipe import Recipe
-from fedexlora.rounds.written import has_ended
 
 _DEFAULTS = {"r": 8, "lora_alpha": 8}
 """PEFT's own, for a recipe that leaves them out."""
@@ -62,7 +61,7 @@ def read_finished(path: Path) -> FinishedRun:
         )
     records = folder.read_records(recipe.federation.rounds)
     header = folder.read_header()
-    if header is None or not has_ended(folder, recipe):
+    if header is None or not folder.has_ended(recipe):
         raise InputError(
             f"{path}: the run has not ended, round {len(records)} of {recipe.federation.rounds}",
             [f"finish it: fedexlora run {source} --out {path} --resume"],

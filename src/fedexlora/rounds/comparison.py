@@ -19,7 +19,6 @@ from fedexlora.exchange.records import BytesRecord
 from fedexlora.exchange.scores import scores_by_version
 from fedexlora.rounds.comparison_plan import Cell
 from fedexlora.rounds.folder import RunFolder
-from fedexlora.rounds.written import has_ended
 from fedexlora.texts import printable
 
 Ended = Callable[[Sequence[CellRecord]], None]
@@ -131,7 +130,7 @@ class Comparison:
 
     def _finished(self, cell: Cell) -> bool:
         folder = self._folder(cell)
-        return folder.read_header() is not None and has_ended(folder, cell.recipe)
+        return folder.read_header() is not None and folder.has_ended(cell.recipe)
 
     def _one(self, cell: Cell, places: SimpleQueue[str | None], jobs: int) -> str:
         """Run one cell; returns why it failed, or nothing."""

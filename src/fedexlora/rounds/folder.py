@@ -111,6 +111,20 @@ class RunFolder:
         """What clients sent in one round: a PEFT adapter each."""
         return self.path / "updates" / f"round-{round_:04d}"
 
+    def has_ended(self, recipe: Recipe) -> bool:
+        """Whether the run has made all of its rounds, or as many as its patience has let it."""
+        written = self.adapters if recipe.rule.personal else self.adapter
+        if not written.is_dir():
+            return False
+        rounds = len(self.read_records(recipe.federation.rounds))
+        if rounds >= recipe.federation.rounds:
+            return True
+        try:
+            said = json_object(self.adapter_record.read_bytes())
+        except (OSError, ValueError):
+            return False
+        return said.get("stopped") is True and said.get("version") == rounds
+
     def check_new(self) -> bool:
         """Refuse a folder in which a new run would mix with something else.
 

@@ -151,7 +151,7 @@ def _loss_faults(recipe: Recipe) -> list[str]:
 
 def _screening_faults(recipe: Recipe) -> list[str]:
     table, faults = recipe.federation, []
-    if table.robust is not None and recipe.rule.local:
+    if table.robust is not None and recipe.rule.local and recipe.rule.uploads(1):
         faults.append(
             f"federation.robust: with {recipe.method.name} clients send no changes of a model that "
             f"could be compared; leave it out"

@@ -10,7 +10,6 @@ from typing import Any
 from fedexlora.errors import BridgeError, RecipeError, VersionError
 from fedexlora.exchange.files import new_folder, replace_bytes, writing
 from fedexlora.exchange.state import GlobalState
-from fedexlora.exchange.untrusted import json_object
 from fedexlora.local.memory import ClientMemory
 from fedexlora.peft_bridge.adapter_layout import AdapterLayout
 from fedexlora.peft_bridge.global_writer import write_factors, write_global
@@ -19,7 +18,6 @@ from fedexlora.rounds.folder import RunFolder
 from fedexlora.rounds.observer import Observer
 from fedexlora.rounds.personal import personal_adapters
 from fedexlora.rounds.prepared import Prepared
-from fedexlora.rounds.recipe import Recipe
 from fedexlora.rounds.spool import SpooledUpdate
 
 
@@ -71,21 +69,6 @@ def write_personal(prepared: Prepared, folder: RunFolder, state: GlobalState) ->
             write_factors(layout, own.factors, own.heads, path / client, spec)
 
 
-def has_ended(folder: RunFolder, recipe: Recipe) -> bool:
-    """Whether a run has made all of its rounds, or as many as its patience has let it."""
-    written = folder.adapters if recipe.rule.personal else folder.adapter
-    if not written.is_dir():
-        return False
-    rounds = len(folder.read_records(recipe.federation.rounds))
-    if rounds >= recipe.federation.rounds:
-        return True
-    try:
-        said = json_object(folder.adapter_record.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return said.get("stopped") is True and said.get("version") == rounds
-
-
 def check_keep(prepared: Prepared) -> None:
     """Refuse to keep updates from which nobody could recompute the aggregate."""
     if prepared.layout.taken_out:
@@ -93,16 +76,10 @@ def check_keep(prepared: Prepared) -> None:
             "--keep-updates: factors on a base that their initialisation changed are no adapters",
             ["leave it out, or set lora.init_lora_weights = true"],
         )
-    rule, name = prepared.recipe.rule, prepared.recipe.method.name
-    if rule.personal:
+    if prepared.recipe.rule.personal:
         raise RecipeError(
-            f"--keep-updates: clients of {name} send no adapters",
+            f"--keep-updates: clients of {prepared.recipe.method.name} send no adapters",
             ["leave it out; each one's is in the run's folder adapters at the end"],
-        )
-    if rule.weighs_clients:
-        raise RecipeError(
-            f"--keep-updates: {name} weighs clients itself, by what an adapter does not say",
-            ["leave it out"],
         )
     if prepared.recipe.federation.stale == "accept":
         raise RecipeError(
