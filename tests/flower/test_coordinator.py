@@ -11,6 +11,7 @@ import torch
 
 from fedexlora import __version__
 from fedexlora.errors import InputError, RecipeError, RunError
+from fedexlora.exchange.records import HolderRecord
 from fedexlora.exchange.wire import pack, unpack
 from fedexlora.flower import coordinator, server
 from fedexlora.flower.agreement import Agreement
@@ -21,6 +22,7 @@ from fedexlora.peft_bridge.export import origin_of
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.peft_bridge.origin import Statement, decode_origin
 from fedexlora.rounds.folder import RunFolder
+from fedexlora.rounds.holder import HolderMeasure
 from fedexlora.rounds.recipe import parse_recipe
 from fedexlora.rounds.run import run
 from tests.flower.test_transport import _quick, grid_of, session, start
@@ -78,6 +80,26 @@ def test_the_run_is_that_of_one_process_to_the_bit(document, loaded, scored, tmp
     assert record.holders.kept == pytest.approx(1.0, abs=1e-3)
     assert record.certificate.forward is None
     assert record.certificate.error < 1e-6
+
+
+@pytest.mark.usefixtures("modelless")
+def test_a_client_whose_live_model_is_not_the_version_is_left_out(
+    document, loaded, tmp_path, monkeypatch
+):
+    """The first of round 1 measures an error that is larger than what is allowed."""
+    measured, measure = [], HolderMeasure.__call__
+
+    def off(*given: object) -> HolderRecord:
+        measured.append(measure(*given))
+        return measured[-1].model_copy(update={"bound": 0.5} if len(measured) == 1 else {})
+
+    monkeypatch.setattr(HolderMeasure, "__call__", off)
+    short = {**document, "federation": document["federation"] | {"rounds": 1}}
+    result = start(grid_of(loaded), short, tmp_path / "run")
+    (out,) = result.records[0].left_out
+    assert out.client == "site-north"
+    assert out.reasons[0].startswith("its live model is not the version's: error")
+    assert [client.client for client in result.records[0].clients] == ["site-south", "site-west"]
 
 
 @pytest.mark.usefixtures("modelless")

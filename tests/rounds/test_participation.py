@@ -11,6 +11,7 @@ import torch
 
 from fedexlora.errors import NoUpdatesError, RecipeError
 from fedexlora.methods import METHODS
+from fedexlora.methods.rule import ClientRule
 from fedexlora.peft_bridge.model import AdaptedModel
 from fedexlora.rounds.participation import Participation
 from fedexlora.rounds.transport import Reply
@@ -310,3 +311,34 @@ def test_rules_that_cannot_be_are_refused(document, federation_table, message):
     with pytest.raises(RecipeError) as caught:
         parse_recipe(document | {"federation": federation_table}, "test")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("memory", "rule", "reason"),
+    [
+        ((0, 0), "required", "its memory of the rounds before is gone"),
+        ((0, 0), "optional", None),
+        ((0, 1), "required", None),
+        ((0, 2), "optional", "memory: expected that of a round before 2, found 2"),
+        ((0, -1), "optional", "memory: expected that of a round before 2, found -1"),
+    ],
+)
+def test_a_memory_that_is_gone_or_of_another_round(memory, rule, reason):
+    """What client site-b says of it in rounds 1 and 2, where the method can do without, or not."""
+    model = AdaptedModel(adapted("roberta-biases"))
+
+    def script(round_, client, held):
+        of_round = memory[round_ - 1] if client == "site-b" else round_ - 1
+        return replies(random_update(model, round_, client, memory=of_round))
+
+    made = replace(METHODS["fedex"].default, client=ClientRule(memory=rule))
+    parts, state = federation(model, made, script)
+    state, first = run_round(parts, state)
+    assert not first.left_out, "nobody has a memory before the first round"
+    _, record = run_round(parts, state)
+    assert [(x.client, x.reasons) for x in record.left_out] == (
+        [("site-b", (reason,))] if reason else []
+    )
+    found = {client.client: client.memory for client in record.clients}
+    assert found.get("site-b") == (None if reason else memory[1])
+    assert record.certificate.held

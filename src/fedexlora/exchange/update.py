@@ -102,13 +102,6 @@ def decode_update(
 ) -> ClientUpdate:
     """The update in ``message``, which came from ``client`` in ``round_``; not yet checked.
 
-    Args:
-        message: what arrived.
-        spec: what it must contain.
-        round_: the round that is open.
-        client: who sent it.
-        remembers: whether clients remember something of the method, and say of which round.
-
     Nothing of a message is read that is larger than what ``spec`` asks for.
 
     Args:
@@ -118,6 +111,7 @@ def decode_update(
         client: who sent it.
         metrics: the scores that it must have; none if not given.
         holder: whether it must have the client's half of the certificate.
+        remembers: whether clients remember something of the method, and say of which round.
 
     Raises:
         UpdateError: if the message is too large or damaged, its header lacks a field or has another

@@ -122,7 +122,8 @@ def serve(
             f"{recipe.method.name} has one model a client; the server has none of them to score",
             ["set evaluation.where = 'clients': each scores its own, and has it at the end"],
         )
-    if recipe.rule.draws and recipe.evaluation.where != "server":
+    # Without a simulation that is seen to where the server waits for its nodes.
+    if simulated and recipe.rule.draws and recipe.evaluation.where != "server":
         check_coordinator(recipe)
     if not simulated:
         refuse_one_place(recipe)

@@ -37,6 +37,9 @@ from fedexlora.methods.method import Method, Options
 from fedexlora.methods.momentum import kept, mean_change, plus, remembered
 from fedexlora.methods.rule import Memory, ModuleRound, ModuleStep, Rule
 
+_PARTS = ("rows", "columns")
+"""Of the server's memory: the second moment."""
+
 
 class FedAdamOptions(Options):
     """Of the server's optimizer."""
@@ -85,9 +88,6 @@ def _second_moments(
         for then, x in zip(before, now, strict=True)
     )
     return rows, columns
-
-
-_PARTS = ("rows", "columns")
 
 
 def mean_squares(matrix: LowRank) -> tuple[Tensor, Tensor]:

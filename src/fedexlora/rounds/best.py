@@ -6,13 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedexlora.exchange.comparison_records import less_is_better
 from fedexlora.exchange.records import FinishRecord, RoundRecord
 
 if TYPE_CHECKING:
     from fedexlora.rounds.recipe import Recipe
-
-_LOWER = frozenset({"loss", "perplexity", "mse"})
-"""Metrics of which less is better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +44,8 @@ class Selection:
     ) -> Selection:
         """The selection of a run that stands where it does: a function of its record alone."""
         table = recipe.evaluation
-        metric = recipe.headline if table.mean is None else table.mean[0].rpartition(".")[2]
-        lower, patience = metric in _LOWER, recipe.federation.patience
-        found = Selection(recipe.headline, lower=lower, patience=patience)
+        lower = less_is_better(recipe.headline if table.mean is None else table.mean[0])
+        found = Selection(recipe.headline, lower=lower, patience=recipe.federation.patience)
         found.see(0, initial)
         for record in records:
             found.see_round(record)
